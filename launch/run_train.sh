@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Starts torchtitan's trainer on this machine, with the contract of torchtitan's own script of this name:
+#
+#   NGPU=4 CONFIG_FILE=train_configs/llama3_8b.toml bash launch/run_train.sh --training.steps 100
+#
+#   NGPU         processes, one per GPU; without GPUs, CPU processes (default 8 with GPUs, 2 without)
+#   LOG_RANK     ranks whose output is shown, comma-separated (default 0)
+#   CONFIG_FILE  TOML file (default train_configs/debug_model.toml)
+#   TRAIN_FILE   module to run (default torchtitan.train)
+#   COMM_MODE    fake_backend or local_tensor: one process plays NGPU ranks for one step, to check a configuration
+#
+# Everything after the script's name goes to the trainer. The Python is $PYTHON, else that of the active virtual
+# environment, else the repository's .venv, else python3. The exit status is the trainer's.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+if [ -z "${PYTHON:-}" ]; then
+    if [ -n "${VIRTUAL_ENV:-}" ]; then
+        PYTHON="$VIRTUAL_ENV/bin/python"
+    elif [ -x "$ROOT/.venv/bin/python" ]; then
+        PYTHON="$ROOT/.venv/bin/python"
+    else
+        PYTHON=python3
+    fi
+fi
+
+# CUDA_VISIBLE_DEVICES="" hides the GPUs of a machine that has some.
+if { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; } && [ -n "${CUDA_VISIBLE_DEVICES-all}" ]; then
+    NGPU="${NGPU:-8}"
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+else
+    NGPU="${NGPU:-2}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
+fi
+export NGPU
+export LOG_RANK="${LOG_RANK:-0}"
+CONFIG_FILE="${CONFIG_FILE:-$ROOT/train_configs/debug_model.toml}"
+TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
+COMM_MODE="${COMM_MODE:-}"
+
+if [ ! -f "$CONFIG_FILE" ]; then
+    echo "error: CONFIG_FILE=$CONFIG_FILE does not exist. Configurations are in $ROOT/train_configs." >&2
+    exit 2
+fi
+
+case "$COMM_MODE" in
+"")
+    # Port 0 lets the rendezvous choose a free one: two jobs on a machine never meet.
+    exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
+        --local-ranks-filter="$LOG_RANK" --role=rank --tee=3 \
+        -m "$TRAIN_FILE" --job.config_file "$CONFIG_FILE" "$@"
+    ;;
+fake_backend | local_tensor)
+    export LOCAL_RANK=0
+    exec "$PYTHON" -m "$TRAIN_FILE" --job.config_file "$CONFIG_FILE" "$@" \
+        --comm.mode="$COMM_MODE" --training.steps=1
+    ;;
+*)
+    echo "error: COMM_MODE=$COMM_MODE is unknown: leave it empty, or use fake_backend or local_tensor." >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,344 @@
+"""AdamMini: parameter groups, state, and the order of a step. Blocks, sharding and arithmetic live elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from . import kernels
+from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
+from .partition import Blocks, Partition
+from .plan import BlockPlan
+from .report import table
+from .sharding import as_state, local, shard_of
+from .state import adopt
+
+log = logging.getLogger("titan_adam_mini")
+
+NAMES_NEEDED = (
+    "AdamMini decides how a parameter is cut into blocks by its name: pass model.named_parameters() instead of "
+    "model.parameters(), or param groups whose 'params' are (name, parameter) pairs, or that have 'param_names'"
+)
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+UNSUPPORTED = {
+    "amsgrad": "AdamMini has no amsgrad variant; leave amsgrad out",
+    "differentiable": "AdamMini updates in place and cannot be differentiated through; leave differentiable out",
+    "dim": "AdamMini reads sizes from the parameters; leave dim out",
+    "model_sharding": "AdamMini finds out by itself how parameters are sharded; leave model_sharding out",
+    "verbose": "AdamMini logs through logging.getLogger('titan_adam_mini'); leave verbose out",
+}
+
+
+class AdamMini(Optimizer):
+    """AdamW with one second moment per block of the Hessian instead of one per element (arXiv 2406.16793).
+
+    Parameters may be plain tensors or DTensors on any mesh: sharding never changes the result.
+
+    Args:
+        params: `model.named_parameters()`, or param groups that hold such pairs or torch's `param_names`.
+        lr: learning rate, a float or a 0-d tensor.
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment; positive.
+        weight_decay: decoupled, as in AdamW; which parameters it applies to is the partition's to say (all).
+        n_heads: number of query heads, for the default transformer partition.
+        n_kv_heads: number of key heads; `n_heads` if None.
+        head_dim: rows per head; a query's rows / `n_heads` and a key's rows / `n_kv_heads` if None.
+        partition: a `Partition` of your own; excludes the three above.
+        value_blocks: "neuron", or "tensor" for one block per value projection.
+        momentum_dtype: dtype of `exp_avg`; None for the parameter's.
+        maximize: ascend instead of descend.
+        foreach, fused: which engine computes (see `kernels.choose`); None and None for the best there is.
+        capturable: not available yet.
+
+    State per parameter: `exp_avg` (shape and placements of the parameter), `exp_avg_sq` (the block grid, float32, or
+    float64 for float64 parameters), `step` (0-d float32).
+
+    Raises:
+        ValueError: for a wrong hyper-parameter, missing names, or a parameter that no rule of the partition knows.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        partition: Partition | None = None,
+        value_blocks: str = "neuron",
+        momentum_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        **unsupported: Any,
+    ) -> None:
+        for name, value in unsupported.items():
+            if name not in UNSUPPORTED:
+                raise TypeError(f"AdamMini got an unknown argument {name!r}")
+            if value or name not in ("amsgrad", "differentiable"):
+                raise ValueError(UNSUPPORTED[name])
+        if capturable:
+            raise ValueError("capturable=True needs a CUDA-graph-safe engine, which this version does not have")
+        if momentum_dtype not in MOMENTUM_DTYPES:
+            raise ValueError(f"momentum_dtype is one of {', '.join(map(str, MOMENTUM_DTYPES))}, not {momentum_dtype}")
+        heads = (n_heads, n_kv_heads, head_dim)
+        if partition is None:
+            partition = Partition.transformer(
+                n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, value_blocks=value_blocks
+            )
+        elif any(heads) or value_blocks != "neuron":
+            raise ValueError("n_heads, n_kv_heads, head_dim and value_blocks belong to the partition if you pass one")
+        self.partition = partition
+        self.momentum_dtype = momentum_dtype
+        self.engine = kernels.choose(foreach, fused)
+        self._names: list[list[str]] = []
+        self._forget_plan()
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+        self._blocks = self._assign()
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = dict(param_group)
+        given = group.pop("param_names", None)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        pairs = [one for one in params if isinstance(one, tuple)]
+        if len(pairs) == len(params):
+            names, params = [name for name, _ in pairs], [param for _, param in pairs]
+        elif given is None or pairs or len(given) != len(params):
+            raise ValueError(NAMES_NEEDED)
+        else:
+            names = list(given)
+        known = set(chain.from_iterable(self._names))
+        for name in names:
+            if name in known:
+                raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
+            known.add(name)
+        group["params"] = params
+        _check_hyper_parameters({**self.defaults, **group})
+        super().add_param_group(group)
+        self._names.append(names)
+        if hasattr(self, "_blocks"):  # not while the first groups are added
+            try:
+                self._blocks = self._assign()
+            except ValueError:
+                self.param_groups.pop()
+                self._names.pop()
+                raise
+        self._forget_plan()
+
+    def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """(name, parameter, group) of every trainable parameter, in order."""
+        return [
+            (name, param, group)
+            for names, group in zip(self._names, self.param_groups, strict=True)
+            for name, param in zip(names, group["params"], strict=True)
+            if param.requires_grad
+        ]
+
+    def _assign(self) -> dict[str, Blocks]:
+        return self.partition.assign({name: tuple(param.shape) for name, param, _ in self._named()})
+
+    # Plan and state
+
+    def _forget_plan(self) -> None:
+        self._exchange: Exchange | None = None
+        self._key: list[tuple[int, bool]] = []
+
+    def _current_key(self) -> list[tuple[int, bool]]:
+        return [(id(param), param.requires_grad) for group in self.param_groups for param in group["params"]]
+
+    def _planned(self) -> Exchange:
+        """The exchange of the tensors that are in the groups now; collective when it has to be planned."""
+        key = self._current_key()
+        if self._exchange is None or key != self._key:
+            self._blocks = self._assign()
+            items = []
+            for name, param, _ in self._named():
+                try:
+                    plan = BlockPlan.of(self._blocks[name].layout, shard_of(param))
+                except ValueError as error:
+                    raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
+                dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+                items.append(Item(name, param, plan, mesh_axes(param), dtype))
+            self._exchange, self._key = Exchange(items, self.engine), key
+            self._log_plan()
+        return self._exchange
+
+    def _log_plan(self) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        ranks = set(chain.from_iterable(exchange.groups))
+        if ranks and dist.get_rank() != min(ranks):
+            return
+        total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
+        straddling = len(exchange.straddling)
+        log.info(f"AdamMini blocks\n{self.table()}")
+        log.info(f"AdamMini: {straddling} of {len(exchange.items)} parameters straddle, {total:,} bytes per step")
+
+    def table(self) -> str:
+        """One row per kind of parameter: pattern, shape, role, blocks, decay, straddling, bytes exchanged per step."""
+        exchange = self._planned()
+        return table(self._blocks, exchange.items, exchange.buffers)
+
+    def init_state(self) -> None:
+        """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
+
+        State of tensors that have left the groups is dropped; what is there already stays.
+        Raises ValueError for parameters on the meta device.
+        """
+        exchange = self._planned()
+        params = {item.param for item in exchange.items}
+        for param in [param for param in self.state if param not in params]:
+            if not any(param is one for group in self.param_groups for one in group["params"]):
+                del self.state[param]
+        for item in exchange.items:
+            if item.param not in self.state or not self.state[item.param]:
+                self.state[item.param] = self._fresh_state(item)
+
+    def _fresh_state(self, item: Item) -> dict[str, Tensor]:
+        param, plan = item.param, item.plan
+        data = local(param)
+        if data.is_meta:
+            raise ValueError(f"{item.name!r} is on the meta device: materialise the model (to_empty, then initialise)")
+        exp_avg = torch.zeros_like(data, dtype=self.momentum_dtype or param.dtype)
+        exp_avg_sq = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
+        same = param.placements if isinstance(param, DTensor) else ()
+        grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
+        return {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
+            "exp_avg_sq": as_state(exp_avg_sq, param, plan.layout.grid_shape, grid),
+        }
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient on any rank. Collective where blocks straddle."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.init_state()
+        exchange = self._planned()
+        groups = [group for _, _, group in self._named()]
+        with torch.profiler.record_function("AdamMini.exchange"):
+            grads = exchange.gradients()
+            exchange.start(grads)
+        with torch.profiler.record_function("AdamMini.update"):
+            waiting = set(exchange.straddling)
+            # Whoever needs no other rank goes first, while the sums travel.
+            ready = [index for index, grad in enumerate(grads) if grad is not None and index not in waiting]
+            rest = [index for index in range(len(grads)) if index in waiting or grads[index] is None]
+            for index in ready + rest:
+                if exchange.present(index, grads[index]):
+                    self._update(exchange, index, grads[index], groups[index])
+            exchange.finish()
+        return loss
+
+    def _update(self, exchange: Exchange, index: int, grad: Tensor | None, group: dict[str, Any]) -> None:
+        """Algorithm 1 of the paper for one parameter. Without a gradient here, only what all ranks share moves on."""
+        item = exchange.items[index]
+        state = self.state[item.param]
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        means = exchange.means(index, grad)
+        state["step"] += 1
+        step = float(state["step"])
+        exp_avg_sq = local(state["exp_avg_sq"])
+        exp_avg_sq.mul_(beta2).add_(means * (1 - beta2))
+        if grad is None or grad.numel() == 0:
+            return
+        root = (exp_avg_sq / (1 - beta2**step)).sqrt_()
+        scale = (lr / (1 - beta1**step)) / root.add_(group["eps"])
+        decay = 1 - lr * group["weight_decay"] if self._blocks[item.name].decay else 1.0
+        weight = (beta1 - 1) if group["maximize"] else (1 - beta1)
+        views = item.plan.shard.views
+        param, exp_avg = local(item.param), local(state["exp_avg"])
+        for box, p, g, m in zip(item.plan.own, views(param), views(grad), views(exp_avg), strict=True):
+            tiles, blocks = item.plan.tiles_in(box), item.plan.blocks_of(box)
+            self.engine.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
+
+    # Saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the state of every trainable parameter, stepped or not. Collective the first time."""
+        self.init_state()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, on this mesh; dtypes stay this optimizer's.
+
+        Raises ValueError, and leaves everything as it was, if the groups or the state do not fit.
+        """
+        self.init_state()
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved, groups = state_dict["param_groups"], self.param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+            raise ValueError(
+                f"the loaded state has groups of {[len(group['params']) for group in saved]} parameters, "
+                f"this optimizer of {[len(group['params']) for group in groups]}"
+            )
+        keys = chain.from_iterable(group["params"] for group in saved)
+        params = chain.from_iterable(group["params"] for group in groups)
+        key_of = {param: key for key, param in zip(keys, params, strict=True)}
+        names = {param: name for name, param, _ in self._named()}
+        loaded = {
+            param: adopt(names[param], param, self.state[param], state_dict["state"].get(key_of[param], {}))
+            for param in names
+        }
+        for group, new in zip(groups, saved, strict=True):
+            keep = {"params": group["params"]}
+            group.update({**deepcopy({k: v for k, v in new.items() if k not in ("params", "param_names")}), **keep})
+        self.state.update(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
+        own = {name: self.__dict__[name] for name in ("partition", "momentum_dtype", "_names", "_blocks")}
+        return {**super().__getstate__(), **own, "engine": self.engine.__name__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if isinstance(engine := state.get("engine"), str):
+            state["engine"] = kernels.by_name(engine)
+        super().__setstate__(state)
+        self._forget_plan()
+
+
+def _check_hyper_parameters(group: dict[str, Any]) -> None:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Invalid lr: a tensor of shape {tuple(lr.shape)}; pass a float or a 0-d tensor")
+    for name, value, valid in (
+        ("lr", lr, float(lr) >= 0),
+        ("betas[0]", beta1, 0 <= beta1 < 1),
+        ("betas[1]", beta2, 0 <= beta2 < 1),
+        ("eps", group["eps"], group["eps"] > 0),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    ):
+        if not valid:
+            raise ValueError(f"Invalid {name}: {value}")

@@ -1,0 +1,241 @@
+"""Partition: parameter names and shapes -> roles -> blocks and decay. Ordered rules; the first match wins.
+
+Knows nothing of devices, processes or sharding: shapes are global, everything is strings and integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Any
+
+from titan_adam_mini.layout import BlockLayout
+from titan_adam_mini.partition import roles as _roles
+from titan_adam_mini.partition.geometry import Geometry
+from titan_adam_mini.partition.orientation import Orientation
+from titan_adam_mini.partition.roles import ROLES, VALUE_BLOCKS
+from titan_adam_mini.partition.rules import TRANSFORMER, Index, Rule, clean_name, fits
+
+__all__ = ["ROLES", "VALUE_BLOCKS", "Blocks", "Geometry", "Partition", "Row", "Rule", "clean_name", "summarize"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one parameter is cut: its cleaned name, global shape, role, layout, decay, and the rule that said so."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    layout: BlockLayout
+    decay: bool
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters that are alike but for the numbers in their names, such as one weight of every layer."""
+
+    pattern: str
+    shape: tuple[int, ...]
+    role: str
+    layout: BlockLayout
+    decay: bool
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Ordered rules from a parameter's name to its role, and what the roles need to know of the model.
+
+    Build one with `transformer`, `from_config` or `per_tensor`. Immutable; print it to read the rules.
+    """
+
+    rules: tuple[Rule, ...]
+    geometry: Geometry = field(default_factory=Geometry)
+    value_blocks: str = "neuron"
+    undecayed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.value_blocks not in VALUE_BLOCKS:
+            raise ValueError(f"value_blocks must be one of {', '.join(VALUE_BLOCKS)}, not {self.value_blocks!r}")
+        for rule in self.rules:
+            _roles.find(rule.role)
+        if isinstance(self.undecayed, str):
+            raise ValueError(f"undecayed is a list of patterns and roles: write [{self.undecayed!r}]")
+        object.__setattr__(self, "undecayed", tuple(self.undecayed))
+
+    @staticmethod
+    def transformer(
+        geometry: Geometry | None = None,
+        *,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_blocks: str = "neuron",
+        roles: Mapping[str, str] | None = None,
+        undecayed: Sequence[str] = (),
+    ) -> Partition:
+        """The blocks of arXiv 2406.16793, Algorithm 3, for the transformers in `rules.py`.
+
+        Args:
+            geometry: the model's heads; `n_heads`, `n_kv_heads`, `head_dim` replace its fields.
+            value_blocks: "neuron", one block per row of a value projection, or "tensor", one for all its rows.
+            roles: pattern -> role (see ROLES), tried in order before the built-in rules.
+            undecayed: patterns, or names of roles, of the parameters without weight decay.
+
+        Raises ValueError for a number that is not positive and for an unknown role or value_blocks.
+        """
+        said = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+        geometry = replace(geometry or Geometry(), **{k: v for k, v in said.items() if v is not None})
+        given = tuple(Rule(pattern, role, given=True) for pattern, role in (roles or {}).items())
+        return Partition(given + TRANSFORMER, geometry, value_blocks, tuple(undecayed))
+
+    @staticmethod
+    def from_config(
+        config: Any,
+        *,
+        value_blocks: str = "neuron",
+        roles: Mapping[str, str] | None = None,
+        undecayed: Sequence[str] = (),
+    ) -> Partition:
+        """`transformer`, with the heads read from torchtitan model args or a Hugging Face config (or a dict)."""
+        return Partition.transformer(Geometry.of(config), value_blocks=value_blocks, roles=roles, undecayed=undecayed)
+
+    @staticmethod
+    def per_tensor(undecayed: Sequence[str] = ()) -> Partition:
+        """One block per tensor (Algorithm 2 of the paper), for models that are not transformers."""
+        return Partition((Rule("*", "tensor"),), undecayed=tuple(undecayed))
+
+    def assign(self, shapes: Mapping[str, Sequence[int]], *, partial: bool = False) -> dict[str, Blocks]:
+        """The blocks of every parameter, under its name as given and in the order given.
+
+        Args:
+            shapes: parameter name -> global shape. Wrappers in names are looked through.
+            partial: `shapes` are only some of the model's parameters (one pipeline stage, one group), so a
+                pattern of the user's that matches none of them is no error; `unused` then serves to check it.
+
+        Raises ValueError, in words, for parameters without a role, a shape that its role cannot cut, heads that
+        do not divide the rows or disagree between parameters, and a user's pattern that matches nothing.
+        """
+        cleaned = {name: clean_name(name) for name in shapes}
+        sizes = {cleaned[name]: tuple(shape) for name, shape in shapes.items()}
+        if not partial and (unused := self.unused(sizes)):
+            raise ValueError(_unused_message(unused, sizes))
+        model, orientation = _roles.Model(self.geometry, self.value_blocks), Orientation(sizes)
+        index = Index(self.rules)
+        found = {name: self._rule(index, name, len(shape)) for name, shape in sizes.items()}
+        if unknown := {name: sizes[name] for name, rule in found.items() if rule is None}:
+            raise ValueError(_unknown_message(unknown))
+        assigned = {}
+        for given, name in cleaned.items():
+            rule, shape = found[name], sizes[name]
+            assert rule is not None
+            try:
+                role = rule.role + _roles.TRANSPOSED * orientation.transposed(rule.orientation, name)
+                layout = _layout(role, shape, model)
+            except ValueError as error:
+                raise ValueError(f"parameter {name} of shape {shape}, role {rule.role}: {error}") from None
+            assigned[given] = Blocks(name, shape, role, layout, self._decays(name, rule.role), rule.pattern)
+        if self.geometry.qk_head_dim is None:
+            _check_heads(assigned.values())
+        return assigned
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """The user's patterns (of `roles` and `undecayed`) that match none of these names."""
+        cleaned = [clean_name(name) for name in names]
+        patterns = [rule.pattern for rule in self.rules if rule.given]
+        patterns += [entry for entry in self.undecayed if entry not in ROLES]
+        return [pattern for pattern in patterns if not any(fits(pattern, name) for name in cleaned)]
+
+    @staticmethod
+    def _rule(index: Index, name: str, dims: int) -> Rule | None:
+        """The first rule that applies; a built-in rule also has to fit the number of dims."""
+        for rule in index.matching(name):
+            if rule.given or dims in _roles.find(rule.role)[0].dims:
+                return rule
+        return None
+
+    def _decays(self, name: str, role: str) -> bool:
+        base = role.removesuffix(_roles.TRANSPOSED)
+        return not any(entry == base or (entry not in ROLES and fits(entry, name)) for entry in self.undecayed)
+
+    def __str__(self) -> str:
+        lines = [f"Partition: {self.geometry}; values by {self.value_blocks}; the first rule that matches wins"]
+        for (role, given), rules in groupby(self.rules, key=lambda rule: (rule.role, rule.given)):
+            patterns = "  ".join(rule.pattern for rule in rules)
+            lines.append(f"  {role}{' (yours)' if given else ''}: {_roles.find(role)[0].blocks}\n      {patterns}")
+        lines.append(f"  without decay: {'  '.join(self.undecayed) or 'none'}")
+        return "\n".join(lines)
+
+
+def summarize(blocks: Iterable[Blocks]) -> list[Row]:
+    """Blocks with the numbers in their names collapsed to `*`, alike ones in one row, in order of appearance."""
+    rows: dict[tuple[str, tuple[int, ...], str, BlockLayout, bool], list[str]] = {}
+    for b in blocks:
+        rows.setdefault((_collapse(b.name), b.shape, b.role, b.layout, b.decay), []).append(b.name)
+    return [Row(*key, tuple(names)) for key, names in rows.items()]
+
+
+def _layout(role: str, shape: tuple[int, ...], model: _roles.Model) -> BlockLayout:
+    row, turned = _roles.find(role)
+    if len(shape) not in row.dims:
+        bound = "exactly" if len(row.dims) == 1 else "at least" if len(shape) < row.dims.start else "at most"
+        limit = row.dims.start if len(shape) < row.dims.start else row.dims.stop - 1
+        raise ValueError(f"this role takes tensors of {bound} {limit} dims, and this one has {len(shape)}")
+    return row.layout(shape, model, turned)
+
+
+def _check_heads(assigned: Iterable[Blocks]) -> None:
+    """Head sizes derived from head counts must agree: a query and its key are multiplied with one another."""
+    seen: dict[int, Blocks] = {}
+    for blocks in assigned:
+        role = blocks.role.removesuffix(_roles.TRANSPOSED)
+        if role in _roles.HEADED:
+            outputs = blocks.layout.dims[0 if role == blocks.role else -1]
+            for _, length in outputs.runs[:1]:
+                seen.setdefault(length, blocks)
+    if len(seen) > 1:
+        told = ", ".join(f"{size} rows in {blocks.name} {blocks.shape}" for size, blocks in seen.items())
+        raise ValueError(
+            f"the number of heads makes heads of different sizes: {told}. Pass n_kv_heads if keys have fewer heads "
+            "than queries, or head_dim; parameters that really differ take a role such as 'rows:64'"
+        )
+
+
+def _collapse(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _suggestion(dims: int) -> str:
+    return {0: "bias", 1: "norm", 2: "neuron", 3: "experts"}.get(dims, "convolution")
+
+
+def _unknown_message(unknown: Mapping[str, tuple[int, ...]]) -> str:
+    shown = [f"  {name} {shape}" for name, shape in list(unknown.items())[:_SHOWN]]
+    if len(unknown) > _SHOWN:
+        shown.append(f"  and {len(unknown) - _SHOWN} more")
+    wanted = dict(list({_collapse(name): _suggestion(len(shape)) for name, shape in unknown.items()}.items())[:_SHOWN])
+    python = ", ".join(f'"{pattern}": "{role}"' for pattern, role in wanted.items())
+    toml = ", ".join(f'"{pattern}" = "{role}"' for pattern, role in wanted.items())
+    meanings = "\n".join(f"  {role}: {blocks}" for role, blocks in ROLES.items())
+    return (
+        f"{len(unknown)} parameter(s) have no role, and none is given one silently:\n"
+        + "\n".join(shown)
+        + f"\nSay what they are (the roles below are only examples), in Python:\n"
+        f"  Partition.transformer(..., roles={{{python}}})\n"
+        f"or in TOML:\n  [optimizer.adam_mini]\n  roles = {{{toml}}}\n"
+        f"The roles and their blocks (.T after a matrix's role: stored [in, out]):\n{meanings}"
+    )
+
+
+def _unused_message(unused: Sequence[str], names: Iterable[str]) -> str:
+    known = list(dict.fromkeys(_collapse(name) for name in names))
+    told = []
+    for pattern in unused:
+        near = get_close_matches(_collapse(pattern), known, n=3, cutoff=0.4) or known[:3]
+        told.append(f"pattern {pattern!r} matches no parameter; names near it are {', '.join(near)}")
+    return "; ".join(told)

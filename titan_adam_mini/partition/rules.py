@@ -1,0 +1,162 @@
+"""The table of rules: which parameter names have which role in the transformers we know.
+
+A pattern is a glob, matched on a whole name or on any dotted suffix of it, so it always starts at a component.
+A rule of this table applies only where its role fits the tensor's number of dims: `*norm*.weight` means vectors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cache
+
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
+_GLOB = re.compile(r"[*?[]")
+_ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose name matches `pattern` have `role`.
+
+    `orientation` names the evidence, in the model's other shapes, that tells whether the tensor is transposed
+    ("" if it never is); `given` marks the user's own rules.
+    """
+
+    pattern: str
+    role: str
+    orientation: str = ""
+    given: bool = False
+
+
+def clean_name(name: str) -> str:
+    """The name without the components that torch.compile, checkpointing, FSDP and DDP wrappers put into it."""
+    *path, last = name.split(".")
+    return ".".join([part for part in path if part not in WRAPPERS] + [last])
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Does the glob match the name or a dotted suffix of it? A wrapped base layer also goes by its plain name."""
+    return any(_compiled(pattern).match(known) for known in _known_as(name))
+
+
+def _known_as(name: str) -> tuple[str, ...]:
+    """The name, and the name without what an adapter library puts into it."""
+    plain = _ADAPTED.sub("", name)
+    return (name,) if plain == name else (name, plain)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(r"(?s:.*\.)?" + translate(pattern))
+
+
+class Index:
+    """Finds the rules that fit a name without trying every one: a model may have 50,000 parameters."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = tuple(rules)
+        self._literal: dict[str, list[int]] = {}
+        self._globs: list[tuple[int, re.Pattern[str]]] = []
+        for number, rule in enumerate(rules):
+            if _GLOB.search(rule.pattern):
+                self._globs.append((number, _compiled(rule.pattern)))
+            else:
+                self._literal.setdefault(rule.pattern, []).append(number)
+
+    def matching(self, name: str) -> list[Rule]:
+        """All rules whose pattern fits the cleaned name, in order."""
+        found: set[int] = set()
+        for known in _known_as(name):
+            found.update([number for number, regex in self._globs if regex.match(known)])
+            parts = known.split(".")
+            for first in range(len(parts)):
+                found.update(self._literal.get(".".join(parts[first:]), ()))
+        return [self._rules[number] for number in sorted(found)]
+
+
+# role -> projections of attention, whose low-rank adapters follow the projection they adapt
+ATTENTION: dict[str, str] = {
+    "query": "wq wq_b q_proj q_b_proj c_q self.query attention.query SelfAttention.q EncDecAttention.q q_lin",
+    "key": "wk k_proj c_k self.key attention.key SelfAttention.k EncDecAttention.k k_lin",
+    "value": "wv v_proj c_v self.value attention.value SelfAttention.v EncDecAttention.v v_lin",
+    "qkv": "attn.c_attn self_attn.qkv_proj attn.qkv *_attn.qkv attn.Wqkv",
+    "qkv_grouped": "qkv_linear.wqkv attention.query_key_value self_attention.query_key_value linear_qkv",
+    "qkv_mlp": "single_blocks.*.linear1",
+    "latent_kv_in": "wkv_a kv_a_proj_with_mqa",
+    "latent_kv_out": "wkv_b kv_b_proj",
+}
+
+# role -> other modules, whose parameter is called `weight`
+MODULES: dict[str, str] = {
+    "token": (
+        "tok_embeddings output lm_head wte wpe embed_tokens embed_positions embed_in embed_out word_embeddings "
+        "position_embeddings token_type_embeddings position_embedding token_embedding shared"
+    ),
+    "norm": "*norm* ln_* ln[0-9] *_ln *Norm*",
+    "convolution": "patch_embeddings.projection patch_embed.proj patch_embedding conv1 conv2 conv1d",
+    "experts": "block_sparse_moe.input_linear block_sparse_moe.output_linear",
+    "bias": "relative_attention_bias",
+    "neuron": (
+        # attention: the output, and the way down into a latent
+        "wo o_proj out_proj wq_a q_a_proj SelfAttention.o EncDecAttention.o attention.output.dense "
+        "attention.dense self_attention.dense self_attn.dense attn.proj *_attn.proj out_lin "
+        # MLP
+        "w1 w2 w3 gate_proj up_proj down_proj mlp.gate_up_proj fc1 fc2 fc_in fc_out dense_h_to_4h dense_4h_to_h "
+        "intermediate.dense output.dense wi wi_0 wi_1 lin1 lin2 "
+        # routers
+        "router.gate moe.gate mlp.gate block_sparse_moe.gate mlp.router feed_forward.router shared_expert_gate "
+        # heads over a pooled token
+        "pooler.dense transform.dense classifier score "
+        # flux: projections in, modulation, MLP, out
+        "img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer *_mod.lin "
+        "modulation.lin adaLN_modulation.[0-9] img_mlp.[0-9] txt_mlp.[0-9] single_blocks.*.linear2 final_layer.linear"
+    ),
+}
+
+# role -> parameters by their full last names
+PARAMETERS: dict[str, str] = {
+    "bias": "bias *_bias *experts.mlp1_bias_EG *experts.mlp2_bias_ED sinks logit_scale",
+    "experts": (
+        "*experts.w[123] *experts.w[13]_EFD *experts.w2_EDF "
+        "*experts.mlp[12]_weight *experts.mlp1_weight_EGD *experts.mlp2_weight_EDF"
+    ),
+    "token": "position_embeddings pos_embed cls_token mask_token",
+    "qkv": "in_proj_weight",
+    "norm": "*norm*.scale *.gamma *.lambda1 *lora_magnitude_vector*",
+}
+
+# (pattern, role, evidence): modules that some libraries store [out, in] and others [in, out]
+TURNING: tuple[tuple[str, str, str], ...] = (
+    ("attn.c_attn.weight", "qkv", "c_attn"),
+    ("attn.c_proj.weight", "neuron", "c_attn"),
+    ("mlp.c_fc.weight", "neuron", "c_attn"),
+    ("mlp.c_proj.weight", "neuron", "c_attn"),
+    ("experts.gate_up_proj", "experts", "experts"),
+    ("experts.down_proj", "experts", "experts"),
+)
+
+
+def _transformer_rules() -> Iterator[Rule]:
+    # adapters first: `q_proj.lora_B` is not a whole query
+    for pattern in ("lora_[Aa].*weight", "lora_embedding_[AB].*", "lora_embedding_[AB]"):
+        yield Rule(pattern, "neuron")
+    for role, modules in ATTENTION.items():
+        for module in modules.split():
+            yield Rule(f"{module}.lora_[Bb].*weight", role)
+    yield Rule("lora_[Bb].*weight", "neuron")
+    for pattern, role, evidence in TURNING:
+        yield Rule(pattern, role, evidence)
+    for role, names in PARAMETERS.items():
+        for name in names.split():
+            yield Rule(name, role)
+    for table in (ATTENTION, MODULES):
+        for role, modules in table.items():
+            for module in modules.split():
+                yield Rule(f"{module}.weight", role)
+
+
+TRANSFORMER: tuple[Rule, ...] = tuple(_transformer_rules())
+"""The rules of `Partition.transformer`, in order; the first that matches wins."""

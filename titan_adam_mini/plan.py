@@ -1,0 +1,223 @@
+"""Which blocks lie on more than one rank, and which small buffers complete them: pure data, no process group.
+
+The model, in four words. A rank *owns* a box of a tensor. Along each dim the outermost cuts may be *aligned*
+with the blocks (every rank then holds whole tiles, exactly those that torch would give it of the block grid);
+from the first cut that is not, the blocks *straddle*. What a rank would hold if only the aligned cuts were made
+is its *reach*: the blocks whose second moments it keeps. Every rank of a group along a straddling axis has the
+same reach, so the sums of a reach are what that group adds up, in buffers of equal shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
+
+from .layout import BlockLayout, Tiles
+from .sharding import Axis, Box, Shard, box_shape, chunk
+
+Group = tuple[int, ...]
+"""What names a process group: its ranks."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One parameter's blocks on one rank.
+
+    Attributes:
+        layout: how the whole tensor is cut into blocks.
+        shard: what this rank holds of it.
+        levels: per dim, how many of its cuts (outer first) are aligned with the blocks.
+        keep: dims up to this one enter the exchange index by index ("row sums"), deeper ones summed over
+            their tiles; -1 exchanges one partial sum per block. Rows go into disjoint slots, so their exchange
+            adds zeros only, and every rank then adds the rows in the order of a single device: same bits.
+        axes: mesh axes whose groups complete the sums, in mesh order; empty where nothing straddles.
+    """
+
+    layout: BlockLayout
+    shard: Shard
+    levels: tuple[int, ...]
+    keep: int
+    axes: tuple[int, ...]
+
+    @staticmethod
+    def of(layout: BlockLayout, shard: Shard) -> BlockPlan:
+        """Plan the blocks of one parameter for one rank."""
+        assert layout.shape == shard.shape, f"layout for {layout.shape}, shard of {shard.shape}"
+        dims = range(len(shard.shape))
+        if shard.flat is not None:
+            keep = 0 if len(shard.shape) == 1 else -1
+            return BlockPlan(layout, shard, (0,) * len(shard.shape), keep, (shard.flat[2],))
+        cuts = [shard.cuts_of(dim) for dim in dims]
+        levels = tuple(_aligned_levels(layout.dims[dim], tuple(cut.size for cut in cuts[dim])) for dim in dims)
+        straddling = [cut for dim in dims for cut in cuts[dim][levels[dim] :]]
+        deepest = max((cut.dim for cut in straddling), default=-1)
+        whole_rows = all(tiles.is_whole for tiles in layout.dims[deepest + 1 :])
+        across_rows = deepest == len(shard.shape) - 1 and deepest > 0
+        keep = deepest if whole_rows and not across_rows else -1
+        return BlockPlan(layout, shard, levels, keep, tuple(sorted(cut.axis for cut in straddling)))
+
+    @cached_property
+    def own(self) -> tuple[Box, ...]:
+        """The boxes of the tensor that this rank holds."""
+        return self.shard.boxes()
+
+    @cached_property
+    def reach(self) -> Box:
+        """The box of the tensor whose second moments this rank keeps: whole blocks."""
+        return self.shard.box(self.levels)
+
+    @cached_property
+    def reach_tiles(self) -> tuple[Tiles, ...]:
+        """The tiles of the reach, per dim."""
+        return self.tiles_in(self.reach)
+
+    def tiles_in(self, box: Box) -> tuple[Tiles, ...]:
+        """The pieces of tiles inside a box, per dim."""
+        return tuple(tiles.clip(*interval) for tiles, interval in zip(self.layout.dims, box, strict=True))
+
+    @cached_property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's part of the block grid."""
+        return tuple(tiles.count for tiles in self.reach_tiles)
+
+    @cached_property
+    def sums_shape(self) -> tuple[int, ...]:
+        """Shape of the sums of the reach as they are exchanged."""
+        rows = box_shape(self.reach)[: self.keep + 1]
+        return rows + self.grid_shape[self.keep + 1 :]
+
+    def place(self, box: Box) -> tuple[slice, ...]:
+        """Where the sums of an owned box stand among the sums of the reach."""
+        slices = []
+        for dim, ((start, stop), (base, _)) in enumerate(zip(box, self.reach, strict=True)):
+            lo, hi = start - base, stop - base
+            slices.append(slice(lo, hi) if dim <= self.keep else slice(*self.reach_tiles[dim].span(lo, hi)))
+        return tuple(slices)
+
+    def blocks_of(self, box: Box) -> tuple[slice, ...]:
+        """Where the blocks of an owned box stand in this rank's part of the grid."""
+        return tuple(
+            slice(*tiles.span(start - base, stop - base))
+            for tiles, (start, stop), (base, _) in zip(self.reach_tiles, box, self.reach, strict=True)
+        )
+
+    @property
+    def aligned_axes(self) -> frozenset[int]:
+        """The mesh axes along which the block grid is sharded like the parameter."""
+        return frozenset(cut.axis for cut in self.shard.cuts) - frozenset(self.axes)
+
+
+@cache
+def _aligned_levels(tiles: Tiles, sizes: tuple[int, ...]) -> int:
+    """How many of the nested cuts into `sizes` chunks (outer first) give every rank, everywhere, the tiles torch
+    would give it of the grid."""
+    pieces = {tiles}
+    for level, size in enumerate(sizes):
+        if not all(_is_aligned(piece, size) for piece in pieces):
+            return level
+        pieces = {piece.clip(*chunk(piece.size, size, index)) for piece in pieces for index in range(size)}
+    return len(sizes)
+
+
+@cache
+def _is_aligned(tiles: Tiles, chunks: int) -> bool:
+    """Do `chunks` chunks of the indices hold exactly the tiles of as many chunks of the list of tiles?"""
+    if tiles.is_unit:
+        return True
+    edges = [*tiles.starts(), tiles.size]
+    return all(
+        edges[tile] == index
+        for number in range(chunks)
+        for tile, index in zip(
+            chunk(tiles.count, chunks, number), chunk(tiles.size, chunks, number), strict=True
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in one group's buffer.
+
+    Attributes:
+        param: index of the parameter.
+        sums: offset of its sums, which have the plan's `sums_shape`; None if they are not exchanged here.
+        present: offset of the number of ranks that have a gradient.
+        after: index, in the list of buffers, of the one whose result goes into this one; None for the first.
+        present_after: the same for the number of ranks.
+    """
+
+    param: int
+    sums: int | None
+    present: int
+    after: int | None
+    present_after: int | None
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """One group's buffer: the same on all ranks of the group."""
+
+    group: Group
+    slots: tuple[Slot, ...]
+    numel: int
+
+
+def plan_buffers(plans: Sequence[BlockPlan], axes: Sequence[Sequence[Axis]]) -> tuple[BufferPlan, ...]:
+    """The exchange of all parameters of an optimizer: one buffer per group that has anything to complete.
+
+    Args:
+        plans: one per parameter, in an order that all ranks share.
+        axes: for each parameter, the axes (of more than one rank) of its mesh.
+
+    The order of the buffers is one total order for all ranks: by position in the mesh, since a block cut on two
+    axes is reduced on each in turn, then by ranks. Where a group exchanges at all, every parameter that it shards
+    tells how many ranks have its gradient, so that `step` stays the same everywhere.
+    """
+    busy = {
+        axis.ranks for plan, mesh in zip(plans, axes, strict=True) for axis in mesh if axis.index in plan.axes
+    }
+    order = {group: number for number, group in enumerate(ordered_groups(axes)) if group in busy}
+    members: dict[Group, list[tuple[int, bool]]] = {group: [] for group in order}
+    for index, (plan, mesh) in enumerate(zip(plans, axes, strict=True)):
+        cut = {one.axis for one in plan.shard.cuts} | set(plan.axes)
+        for axis in mesh:
+            if axis.ranks in busy and axis.index in cut:
+                members[axis.ranks].append((index, axis.index in plan.axes))
+
+    buffers: list[BufferPlan] = []
+    sums_in: dict[int, int] = {}
+    present_in: dict[int, int] = {}
+    for group in order:
+        slots, offset = [], 0
+        for index, exchanged in members[group]:
+            numel = prod(plans[index].sums_shape) if exchanged else 0
+            after = sums_in.get(index) if exchanged else None
+            slots.append(Slot(index, offset if exchanged else None, offset + numel, after, present_in.get(index)))
+            offset += numel + 1
+            present_in[index] = len(buffers)
+            if exchanged:
+                sums_in[index] = len(buffers)
+        buffers.append(BufferPlan(group, tuple(slots), offset))
+    return tuple(buffers)
+
+
+def ordered_groups(axes: Sequence[Sequence[Axis]]) -> list[Group]:
+    """All groups of the parameters' meshes in one total order for all ranks: mesh order first, then ranks.
+
+    Raises ValueError if two meshes name the same two groups in opposite order.
+    """
+    meshes = {tuple(mesh) for mesh in axes}
+    stage = {axis.ranks: 0 for mesh in meshes for axis in mesh}
+    steps = {(one.ranks, two.ranks) for mesh in meshes for one, two in zip(mesh, mesh[1:], strict=False)}
+    for _ in range(len(stage) + 1):
+        late = [(one, two) for one, two in steps if stage[two] <= stage[one]]
+        if not late:
+            return sorted(stage, key=lambda ranks: (stage[ranks], ranks))
+        for one, two in late:
+            stage[two] = stage[one] + 1
+    raise ValueError(
+        f"ranks {late[0][0]} come before {late[0][1]} in one device mesh and after them in another; "
+        "give the meshes one order of axes"
+    )

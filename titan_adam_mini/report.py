@@ -1,0 +1,38 @@
+"""The start-up table: what every parameter is, how it is cut, and what its blocks cost in communication."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .exchange import Item, bytes_exchanged
+from .partition import Blocks, summarize
+from .plan import BufferPlan
+
+HEADINGS = ("pattern", "n", "shape", "role", "blocks", "decay", "straddling", "bytes/step")
+
+
+def table(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence[BufferPlan]) -> str:
+    """A row per kind of parameter and a row of totals; `bytes/step` is what this rank puts into the exchange."""
+    index = {blocks[item.name].name: number for number, item in enumerate(items)}
+    cost = bytes_exchanged(items, buffers)
+    rows = [HEADINGS]
+    for row in summarize(blocks[item.name] for item in items):
+        members = [index[name] for name in row.names]
+        cut = sum(bool(items[number].plan.axes) for number in members)
+        straddling = "no" if not cut else "yes" if cut == len(members) else f"{cut} of {len(members)}"
+        spent = sum(cost.get(number, 0) for number in members)
+        shape = "x".join(map(str, row.shape))
+        layout, decay = f"{row.layout.num_blocks:,} ({row.layout})", "yes" if row.decay else "no"
+        rows.append((row.pattern, str(len(members)), shape, row.role, layout, decay, straddling, f"{spent:,}"))
+    total = sum(blocks[item.name].layout.num_blocks for item in items)
+    cut = sum(bool(item.plan.axes) for item in items)
+    rows.append(("total", str(len(items)), "", "", f"{total:,}", "", str(cut), f"{sum(cost.values()):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    right = (1, 7)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

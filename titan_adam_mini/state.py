@@ -1,0 +1,50 @@
+"""Adopting loaded optimizer state: the values of a checkpoint, in the dtype, device and placement expected here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+log = logging.getLogger("titan_adam_mini")
+
+
+def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The loaded state of one parameter, each tensor as `expected` has it. Nothing is changed in place.
+
+    Raises ValueError, naming the parameter, if a tensor is missing or has another shape.
+    """
+    missing = [key for key in expected if key not in loaded]
+    if missing:
+        raise ValueError(f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'})")
+    state = {}
+    for key, want in expected.items():
+        value = torch.as_tensor(loaded[key])
+        if value.shape != want.shape:
+            hint = "another partition, or other head counts"
+            if key == "exp_avg_sq" and value.shape == param.shape:
+                hint = "AdamW, with one second moment per element"
+            raise ValueError(
+                f"the loaded {key} of {name!r} has shape {tuple(value.shape)}, this partition needs "
+                f"{tuple(want.shape)}: the state is of {hint}"
+            )
+        if key == "exp_avg" and value.dtype != want.dtype:
+            log.warning(f"AdamMini: momentum of {name} converted from {value.dtype} to {want.dtype}")
+        state[key] = _like(value, want)
+    return state
+
+
+def _like(value: Tensor, want: Tensor) -> Tensor:
+    """`value` with the dtype, device and placements of `want`; itself if it has them."""
+    if isinstance(want, DTensor):
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(want.device), want.device_mesh, want.placements, src_data_rank=None)
+        elif value.placements != want.placements:
+            value = value.redistribute(want.device_mesh, want.placements)
+    elif isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.to(device=want.device, dtype=want.dtype)

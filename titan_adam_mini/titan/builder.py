@@ -1,0 +1,139 @@
+"""From torchtitan's ``[optimizer]`` section to AdamMini: one optimizer per model part, in torchtitan's container."""
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torchtitan.components.optimizer import OptimizersContainer
+
+from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.titan.knobs import Knobs, read_knobs
+
+NAME = "AdamMini"
+
+
+class AdamMiniContainer(OptimizersContainer):  # type: ignore[misc]
+    """torchtitan's container, over named parameters: AdamMini decides blocks by name.
+
+    Args:
+        model_parts: the parallelised model parts of this rank.
+        partitions: one per model part: what its parameters are and how each is cut into blocks.
+        optimizer_kwargs: ``lr, betas, eps, weight_decay, fused, foreach`` and AdamMini's own, alike for all parts.
+    """
+
+    def __init__(self, model_parts: list[Any], partitions: list[Partition], optimizer_kwargs: dict[str, Any]) -> None:
+        self.model_parts = model_parts
+        self.optimizers = []
+        all_params = []
+        for part, partition in zip(model_parts, partitions, strict=True):
+            named = [(name, param) for name, param in part.named_parameters() if param.requires_grad]
+            optimizer = AdamMini(named, partition=partition, **optimizer_kwargs)
+            # Made here, on every rank at once: a checkpoint then finds the state without a trial step.
+            optimizer.init_state()
+            self.optimizers.append(optimizer)
+            all_params.extend(param for _, param in named)
+        self._validate_length(len(model_parts))
+        self._post_init(all_params, optimizer_kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The flattened state of all parts, without torch's ``param_names``.
+
+        torch writes the whole list of names under every parameter, and a pipeline stage that loads another stage's list
+        ends up with the wrong names. Names are the model's, not the checkpoint's.
+        """
+        return {key: value for key, value in super().state_dict().items() if not key.endswith(_NAMES_SUFFIX)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, on any mesh; each optimizer keeps its own names."""
+        for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
+            own = dict(state_dict)
+            names = [group["param_names"] for group in optimizer.param_groups if "param_names" in group]
+            if names:
+                for key in state_dict:
+                    if key.startswith("param_groups.") and key.endswith(".lr"):
+                        own[key.removesuffix(".lr") + _NAMES_SUFFIX] = names[0]
+            set_optimizer_state_dict(
+                part, optimizer, optim_state_dict=own, options=StateDictOptions(flatten_optimizer_state_dict=True)
+            )
+
+
+_NAMES_SUFFIX = ".param_names"
+
+
+def build_adam_mini(
+    model_parts: list[Any],
+    optimizer_config: Any,
+    parallel_dims: Any,
+    ft_manager: Any = None,
+    *,
+    partition: Partition | None = None,
+) -> AdamMiniContainer:
+    """Build AdamMini for every model part of this rank; the arguments are those of ``register.build_optimizers``.
+
+    Raises:
+        ValueError: a setting that AdamMini cannot serve, or a model whose heads nobody names; in words, with the cure.
+    """
+    if optimizer_config.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true cannot serve AdamMini: it steps each parameter alone inside the "
+            "backward pass, while a block's second moment is completed over all ranks once per step. Set "
+            "optimizer.early_step_in_backward = false."
+        )
+    if ft_manager is not None and ft_manager.enabled:
+        raise ValueError(
+            "fault_tolerance.enable = true (torchft) cannot serve AdamMini: torchft changes the set of replicas "
+            "between steps, while AdamMini plans its exchange once per run. Set fault_tolerance.enable = false, or "
+            "train with AdamW under torchft."
+        )
+    implementation = optimizer_config.implementation
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"optimizer.implementation = {implementation!r} is unknown: valid values are "
+            f"{', '.join(repr(name) for name in _IMPLEMENTATIONS)}."
+        )
+    knobs = read_knobs(optimizer_config)
+    if partition is None:
+        partitions = [_partition_of(part, knobs, staged=parallel_dims.pp_enabled) for part in model_parts]
+    else:
+        partitions = [partition for _ in model_parts]
+    optimizer_kwargs = {
+        "lr": optimizer_config.lr,
+        "betas": (optimizer_config.beta1, optimizer_config.beta2),
+        "eps": optimizer_config.eps,
+        "weight_decay": optimizer_config.weight_decay,
+        "fused": implementation == "fused",
+        "foreach": implementation == "foreach",
+        "momentum_dtype": knobs.momentum_dtype,
+    }
+    return AdamMiniContainer(model_parts, partitions, optimizer_kwargs)
+
+
+_IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
+
+
+def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Partition:
+    """The partition of a torchtitan model, whose ``model_args`` hold its head counts.
+
+    A pattern of the user's that matches no parameter is an error, but not where the part is one pipeline stage of
+    several (``staged``): it may be another stage's.
+    """
+    model_args = getattr(part, "model_args", None)
+    if model_args is None:
+        raise ValueError(
+            f"AdamMini cannot tell the number of heads of {type(part).__name__}: it has no `model_args`, where "
+            "torchtitan's models keep it. Set `self.model_args` in the model, or give the TrainSpec "
+            "`build_optimizers_fn=functools.partial(titan_adam_mini.titan.build_optimizers, partition=...)` with a "
+            "titan_adam_mini.Partition of your own."
+        )
+
+    def partition(roles: dict[str, str], undecayed: list[str]) -> Partition:
+        return Partition.from_config(model_args, value_blocks=knobs.value_blocks, roles=roles, undecayed=undecayed)
+
+    whole = partition(knobs.roles, knobs.undecayed)
+    if not staged:
+        return whole
+    elsewhere = whole.unused(name for name, _ in part.named_parameters())
+    return partition(
+        {pattern: role for pattern, role in knobs.roles.items() if pattern not in elsewhere},
+        [pattern for pattern in knobs.undecayed if pattern not in elsewhere],
+    )

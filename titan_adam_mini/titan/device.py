@@ -1,0 +1,95 @@
+"""torchtitan on a machine without an accelerator: the CPU as its device, gloo as its backend.
+
+torchtitan 0.2 falls back to "cuda" when it finds no device, and asks that device for its name and its memory. Here it
+gets a device module that answers from this process. Where there is an accelerator, nothing in this file does anything.
+"""
+
+import logging
+import os
+import resource
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torchtitan.tools.utils as titan_utils
+from torch._utils import _get_available_device_type
+from torch.distributed.fsdp import FSDPModule
+
+logger = logging.getLogger("titan_adam_mini")
+
+
+class CpuDevice:
+    """The part of ``torch.cuda``'s interface that torchtitan calls, answered by the CPU and this process.
+
+    Memory is the resident memory of the process, in bytes: its peak is the peak since the process started, because an
+    operating system does not reset it. Everything else is passed on to ``torch.cpu``.
+    """
+
+    __name__ = "titan_adam_mini.titan.device.CpuDevice"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        """An index, as ``torch.distributed.barrier(device_ids=...)`` demands; ``torch.cpu`` says "cpu"."""
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return SimpleNamespace(name="CPU", total_memory=total)
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """Nothing to reset: see the class."""
+
+    def empty_cache(self) -> None:
+        """The CPU has no caching allocator."""
+
+
+_cpu: CpuDevice | None = None
+
+
+def install() -> None:
+    """Make torchtitan use the CPU where there is no accelerator; once, and logged once."""
+    global _cpu
+    if _cpu is not None or _get_available_device_type() is not None:
+        return
+    _cpu = CpuDevice()
+    old_type, old_module = titan_utils.device_type, titan_utils.device_module
+    for name, module in list(sys.modules.items()):
+        # torchtitan's modules copy the two names when they are imported, and `python -m torchtitan.train` is __main__.
+        if name != "__main__" and name.split(".")[0] != "torchtitan":
+            continue
+        names = getattr(module, "__dict__", {})
+        if names.get("device_module") is old_module:
+            setattr(module, "device_module", _cpu)  # noqa: B010
+        if names.get("device_type") == old_type:
+            setattr(module, "device_type", "cpu")  # noqa: B010
+    logger.info("No accelerator found: torchtitan runs on the CPU with gloo, memory figures are this process's.")
+
+
+def prepare_model_parts(model_parts: list[Any]) -> None:
+    """On the CPU, let FSDP sum gradients in the one way gloo can; elsewhere nothing.
+
+    torchtitan switches FSDP's gradient division off with a factor of 1, which FSDP sends as a pre-multiplied sum, and
+    gloo has none. A plain sum is the same number.
+    """
+    if _cpu is None:
+        return
+    for part in model_parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,63 @@
+"""What a user wrote under ``[optimizer.adam_mini]``, checked: TOML values reach torchtitan's job config unchecked."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+_MOMENTUM_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_VALUE_BLOCKS = ("neuron", "tensor")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Checked values of ``[optimizer.adam_mini]``; see ``job_config.AdamMini`` for what they mean."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    undecayed: list[str] = field(default_factory=list)
+    value_blocks: str = "neuron"
+    momentum_dtype: torch.dtype | None = None
+
+
+def read_knobs(optimizer_config: Any) -> Knobs:
+    """Check ``optimizer_config.adam_mini`` and return its values; defaults where the section does not exist.
+
+    Raises:
+        ValueError: naming the knob, the value and the valid values.
+    """
+    section = getattr(optimizer_config, "adam_mini", None)
+    if section is None:
+        return Knobs()
+    values = dict(section) if isinstance(section, dict) else vars(section)
+    known = [f.name for f in fields(Knobs)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"[optimizer.adam_mini] has no setting {name!r}: valid settings are {', '.join(known)}.")
+
+    roles = values.get("roles", {})
+    if not isinstance(roles, dict) or not all(_is_text(k) and _is_text(v) for k, v in roles.items()):
+        raise _refusal("roles", roles, 'a table of name patterns and roles, such as {"*.adapter.weight" = "neuron"}')
+    undecayed = values.get("undecayed", [])
+    if not isinstance(undecayed, list | tuple) or not all(isinstance(pattern, str) for pattern in undecayed):
+        raise _refusal("undecayed", undecayed, 'a list of name patterns or roles, such as ["norm", "*.bias"]')
+    value_blocks = values.get("value_blocks", "neuron")
+    if value_blocks not in _VALUE_BLOCKS:
+        raise _refusal("value_blocks", value_blocks, '"neuron" or "tensor"')
+    momentum_dtype = values.get("momentum_dtype", "")
+    if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
+        raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32" or "bfloat16"')
+    return Knobs(
+        roles=dict(roles),
+        # The command line gives [""] for an empty string, which means an empty list.
+        undecayed=[pattern.strip() for pattern in undecayed if pattern.strip()],
+        value_blocks=value_blocks,
+        momentum_dtype=_MOMENTUM_DTYPES[momentum_dtype],
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _refusal(name: str, value: Any, valid: str) -> ValueError:
+    return ValueError(f"[optimizer.adam_mini] {name} = {value!r} is not valid: it must be {valid}.")
