@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini import AdamMini, Partition
@@ -34,30 +33,6 @@ class AdamMiniContainer(OptimizersContainer):  # type: ignore[misc]
             all_params.extend(param for _, param in named)
         self._validate_length(len(model_parts))
         self._post_init(all_params, optimizer_kwargs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The flattened state of all parts, without torch's ``param_names``.
-
-        torch writes the whole list of names under every parameter, and a pipeline stage that loads another stage's list
-        ends up with the wrong names. Names are the model's, not the checkpoint's.
-        """
-        return {key: value for key, value in super().state_dict().items() if not key.endswith(_NAMES_SUFFIX)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, on any mesh; each optimizer keeps its own names."""
-        for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
-            own = dict(state_dict)
-            names = [group["param_names"] for group in optimizer.param_groups if "param_names" in group]
-            if names:
-                for key in state_dict:
-                    if key.startswith("param_groups.") and key.endswith(".lr"):
-                        own[key.removesuffix(".lr") + _NAMES_SUFFIX] = names[0]
-            set_optimizer_state_dict(
-                part, optimizer, optim_state_dict=own, options=StateDictOptions(flatten_optimizer_state_dict=True)
-            )
-
-
-_NAMES_SUFFIX = ".param_names"
 
 
 def build_adam_mini(
