@@ -2,7 +2,7 @@
 
 Writes, under one folder:
 
-    tokenizer/         a byte-level BPE tokenizer of 2048 tokens, in the files torchtitan reads
+    tokenizer/         a byte-level BPE tokenizer of 512 tokens, in the files torchtitan reads
     train-N/           training documents as jsonl, one folder per number of ranks N
     validation/        documents from other source files
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 512
 BOS, EOS = "<|begin|>", "<|end|>"
 VALIDATION_SHARE = 10  # every tenth source file is held out
 # Generated tables, and text that is no prose of programmers: they would be most of a small corpus.
@@ -83,7 +83,7 @@ def cut_documents(text: str, tokenizer: Any, tokens: int) -> Iterator[str]:
     """
     start = 0
     while True:
-        ahead = tokenizer.encode(text[start : start + 16 * tokens])
+        ahead = tokenizer.encode(text[start : start + 8 * tokens])
         if len(ahead.ids) <= tokens + 8:
             return
         guess = start + ahead.offsets[tokens - 1][1]

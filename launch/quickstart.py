@@ -33,7 +33,7 @@ name = "AdamMini\""""
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=140, help="training steps of the two long runs")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of the two long runs")
     parser.add_argument("--compared-steps", type=int, default=40, help="steps for which 1 rank is held against many")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="where logs and runs go")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where corpus and tokenizer are kept")
@@ -76,7 +76,8 @@ def quickstart(steps: int, compared_steps: int, out: Path, cache: Path) -> None:
         "lr_scheduler.total_steps": steps,
         "checkpoint.enable": True,
     }
-    train("seed", {**common, "checkpoint.create_seed_checkpoint": True}, ranks=1, out=out, config=CONFIG)
+    from_scratch = {**common, "checkpoint.create_seed_checkpoint": True, "debug.seed": 0}
+    train("seed", from_scratch, ranks=1, out=out, config=CONFIG)
     say(f"Seed checkpoint written to {relative(seed)}; every run below starts from it")
 
     def on(count: int) -> dict[str, Any]:
@@ -164,11 +165,12 @@ def check_losses(adamw: Run, mini: Run, steps: int) -> None:
 
 def show_state(out: Path, steps: int) -> None:
     """Bytes of optimizer state per parameter, as the two runs' last checkpoints hold them."""
-    measured = []
-    for name in ("adamw", "adam_mini"):
-        state_bytes, parameters = optimizer_bytes(out / name / "checkpoint" / f"step-{steps}")
-        measured.append(f"{state_bytes / parameters:.2f}")
-    say(f"  optimizer state     {' -> '.join(measured)} bytes per parameter, of {parameters:,} parameters")
+    adamw, _, parameters = optimizer_bytes(out / "adamw" / "checkpoint" / f"step-{steps}")
+    mini, seconds, _ = optimizer_bytes(out / "adam_mini" / "checkpoint" / f"step-{steps}")
+    say(
+        f"  optimizer state     {adamw / parameters:.2f} -> {(mini - seconds) / parameters:.2f} bytes per parameter, "
+        f"plus {seconds / parameters:.3f} for one second moment per block ({parameters:,} parameters)"
+    )
 
 
 def show_ranks(one: Run, many: Run, steps: int) -> None:

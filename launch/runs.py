@@ -6,6 +6,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +95,9 @@ def train(
     run = Run(ranks, out / f"{name}.log")
     script = ROOT / "launch" / "run_train.sh"
     command = ["bash", str(script), *arguments({"job.dump_folder": out / name, **settings})]
-    environment = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0", "CONFIG_FILE": str(config), **(env or {})}
+    # The Python that runs this file, whatever virtual environment the user has active.
+    environment = {**os.environ, "PYTHON": sys.executable, "NGPU": str(ranks), "LOG_RANK": "0"}
+    environment |= {"CONFIG_FILE": str(config), **(env or {})}
     environment.pop("COMM_MODE", None)
     late = threading.Event()
     with open(run.log, "w", encoding="utf-8") as log:
@@ -161,18 +164,20 @@ def _reason(lines: list[str]) -> str:
     return "\n".join(dict.fromkeys(own)) if own else "\n".join(lines[-12:])
 
 
-def optimizer_bytes(checkpoint: Path) -> tuple[int, int]:
-    """Bytes of optimizer state in a checkpoint, and parameters they belong to: summed over its tensors' metadata."""
+def optimizer_bytes(checkpoint: Path) -> tuple[int, int, int]:
+    """From the metadata of a checkpoint's tensors: bytes of optimizer state in all, bytes of second moments among
+    them, and the number of parameters they belong to."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    state_bytes = parameters = 0
+    total = seconds = parameters = 0
     for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
         if not name.startswith("optimizer.state.") or not isinstance(entry, TensorStorageMetadata):
             continue
-        state_bytes += entry.size.numel() * entry.properties.dtype.itemsize
-        if name.endswith(".exp_avg"):
-            parameters += entry.size.numel()
+        size = entry.size.numel() * entry.properties.dtype.itemsize
+        total += size
+        seconds += size * name.endswith(".exp_avg_sq")
+        parameters += entry.size.numel() * name.endswith(".exp_avg")
     if not parameters:
         raise RunFailed(f"The checkpoint {checkpoint} holds no optimizer state.")
-    return state_bytes, parameters
+    return total, seconds, parameters

@@ -1,7 +1,10 @@
 """A pool of gloo ranks, started once per test run: `run(fn, world_size, *args)` calls `fn(rank, world_size, *args)`.
 
-Workers are plain processes on loopback. Every call gets a process group of exactly its size; a deadline kills the
-pool (its own processes only) and says where each rank stood.
+Workers are plain processes on loopback, forked from a server that has torch loaded. Every call gets a process group
+of exactly its size, so device meshes of any shape work; a call costs 20 to 150 ms, a new pool 2 to 3 s. A deadline
+kills the pool (its own processes only) and says where each rank stood; the next call starts a fresh one.
+
+`fn` is a module-level function; arguments and results are pickled, so they are made of built-in types and tensors.
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import importlib.util
+import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,46 +31,49 @@ import torch
 import torch.distributed as dist
 
 LARGEST = 8
+GRACE = 3.0
+"""Seconds that the other ranks get to fail in their own words once one rank has failed."""
 
 
 class RankError(AssertionError):
-    """A rank raised, or none answered in time; the message holds the traceback of every rank that has one."""
+    """A rank raised or did not answer in time; the message has what each of them says, the first to fail first."""
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:
-    """A module-level function by file and name: test modules cannot be imported by name."""
+    """A module-level function by file and name: under importlib mode a test module has no name to import it by."""
     module = sys.modules.get(path)
     if module is None:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(path, path)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path] = module
+        module = sys.modules[path] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return getattr(module, name)
 
 
-def _serve(rank: int, pipe: Connection, stacks: str) -> None:
+def _serve(rank: int, pipe: Connection, stacks: str, path: list[str]) -> None:
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:] = path
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     with open(stacks, "w") as dump:
+        faulthandler.register(signal.SIGUSR1, dump)
         while True:
             try:
-                (path, name), size, store, args, timeout = pipe.recv()
+                (file, name), size, store, args = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 return
-            faulthandler.dump_traceback_later(timeout, file=dump)
             try:
-                dist.init_process_group(
-                    "gloo", rank=rank, world_size=size, store=dist.FileStore(store, size) if size > 1 else dist.HashStore()
-                )
-                answer = True, _load(path, name)(rank, size, *args)
+                shared = dist.FileStore(store, size) if size > 1 else dist.HashStore()
+                dist.init_process_group("gloo", rank=rank, world_size=size, store=shared)
+                torch.manual_seed(0)
+                answer = pickle.dumps((True, _load(file, name)(rank, size, *args)))
             except BaseException:
-                answer = False, traceback.format_exc()
+                answer = pickle.dumps((False, traceback.format_exc()))
             finally:
-                faulthandler.cancel_dump_traceback_later()
                 if dist.is_initialized():
                     dist.destroy_process_group()
-            pipe.send(answer)
+            pipe.send_bytes(answer)
 
 
 class Pool:
@@ -75,11 +85,14 @@ class Pool:
         self.calls = 0
 
     def _start(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+        path = [str(Path(__file__).parent), *sys.path]
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
             stacks = Path(self.folder.name) / f"stacks-{time.monotonic_ns()}"
-            process = context.Process(target=_serve, args=(len(self.workers), theirs, str(stacks)), daemon=True)
+            args = (len(self.workers), theirs, str(stacks), path)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, ours, stacks))
@@ -93,42 +106,50 @@ class Pool:
         self.workers = []
 
     def run(self, fn: Callable[..., Any], size: int, *args: Any, timeout: float = 90) -> list[Any]:
-        """The results of `fn(rank, size, *args)` on `size` ranks. Raises RankError if any raises or is late."""
+        """The results of `fn(rank, size, *args)` on `size` ranks.
+
+        Raises RankError, with the traceback of every rank that raised and the stacks of those that are not back after
+        `timeout` seconds.
+        """
         assert 1 <= size <= LARGEST
         self._start(size)
         self.calls += 1
         store = os.path.join(self.folder.name, f"store-{self.calls}")
         where = (str(Path(sys.modules[fn.__module__].__file__ or "").resolve()), fn.__qualname__)
         for _, pipe, _ in self.workers[:size]:
-            pipe.send((where, size, store, args, timeout))
-        answers: dict[int, Any] = {}
-        pending = {pipe: rank for rank, (_, pipe, _) in enumerate(self.workers[:size])}
+            pipe.send_bytes(pickle.dumps((where, size, store, args)))
+
+        results: dict[int, Any] = {}
+        told: list[str] = []
+        pending: dict[Any, int] = {pipe: rank for rank, (_, pipe, _) in enumerate(self.workers[:size])}
         deadline = time.monotonic() + timeout
-        failed_at = None
-        while pending:
-            # Once a rank has failed the others wait for it in vain: give them a moment to fail in their own words.
-            limit = deadline if failed_at is None else min(deadline, failed_at + 3)
-            ready = wait(list(pending), max(0.0, limit - time.monotonic()))
-            if not ready:
-                break
+        while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
-                rank = pending.pop(pipe)  # type: ignore[arg-type]
+                rank = pending.pop(pipe)
                 try:
-                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    answers[rank] = (False, "the process died")
-                if not answers[rank][0] and failed_at is None:
-                    failed_at = time.monotonic()
-        late = sorted(pending.values())
-        told = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(answers.items()) if not good]
-        if late:
-            time.sleep(0.2)
-            stacks = [self.workers[rank][2].read_text() for rank in late]
+                    good, results[rank] = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    good, results[rank] = False, f"the process died, exit code {self.workers[rank][0].exitcode}\n"
+                if not good:
+                    told.append(f"rank {rank} of {size}:\n{results[rank]}")
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        reason = "waited for the failed rank" if told else f"did not answer within {timeout} s"
+        for rank in sorted(pending.values()):
+            told.append(f"rank {rank} of {size} {reason}; its stacks:\n{self._stacks(rank)}")
+        if pending or any(not process.is_alive() for process, _, _ in self.workers):
             self.stop()
-            told += [f"rank {rank} did not answer within {timeout} s\n{text}" for rank, text in zip(late, stacks, strict=True)]
         if told:
             raise RankError("\n".join(told))
-        return [answers[rank][1] for rank in range(size)]
+        return [results[rank] for rank in range(size)]
+
+    def _stacks(self, rank: int) -> str:
+        """Where the threads of a rank stand: it writes its own stacks when it gets the signal, busy or not."""
+        process, _, stacks = self.workers[rank]
+        if not process.is_alive():
+            return f"(the process died, exit code {process.exitcode})\n"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        return stacks.read_text()
 
 
 POOL = Pool()

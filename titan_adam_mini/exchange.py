@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .kernels import Engine
+from .layout import Tiles
 from .plan import BlockPlan, BufferPlan, Group, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, check_gradient, local
 
@@ -144,6 +146,14 @@ class Exchange:
             grads.append(None if item.param.grad is None else local(item.param.grad))
         if self._partial is None:
             self._partial = self._agree_on_partial()
+        planned = {member for members in (self._partial or {}).values() for member in members}
+        for index, item in enumerate(self.items):
+            for axis in item.axes:
+                if self._known(index, axis) == PARTIAL and (index, axis.index) not in planned:
+                    raise ValueError(
+                        f"AdamMini cannot use the gradient of {item.name!r}: it is Partial on mesh axis {axis.index}, "
+                        "and was not at the first step; make a new optimizer when the model's parallelism changes"
+                    )
         for group, members in (self._partial or {}).items():
             self._complete(group, members, grads)
         return grads
@@ -289,10 +299,8 @@ class Exchange:
             if grad is not None and grad.numel():
                 self._add_sums(sums, index, grad)
         for dim, tiles in enumerate(plan.reach_tiles):
-            if tiles.uniform is not None:
-                continue
-            shape = [-1 if one == dim else 1 for one in range(sums.ndim)]
-            sums = sums / torch.tensor(tiles.lengths(), dtype=sums.dtype, device=sums.device).view(shape)
+            if tiles.uniform is None:
+                sums = sums / _lengths(tiles, sums.dtype, sums.device).view(-1, *[1] * (sums.ndim - dim - 1))
         return sums / math.prod(tiles.uniform or 1 for tiles in plan.reach_tiles)
 
     def finish(self) -> None:
@@ -301,6 +309,12 @@ class Exchange:
             if work is not None:
                 work.wait()
             self._work[number] = None
+
+
+@cache
+def _lengths(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The length of every tile of a dim, as a tensor."""
+    return torch.tensor(tiles.lengths(), dtype=dtype, device=device)
 
 
 class _Reduction:

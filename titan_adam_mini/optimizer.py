@@ -18,7 +18,7 @@ from . import kernels
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
 from .partition import Blocks, Partition
 from .plan import BlockPlan
-from .report import table
+from .report import heads_cut, table
 from .sharding import as_state, local, shard_of
 from .state import adopt
 
@@ -104,7 +104,7 @@ class AdamMini(Optimizer):
             raise ValueError("n_heads, n_kv_heads, head_dim and value_blocks belong to the partition if you pass one")
         self.partition = partition
         self.momentum_dtype = momentum_dtype
-        self.engine = kernels.choose(foreach, fused)
+        self.engine, self._engine_line = kernels.choose(foreach, fused)
         self._names: list[list[str]] = []
         self._forget_plan()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -180,19 +180,20 @@ class AdamMini(Optimizer):
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
                 items.append(Item(name, param, plan, mesh_axes(param), dtype))
             self._exchange, self._key = Exchange(items, self.engine), key
-            self._log_plan()
+            self._log_plan(self._exchange)
         return self._exchange
 
-    def _log_plan(self) -> None:
-        exchange = self._exchange
-        assert exchange is not None
+    def _log_plan(self, exchange: Exchange) -> None:
+        """Say once, on the first rank of those that share this plan, what was decided."""
         ranks = set(chain.from_iterable(exchange.groups))
-        if ranks and dist.get_rank() != min(ranks):
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != min(ranks, default=0):
             return
         total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
-        straddling = len(exchange.straddling)
-        log.info(f"AdamMini blocks\n{self.table()}")
-        log.info(f"AdamMini: {straddling} of {len(exchange.items)} parameters straddle, {total:,} bytes per step")
+        log.info(
+            f"AdamMini: engine {self._engine_line}; {len(exchange.straddling)} of {len(exchange.items)} parameters "
+            f"have blocks on more than one rank, {heads_cut(self._blocks, exchange.items)} heads cut, "
+            f"{total:,} bytes exchanged per step\n{self.table()}"
+        )
 
     def table(self) -> str:
         """One row per kind of parameter: pattern, shape, role, blocks, decay, straddling, bytes exchanged per step."""
@@ -202,16 +203,15 @@ class AdamMini(Optimizer):
     def init_state(self) -> None:
         """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
 
-        State of tensors that have left the groups is dropped; what is there already stays.
+        State that is there stays; state of tensors that have left the groups is dropped.
         Raises ValueError for parameters on the meta device.
         """
         exchange = self._planned()
-        params = {item.param for item in exchange.items}
-        for param in [param for param in self.state if param not in params]:
-            if not any(param is one for group in self.param_groups for one in group["params"]):
-                del self.state[param]
+        members = {id(param) for group in self.param_groups for param in group["params"]}
+        for param in [param for param in self.state if id(param) not in members]:
+            del self.state[param]
         for item in exchange.items:
-            if item.param not in self.state or not self.state[item.param]:
+            if not self.state.get(item.param):
                 self.state[item.param] = self._fresh_state(item)
 
     def _fresh_state(self, item: Item) -> dict[str, Tensor]:
@@ -318,7 +318,9 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
-        own = {name: self.__dict__[name] for name in ("partition", "momentum_dtype", "_names", "_blocks")}
+        own = {
+            name: self.__dict__[name] for name in ("partition", "momentum_dtype", "_engine_line", "_names", "_blocks")
+        }
         return {**super().__getstate__(), **own, "engine": self.engine.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

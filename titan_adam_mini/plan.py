@@ -130,9 +130,7 @@ def _is_aligned(tiles: Tiles, chunks: int) -> bool:
     return all(
         edges[tile] == index
         for number in range(chunks)
-        for tile, index in zip(
-            chunk(tiles.count, chunks, number), chunk(tiles.size, chunks, number), strict=True
-        )
+        for tile, index in zip(chunk(tiles.count, chunks, number), chunk(tiles.size, chunks, number), strict=True)
     )
 
 
@@ -175,9 +173,7 @@ def plan_buffers(plans: Sequence[BlockPlan], axes: Sequence[Sequence[Axis]]) -> 
     axes is reduced on each in turn, then by ranks. Where a group exchanges at all, every parameter that it shards
     tells how many ranks have its gradient, so that `step` stays the same everywhere.
     """
-    busy = {
-        axis.ranks for plan, mesh in zip(plans, axes, strict=True) for axis in mesh if axis.index in plan.axes
-    }
+    busy = {axis.ranks for plan, mesh in zip(plans, axes, strict=True) for axis in mesh if axis.index in plan.axes}
     order = {group: number for number, group in enumerate(ordered_groups(axes)) if group in busy}
     members: dict[Group, list[tuple[int, bool]]] = {group: [] for group in order}
     for index, (plan, mesh) in enumerate(zip(plans, axes, strict=True)):

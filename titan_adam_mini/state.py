@@ -20,7 +20,9 @@ def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapp
     """
     missing = [key for key in expected if key not in loaded]
     if missing:
-        raise ValueError(f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'})")
+        raise ValueError(
+            f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'})"
+        )
     state = {}
     for key, want in expected.items():
         value = torch.as_tensor(loaded[key])

@@ -1,4 +1,4 @@
-"""What the tests of the torchtitan adapter share: launch/ on the path, a small corpus, a seed checkpoint."""
+"""What the tests of the torchtitan adapter share: launch/ on the path, a folder, a clean environment."""
 
 import os
 import sys
@@ -12,8 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
 pytest.importorskip("torchtitan", reason="the torchtitan adapter needs the extra: pip install -e '.[titan]'")
-
-SEQ_LEN, GLOBAL_BATCH, STEPS = 64, 4, 12
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +31,6 @@ def environment(work: Path) -> Iterator[None]:
     patch.setenv("OMP_NUM_THREADS", "1")
     yield
     patch.undo()
-
-
-@pytest.fixture(scope="session")
-def corpus_dir(work: Path) -> Path:
-    """Documents of one sequence each, ordered for 1, 2 and 4 ranks, and a tokenizer."""
-    import corpus
-
-    corpus.build(
-        work / "corpus", seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, steps=300, ranks=[1, 2, 4], validation=8
-    )
-    return work / "corpus"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ blocks or rows a rank holds, so that any sharding adds in the order of a single 
 
 from __future__ import annotations
 
-import logging
 from typing import Protocol
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from ..layout import Tiles
 from . import reference, vectorized
-
-log = logging.getLogger("titan_adam_mini")
 
 
 class Engine(Protocol):
@@ -51,21 +48,17 @@ class Engine(Protocol):
         """
 
 
-def choose(foreach: bool | None, fused: bool | None) -> Engine:
-    """The engine that torch's `foreach` and `fused` flags ask for. Logged once per optimizer.
+def choose(foreach: bool | None, fused: bool | None) -> tuple[Engine, str]:
+    """The engine that torch's `foreach` and `fused` flags ask for, and a line that says which one and why.
 
     Raises ValueError if both are asked for.
     """
     if foreach and fused:
         raise ValueError("foreach=True and fused=True cannot be combined; pass one of them, or neither")
     if foreach is False and not fused:
-        log.info("AdamMini engine: for-loop (plain reference, slow)")
-        return reference
-    if fused:
-        log.info("AdamMini engine: foreach (vectorized torch); this version has no fused kernel, so fused falls back")
-    else:
-        log.info("AdamMini engine: foreach (vectorized torch)")
-    return vectorized
+        return reference, "for-loop (block by block: the slow reference)"
+    fallback = "; fused was asked for, and there is no fused kernel in this version" if fused else ""
+    return vectorized, f"foreach (vectorized torch){fallback}"
 
 
 def by_name(name: str) -> Engine:

@@ -57,7 +57,7 @@ class Partition:
     rules: tuple[Rule, ...]
     geometry: Geometry = field(default_factory=Geometry)
     value_blocks: str = "neuron"
-    undecayed: tuple[str, ...] = ()
+    undecayed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.value_blocks not in VALUE_BLOCKS:
@@ -92,7 +92,7 @@ class Partition:
         said = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
         geometry = replace(geometry or Geometry(), **{k: v for k, v in said.items() if v is not None})
         given = tuple(Rule(pattern, role, given=True) for pattern, role in (roles or {}).items())
-        return Partition(given + TRANSFORMER, geometry, value_blocks, tuple(undecayed))
+        return Partition(given + TRANSFORMER, geometry, value_blocks, undecayed)
 
     @staticmethod
     def from_config(
@@ -108,7 +108,7 @@ class Partition:
     @staticmethod
     def per_tensor(undecayed: Sequence[str] = ()) -> Partition:
         """One block per tensor (Algorithm 2 of the paper), for models that are not transformers."""
-        return Partition((Rule("*", "tensor"),), undecayed=tuple(undecayed))
+        return Partition((Rule("*", "tensor"),), undecayed=undecayed)
 
     def assign(self, shapes: Mapping[str, Sequence[int]], *, partial: bool = False) -> dict[str, Blocks]:
         """The blocks of every parameter, under its name as given and in the order given.
@@ -121,18 +121,19 @@ class Partition:
         Raises ValueError, in words, for parameters without a role, a shape that its role cannot cut, heads that
         do not divide the rows or disagree between parameters, and a user's pattern that matches nothing.
         """
-        cleaned = {name: clean_name(name) for name in shapes}
-        sizes = {cleaned[name]: tuple(shape) for name, shape in shapes.items()}
+        cleaned = {given: clean_name(given) for given in shapes}
+        sizes = {given: tuple(shape) for given, shape in shapes.items()}
         if not partial and (unused := self.unused(sizes)):
-            raise ValueError(_unused_message(unused, sizes))
-        model, orientation = _roles.Model(self.geometry, self.value_blocks), Orientation(sizes)
+            raise ValueError(_unused_message(unused, cleaned.values()))
         index = Index(self.rules)
-        found = {name: self._rule(index, name, len(shape)) for name, shape in sizes.items()}
-        if unknown := {name: sizes[name] for name, rule in found.items() if rule is None}:
+        found = {given: self._rule(index, name, len(sizes[given])) for given, name in cleaned.items()}
+        if unknown := {cleaned[given]: sizes[given] for given, rule in found.items() if rule is None}:
             raise ValueError(_unknown_message(unknown))
+        model = _roles.Model(self.geometry, self.value_blocks)
+        orientation = Orientation({name: sizes[given] for given, name in cleaned.items()})
         assigned = {}
         for given, name in cleaned.items():
-            rule, shape = found[name], sizes[name]
+            rule, shape = found[given], sizes[given]
             assert rule is not None
             try:
                 role = rule.role + _roles.TRANSPOSED * orientation.transposed(rule.orientation, name)
@@ -148,7 +149,7 @@ class Partition:
         """The user's patterns (of `roles` and `undecayed`) that match none of these names."""
         cleaned = [clean_name(name) for name in names]
         patterns = [rule.pattern for rule in self.rules if rule.given]
-        patterns += [entry for entry in self.undecayed if entry not in ROLES]
+        patterns += [entry for entry in self.undecayed if not _roles.known(entry)]
         return [pattern for pattern in patterns if not any(fits(pattern, name) for name in cleaned)]
 
     @staticmethod
@@ -161,7 +162,7 @@ class Partition:
 
     def _decays(self, name: str, role: str) -> bool:
         base = role.removesuffix(_roles.TRANSPOSED)
-        return not any(entry == base or (entry not in ROLES and fits(entry, name)) for entry in self.undecayed)
+        return not any(entry == base if _roles.known(entry) else fits(entry, name) for entry in self.undecayed)
 
     def __str__(self) -> str:
         lines = [f"Partition: {self.geometry}; values by {self.value_blocks}; the first rule that matches wins"]

@@ -31,11 +31,11 @@ class Orientation:
     def _c_attn(self) -> frozenset[bool]:
         """GPT-2: `c_attn` makes more outputs than it has inputs, so its longer dim is the output.
 
-        Asked of the whole model, because `attn.c_proj` is square. Models that have `c_q` instead use `Linear`.
+        Asked of the whole model, because `attn.c_proj` is square. Models with a query of its own use `Linear`.
         """
         votes = set()
         for name, shape in self.shapes.items():
-            if fits("attn.c_q.weight", name):
+            if any(fits(query, name) for query in ("attn.c_q.weight", "self_attn.q_proj.weight")):
                 votes.add(False)
             elif fits("attn.c_attn.weight", name) and len(shape) == 2 and shape[0] != shape[1]:
                 votes.add(shape[1] > shape[0])

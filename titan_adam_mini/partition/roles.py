@@ -179,15 +179,25 @@ def find(role: str) -> tuple[Role, bool]:
     """The table's row of a role and whether it is transposed; ValueError listing the valid names."""
     name = role.removesuffix(TRANSPOSED) if isinstance(role, str) else ""
     transposed = name != role
-    row = _rows(int(name[5:])) if name[:5] == "rows:" and name[5:].isdecimal() and int(name[5:]) else TABLE.get(name)
+    row = _row(name)
     if row is None or (transposed and not row.turnable):
         raise ValueError(f"unknown role {role!r}; {valid_roles()}")
     return row, transposed
 
 
+def known(role: str) -> bool:
+    """Is this the name of a role, without `.T`?"""
+    return _row(role) is not None
+
+
 def valid_roles() -> str:
     """One sentence that lists them all."""
     return f"valid roles are {', '.join(ROLES)}; a matrix stored [in, out] takes {TRANSPOSED} after its role"
+
+
+def _row(name: str) -> Role | None:
+    size = name.removeprefix("rows:")
+    return _rows(int(size)) if size != name and size.isdecimal() and int(size) else TABLE.get(name)
 
 
 def _rows(size: int) -> Role:

@@ -92,8 +92,8 @@ ATTENTION: dict[str, str] = {
 # role -> other modules, whose parameter is called `weight`
 MODULES: dict[str, str] = {
     "token": (
-        "tok_embeddings output lm_head wte wpe embed_tokens embed_positions embed_in embed_out word_embeddings "
-        "position_embeddings token_type_embeddings position_embedding token_embedding shared"
+        "tok_embeddings output lm_head wte wpe embed_tokens embed_positions embed_in embed_out tokens_embed shared "
+        "word_embeddings position_embeddings token_type_embeddings position_embedding token_embedding positions_embed"
     ),
     "norm": "*norm* ln_* ln[0-9] *_ln *Norm*",
     "convolution": "patch_embeddings.projection patch_embed.proj patch_embedding conv1 conv2 conv1d",
@@ -107,9 +107,10 @@ MODULES: dict[str, str] = {
         "w1 w2 w3 gate_proj up_proj down_proj mlp.gate_up_proj fc1 fc2 fc_in fc_out dense_h_to_4h dense_4h_to_h "
         "intermediate.dense output.dense wi wi_0 wi_1 lin1 lin2 "
         # routers
-        "router.gate moe.gate mlp.gate block_sparse_moe.gate mlp.router feed_forward.router shared_expert_gate "
-        # heads over a pooled token
-        "pooler.dense transform.dense classifier score "
+        "router.gate moe.gate mlp.gate block_sparse_moe.gate mlp.router feed_forward.router block_sparse_moe.router "
+        "shared_expert_gate "
+        # before and in place of the output head
+        "pooler.dense transform.dense lm_head.dense vocab_transform classifier score "
         # flux: projections in, modulation, MLP, out
         "img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer *_mod.lin "
         "modulation.lin adaLN_modulation.[0-9] img_mlp.[0-9] txt_mlp.[0-9] single_blocks.*.linear2 final_layer.linear"
@@ -125,7 +126,7 @@ PARAMETERS: dict[str, str] = {
     ),
     "token": "position_embeddings pos_embed cls_token mask_token",
     "qkv": "in_proj_weight",
-    "norm": "*norm*.scale *.gamma *.lambda1 *lora_magnitude_vector*",
+    "norm": "*norm*.scale *.gamma *.lambda1 *lora_magnitude_vector* class_embedding",
 }
 
 # (pattern, role, evidence): modules that some libraries store [out, in] and others [in, out]

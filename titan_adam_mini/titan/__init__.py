@@ -5,8 +5,8 @@ named there imports this one; a fork with its own ``TrainSpec`` may pass :func:`
 """
 
 from titan_adam_mini.titan.builder import AdamMiniContainer
-from titan_adam_mini.titan.register import build_optimizers, register
+from titan_adam_mini.titan.register import build_optimizers, enable
 
 __all__ = ["AdamMiniContainer", "build_optimizers"]
 
-register()
+enable()

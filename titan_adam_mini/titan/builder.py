@@ -12,27 +12,22 @@ NAME = "AdamMini"
 
 
 class AdamMiniContainer(OptimizersContainer):  # type: ignore[misc]
-    """torchtitan's container, over named parameters: AdamMini decides blocks by name.
+    """torchtitan's container around one AdamMini per model part; saving and loading are torchtitan's own.
 
     Args:
         model_parts: the parallelised model parts of this rank.
-        partitions: one per model part: what its parameters are and how each is cut into blocks.
-        optimizer_kwargs: ``lr, betas, eps, weight_decay, fused, foreach`` and AdamMini's own, alike for all parts.
+        optimizers: one per model part, with all its trainable parameters.
     """
 
-    def __init__(self, model_parts: list[Any], partitions: list[Partition], optimizer_kwargs: dict[str, Any]) -> None:
+    def __init__(self, model_parts: list[Any], optimizers: list[AdamMini]) -> None:
         self.model_parts = model_parts
-        self.optimizers = []
-        all_params = []
-        for part, partition in zip(model_parts, partitions, strict=True):
-            named = [(name, param) for name, param in part.named_parameters() if param.requires_grad]
-            optimizer = AdamMini(named, partition=partition, **optimizer_kwargs)
+        self.optimizers = optimizers
+        self._validate_length(len(model_parts))
+        for optimizer in optimizers:
             # Made here, on every rank at once: a checkpoint then finds the state without a trial step.
             optimizer.init_state()
-            self.optimizers.append(optimizer)
-            all_params.extend(param for _, param in named)
-        self._validate_length(len(model_parts))
-        self._post_init(all_params, optimizer_kwargs)
+        params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+        self._post_init(params, optimizers[0].defaults)
 
 
 def build_adam_mini(
@@ -60,6 +55,15 @@ def build_adam_mini(
             "between steps, while AdamMini plans its exchange once per run. Set fault_tolerance.enable = false, or "
             "train with AdamW under torchft."
         )
+    return AdamMiniContainer(
+        model_parts, [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
+    )
+
+
+def optimizer_of(
+    part: torch.nn.Module, optimizer_config: Any, parallel_dims: Any, partition: Partition | None = None
+) -> AdamMini:
+    """AdamMini for one model part, without state yet: on the meta device too, where its table can be looked at."""
     implementation = optimizer_config.implementation
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
@@ -67,20 +71,17 @@ def build_adam_mini(
             f"{', '.join(repr(name) for name in _IMPLEMENTATIONS)}."
         )
     knobs = read_knobs(optimizer_config)
-    if partition is None:
-        partitions = [_partition_of(part, knobs, staged=parallel_dims.pp_enabled) for part in model_parts]
-    else:
-        partitions = [partition for _ in model_parts]
-    optimizer_kwargs = {
-        "lr": optimizer_config.lr,
-        "betas": (optimizer_config.beta1, optimizer_config.beta2),
-        "eps": optimizer_config.eps,
-        "weight_decay": optimizer_config.weight_decay,
-        "fused": implementation == "fused",
-        "foreach": implementation == "foreach",
-        "momentum_dtype": knobs.momentum_dtype,
-    }
-    return AdamMiniContainer(model_parts, partitions, optimizer_kwargs)
+    return AdamMini(
+        [(name, param) for name, param in part.named_parameters() if param.requires_grad],
+        lr=optimizer_config.lr,
+        betas=(optimizer_config.beta1, optimizer_config.beta2),
+        eps=optimizer_config.eps,
+        weight_decay=optimizer_config.weight_decay,
+        partition=partition or _partition_of(part, knobs, staged=parallel_dims.pp_enabled),
+        momentum_dtype=knobs.momentum_dtype,
+        foreach=implementation == "foreach",
+        fused=implementation == "fused",
+    )
 
 
 _IMPLEMENTATIONS = ("fused", "foreach", "for-loop")

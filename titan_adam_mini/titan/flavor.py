@@ -6,11 +6,11 @@ NAME = "adam_mini_debug"
 
 
 def debug_args() -> Any:
-    """Arguments of the model: 5 heads of 32 rows, so that 2, 4 or 8 shards cut heads; a 2048-token vocabulary."""
+    """Arguments of the model: 5 heads of 32 rows, so that 2, 4 or 8 shards cut heads; a 512-token vocabulary."""
     from torchtitan.models.llama3 import TransformerModelArgs
 
     return TransformerModelArgs(
-        dim=160, n_layers=4, n_heads=5, n_kv_heads=5, vocab_size=2048, multiple_of=32, rope_theta=500000
+        dim=160, n_layers=4, n_heads=5, n_kv_heads=5, vocab_size=512, multiple_of=32, rope_theta=500000
     )
 
 

@@ -51,7 +51,7 @@ def build_optimizers(
 setattr(build_optimizers, _MARK, _original)
 
 
-def register() -> None:
+def enable() -> None:
     """Put :func:`build_optimizers` in the place of torchtitan's, and cure torchtitan on a machine without accelerator.
 
     A second call changes nothing. torchtitan's MoE builder looks the function up in its module each time, so models
