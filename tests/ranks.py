@@ -120,7 +120,7 @@ class Pool:
             pipe.send_bytes(pickle.dumps((where, size, store, args)))
 
         results: dict[int, Any] = {}
-        told: list[str] = []
+        told: dict[str, list[int]] = {}
         pending: dict[Any, int] = {pipe: rank for rank, (_, pipe, _) in enumerate(self.workers[:size])}
         deadline = time.monotonic() + timeout
         while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
@@ -131,15 +131,15 @@ class Pool:
                 except (EOFError, ConnectionResetError):
                     good, results[rank] = False, f"the process died, exit code {self.workers[rank][0].exitcode}\n"
                 if not good:
-                    told.append(f"rank {rank} of {size}:\n{results[rank]}")
+                    told.setdefault(results[rank], []).append(rank)
                     deadline = min(deadline, time.monotonic() + GRACE)
         reason = "waited for the failed rank" if told else f"did not answer within {timeout} s"
         for rank in sorted(pending.values()):
-            told.append(f"rank {rank} of {size} {reason}; its stacks:\n{self._stacks(rank)}")
+            told.setdefault(f"{reason}; its stacks:\n{self._stacks(rank)}", []).append(rank)
         if pending or any(not process.is_alive() for process, _, _ in self.workers):
             self.stop()
         if told:
-            raise RankError("\n".join(told))
+            raise RankError("\n".join(f"rank {ranks} of {size}: {text}" for text, ranks in told.items()))
         return [results[rank] for rank in range(size)]
 
     def _stacks(self, rank: int) -> str:

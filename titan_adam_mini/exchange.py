@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from .kernels import Engine
 from .layout import Tiles
 from .plan import BlockPlan, BufferPlan, Group, ordered_groups, plan_buffers
-from .sharding import Axis, axes_of, check_gradient, local
+from .sharding import Axis, axes_of, local, local_gradient
 
 MISSING, COMPLETE, PARTIAL = 0, 1, 2
 """What is known of a gradient on a mesh axis; the largest that any rank knows holds for all."""
@@ -138,12 +138,10 @@ class Exchange:
         """
         grads: list[Tensor | None] = []
         for item in self.items:
-            if item.param.grad is not None:
-                try:
-                    check_gradient(item.param, item.param.grad)
-                except ValueError as error:
-                    raise ValueError(f"AdamMini cannot use the gradient of {item.name!r}: {error}") from None
-            grads.append(None if item.param.grad is None else local(item.param.grad))
+            try:
+                grads.append(None if item.param.grad is None else local_gradient(item.param, item.param.grad))
+            except ValueError as error:
+                raise ValueError(f"AdamMini cannot use the gradient of {item.name!r}: {error}") from None
         if self._partial is None:
             self._partial = self._agree_on_partial()
         planned = {member for members in (self._partial or {}).values() for member in members}
@@ -207,7 +205,7 @@ class Exchange:
             grad = grads[index]
             if partial[-1] and grad is not None:
                 views[number].copy_(grad.reshape(-1))
-                if placement.reduce_op == "avg":
+                if isinstance(placement, Partial) and placement.reduce_op == "avg":
                     views[number].div_(len(group))
                 buffer[number] = 1
         dist.all_reduce(buffer, group=self.groups[group])
@@ -260,10 +258,9 @@ class Exchange:
 
     def _add_sums(self, target: Tensor, index: int, grad: Tensor) -> None:
         item = self.items[index]
-        for box, part in zip(item.plan.own, item.plan.shard.views(grad), strict=True):
-            if part.numel():
-                sums = self.engine.square_sums(part, item.plan.tiles_in(box), item.plan.keep, item.dtype)
-                target[item.plan.place(box)] += sums
+        for view, (tiles, place, _) in zip(item.plan.shard.views(grad), item.plan.parts, strict=True):
+            if view.numel():
+                target[place] += self.engine.square_sums(view, tiles, item.plan.keep, item.dtype)
 
     def _wait(self, number: int) -> Tensor:
         work = self._work[number]

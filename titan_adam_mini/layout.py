@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 
@@ -81,7 +81,6 @@ class Tiles:
         """The first index of every tile, in order."""
         return list(accumulate(self.lengths(), initial=0))[:-1]
 
-    @cache
     def clip(self, start: int, stop: int) -> Tiles:
         """The pieces of the tiles that lie inside [start, stop), re-based to index 0."""
         pieces: list[Run] = []
@@ -100,7 +99,6 @@ class Tiles:
             offset = end
         return Tiles.of(pieces)
 
-    @cache
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The half-open range of tile numbers that [start, stop) touches; (0, 0) if it is empty."""
         if start >= stop:

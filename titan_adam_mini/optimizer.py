@@ -274,8 +274,8 @@ class AdamMini(Optimizer):
         weight = (beta1 - 1) if group["maximize"] else (1 - beta1)
         views = item.plan.shard.views
         param, exp_avg = local(item.param), local(state["exp_avg"])
-        for box, p, g, m in zip(item.plan.own, views(param), views(grad), views(exp_avg), strict=True):
-            tiles, blocks = item.plan.tiles_in(box), item.plan.blocks_of(box)
+        parts = item.plan.parts
+        for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), parts, strict=True):
             self.engine.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
 
     # Saving and loading

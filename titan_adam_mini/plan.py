@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from math import prod
 
 from .layout import BlockLayout, Tiles
@@ -87,6 +88,11 @@ class BlockPlan:
         """Shape of the sums of the reach as they are exchanged."""
         rows = box_shape(self.reach)[: self.keep + 1]
         return rows + self.grid_shape[self.keep + 1 :]
+
+    @cached_property
+    def parts(self) -> tuple[tuple[tuple[Tiles, ...], tuple[slice, ...], tuple[slice, ...]], ...]:
+        """Per owned box: the pieces of its tiles, the place of its sums in those of the reach, its blocks."""
+        return tuple((self.tiles_in(box), self.place(box), self.blocks_of(box)) for box in self.own)
 
     def place(self, box: Box) -> tuple[slice, ...]:
         """Where the sums of an owned box stand among the sums of the reach."""
@@ -206,7 +212,7 @@ def ordered_groups(axes: Sequence[Sequence[Axis]]) -> list[Group]:
     """
     meshes = {tuple(mesh) for mesh in axes}
     stage = {axis.ranks: 0 for mesh in meshes for axis in mesh}
-    steps = {(one.ranks, two.ranks) for mesh in meshes for one, two in zip(mesh, mesh[1:], strict=False)}
+    steps = {(one.ranks, two.ranks) for mesh in meshes for one, two in pairwise(mesh)}
     for _ in range(len(stage) + 1):
         late = [(one, two) for one, two in steps if stage[two] <= stage[one]]
         if not late:

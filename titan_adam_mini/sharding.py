@@ -223,10 +223,12 @@ def as_state(
     return state if state.device == data.device else state.to(data.device)
 
 
-def check_gradient(param: Tensor, grad: Tensor) -> None:
-    """Raise ValueError if `grad` cannot update `param`: sparse, complex, or placed in another way.
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of the gradient, as a plain tensor of the local parameter's shape.
 
     A gradient that is Partial (a sum or an average) where its parameter is replicated passes: it is completed later.
+    One that is replicated where its parameter is sharded (torch's row-wise parallel embedding) is cut to size.
+    Raises ValueError if `grad` cannot update `param`: sparse, complex, or placed in another way.
     """
     if grad.is_sparse or grad.layout != torch.strided:
         raise ValueError("its gradient is sparse; AdamMini needs dense gradients (sparse=False in nn.Embedding)")
@@ -235,13 +237,27 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
     if isinstance(param, DTensor) != isinstance(grad, DTensor):
         raise ValueError(f"the parameter is a {type(param).__name__} and its gradient a {type(grad).__name__}")
     if not isinstance(param, DTensor):
-        return
+        return local(grad)
     assert isinstance(grad, DTensor)
+    if param.device_mesh != grad.device_mesh:
+        raise ValueError(f"the parameter lives on {param.device_mesh} and its gradient on {grad.device_mesh}")
+    if param.placements == grad.placements:
+        return local(grad)
     for axis, (want, have) in enumerate(zip(param.placements, grad.placements, strict=True)):
         completable = isinstance(want, Replicate) and isinstance(have, Partial) and have.reduce_op in ("sum", "avg")
-        if not (want == have or completable or param.device_mesh.size(axis) == 1):
+        if not (want == have or completable or isinstance(have, Replicate) or param.device_mesh.size(axis) == 1):
             raise ValueError(
                 f"on mesh axis {axis} the parameter is {want} but its gradient {have}; redistribute the gradient first"
             )
-    if param.device_mesh != grad.device_mesh:
-        raise ValueError(f"the parameter lives on {param.device_mesh} and its gradient on {grad.device_mesh}")
+    coordinate = param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    whole = [Replicate() if isinstance(one, Partial) else one for one in grad.placements]
+    held = Shard.of(grad.shape, whole, grad.device_mesh.shape, coordinate).box()
+    own = shard_of(param).box()
+    if not all(base <= lo and hi <= end for (lo, hi), (base, end) in zip(own, held, strict=True) if lo < hi):
+        raise ValueError(
+            f"the parameter is placed as {param.placements} and its gradient, as {grad.placements}, lacks some of its "
+            "elements here; redistribute the gradient first"
+        )
+    cut = (slice(lo - base, hi - base) for (lo, hi), (base, _) in zip(own, held, strict=True))
+    return local(grad)[tuple(cut)]

@@ -71,7 +71,7 @@ class World:
         """Per rank and parameter, the means of squares of its reach, after the exchange."""
         ranks = range(len(self.coordinates))
         state = [[self.sums(rank, index, grad) for index, grad in enumerate(grads)] for rank in ranks]
-        order = ordered_groups([axes for axes in self.axes])
+        order = ordered_groups(self.axes)
         for group in order:
             for rank in group:
                 plan = next((one for one in self.buffers[rank] if one.group == group), None)

@@ -7,8 +7,8 @@ float32 numbers. What torchtitan or torch cannot do on a CPU is replaced, and no
 - experts are computed one by one, as torchtitan does on older GPUs: the grouped product is the GPU's;
 - `torch.histc`, by which routers count tokens, takes no integers on CPUs: it gets floats;
 - gpt_oss's flex attention has no backward pass on CPUs: the same attention is written out;
-- qwen3's debug flavour ties its embeddings, which torchtitan 0.2.2's parallelize function puts into two FSDP groups, as
-  torch refuses to: `fully_shard` is applied here, layer by layer.
+- qwen3's debug flavour ties its embeddings, which torchtitan 0.2.2's parallelize function puts into two FSDP groups;
+  torch 2.13 refuses that, so `fully_shard` is applied here, layer by layer.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from titan_adam_mini.titan.knobs import Knobs, read_knobs
 NAME = "AdamMini"
 
 
-class AdamMiniContainer(OptimizersContainer):  # type: ignore[misc]
+class AdamMiniContainer(OptimizersContainer):
     """torchtitan's container around one AdamMini per model part; saving and loading are torchtitan's own.
 
     Args:
