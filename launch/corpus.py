@@ -132,7 +132,7 @@ def build(out: Path, *, seq_len: int, global_batch: int, steps: int, ranks: list
         ranks: numbers of data-parallel ranks to write `train-N` for.
         validation: number of held-out documents.
     """
-    wanted = {
+    wanted: dict[str, Any] = {
         "seq_len": seq_len,
         "global_batch": global_batch,
         "steps": steps,

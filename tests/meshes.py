@@ -1,292 +1,243 @@
-"""The decoder under every mesh: built, trained beside the oracle, its errors measured and its collectives recorded."""
+"""The catalogue of meshes, ways to put the same tensors on them, and to get them back whole.
+
+Every element's place is found by sending its own flat index through torch's parallelism first: whatever torch makes
+of it is what this rank holds. So neither gradients nor results depend on code under test, nor on torch's own
+gathering (`distribute_tensor` refuses uneven `_StridedShard`s, which FSDP2 over tensor parallelism makes).
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from decoder import Decoder, Sizes, loss_of, shard_data, shard_experts, shard_tensors, tokens
-from oracle import Oracle, error
+from decoder import Decoder, Experts, Layer, Sizes, shard_data, shard_experts, shard_tensors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor, Placement
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from titan_adam_mini import AdamMini, Partition
-from titan_adam_mini.plan import BlockPlan
-from titan_adam_mini.sharding import Shard as Part
-from titan_adam_mini.sharding import shard_of
+from titan_adam_mini.layout import BlockLayout
 
-BATCH = 2
-"""Sequences per data rank and step."""
-DECAYS = {"feed_forward": 0.3, "": 0.02}
-"""Decay of the two parameter groups: names that hold the first word, and the others."""
+DENSE = Sizes()
+MOE = replace(DENSE, layers=1, experts=5)
+Part = tuple[Tensor, Tensor]
+"""(flat indices, values): what one rank holds of one tensor."""
+
+
+# The tensors: full values, blocks, decay
+
+
+def full_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the whole decoder."""
+    return {name: tuple(param.shape) for name, param in Decoder(sizes).named_parameters()}
+
+
+def layouts(sizes: Sizes) -> dict[str, BlockLayout]:
+    """The blocks of every parameter, by hand."""
+    found = {}
+    for name, shape in full_shapes(sizes).items():
+        if len(shape) == 3:
+            found[name] = BlockLayout.of(shape, 1, 1, None)
+        elif len(shape) == 1:
+            found[name] = BlockLayout.of(shape, None)
+        else:
+            found[name] = BlockLayout.of(shape, sizes.head_dim if name.endswith(("wq.weight", "wk.weight")) else 1, None)
+    return found
+
+
+def draw(shapes: Mapping[str, Sequence[int]], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Float64 normal values; a tensor's depend on its place in `shapes` and the seed only."""
+    values = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        values[name] = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * scale
+    return values
+
+
+# The catalogue
 
 
 @dataclass(frozen=True)
-class Case:
-    """A mesh, and the way in which each of its axes ("pp", "rep", "dp", "tp", "ep") parallelises the decoder."""
+class Mesh:
+    """One way to spread the decoder over ranks.
 
-    axes: tuple[tuple[str, int], ...]
-    sizes: Sizes = field(default_factory=Sizes)
+    Attributes:
+        name: what the tables call it.
+        shape: the device mesh.
+        axes: its axes' names: pp, rep, dp, ep, tp.
+        sizes: the decoder; nasty ones, so only good for gradients that are put there by hand.
+        norms: with tp, "sequence" (norms are Replicate along tp) or "plain".
+        partial: gradients of norms are Partial along tp, as in tensor parallelism alone.
+        expert_dim: the dim along which FSDP2 cuts experts.
+        offload: parameters, gradients and state in host memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    sizes: Sizes = DENSE
     norms: str = "sequence"
-    offload: bool = False
+    partial: bool = False
     expert_dim: int = 0
+    offload: bool = False
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return prod(size for _, size in self.axes)
+        return prod(self.shape)
+
+    def place(self, model: Decoder) -> None:
+        """Cut the model to this rank's stage, then parallelise it in torchtitan's order: tp, ep, FSDP."""
+        mesh = init_device_mesh("cpu", self.shape, mesh_dim_names=self.axes)
+        if "pp" in self.axes:
+            model.stage(first=mesh.get_local_rank("pp") == 0)
+        if "tp" in self.axes:
+            shard_tensors(model, mesh["tp"], self.norms)
+        offload = CPUOffloadPolicy(pin_memory=False) if self.offload else None
+        if "ep" in self.axes:
+            shard_experts(model, mesh["ep"])
+            if "dp" in self.axes:
+                self._shard_moe(model, mesh)
+        elif "rep" in self.axes:
+            shard_data(model, mesh["rep", "dp"], offload)
+        elif "dp" in self.axes:
+            shard_data(model, mesh["dp"], offload, self.expert_dim)
+
+    def _shard_moe(self, model: Decoder, mesh: DeviceMesh) -> None:
+        """As torchtitan: experts over (dp, ep), everything else over all of these ranks as one axis."""
+        everyone = mesh._flatten("dp_ep")
+        for module in model.modules():
+            if isinstance(module, Experts):
+                fully_shard(module, mesh=mesh["dp"], shard_placement_fn=lambda param: Shard(self.expert_dim))
+        for module in model.modules():
+            if isinstance(module, Layer):
+                fully_shard(module, mesh=everyone)
+        fully_shard(model, mesh=everyone)
 
 
-def axes(**sizes: int) -> tuple[tuple[str, int], ...]:
-    """Mesh axes, outer first."""
-    return tuple(sizes.items())
+def _catalogue() -> dict[str, Mesh]:
+    meshes = [
+        Mesh("one rank", (1,), ("dp",)),
+        *(Mesh(f"FSDP2 {n}", (n,), ("dp",)) for n in (2, 3, 4, 5, 7, 8)),
+        Mesh("FSDP2 2, CPU offload", (2,), ("dp",), offload=True),
+        *(Mesh(f"HSDP {a}x{b}", (a, b), ("rep", "dp")) for a, b in ((2, 2), (2, 3), (3, 2), (2, 1))),
+        *(Mesh(f"TP {n}", (n,), ("tp",), partial=True) for n in (2, 3, 4)),
+        Mesh("TP 2, plain norms", (2,), ("tp",), norms="plain"),
+        *(Mesh(f"FSDP2 x TP {a}x{b}", (a, b), ("dp", "tp")) for a, b in ((2, 2), (3, 2), (2, 3), (4, 2))),
+        Mesh("FSDP2 x TP 2x2, norms on dp", (2, 2), ("dp", "tp"), norms="plain"),
+        Mesh("HSDP x TP 2x2x2", (2, 2, 2), ("rep", "dp", "tp")),
+        Mesh("FSDP2 4, experts", (4,), ("dp",), sizes=MOE),
+        Mesh("FSDP2 3, experts Shard(1)", (3,), ("dp",), sizes=MOE, expert_dim=1),
+        Mesh("EP 2", (2,), ("ep",), sizes=MOE),
+        Mesh("FSDP2 x EP 2x2", (2, 2), ("dp", "ep"), sizes=MOE),
+        Mesh("FSDP2 x EP 3x2", (3, 2), ("dp", "ep"), sizes=MOE),
+        Mesh("FSDP2 x EP 2x2, experts Shard(1)", (2, 2), ("dp", "ep"), sizes=MOE, expert_dim=1),
+        Mesh("PP 2", (2,), ("pp",)),
+        Mesh("PP x FSDP2 2x2", (2, 2), ("pp", "dp")),
+        Mesh("PP x FSDP2 x TP 2x2x2", (2, 2, 2), ("pp", "dp", "tp")),
+    ]
+    return {mesh.name: mesh for mesh in meshes}
 
 
-EVEN = Sizes(vocab=32, dim=12, n_kv_heads=6, head_dim=8, hidden=24)
-TP2 = Sizes(n_kv_heads=2)
-CASES: dict[str, Case] = {
-    **{f"FSDP2 {n}": Case(axes(dp=n)) for n in (1, 2, 3, 4, 5, 7)},
-    "FSDP2 8, dim 5": Case(axes(dp=8), Sizes(dim=5, hidden=7)),
-    "HSDP 2x2": Case(axes(rep=2, dp=2)),
-    "HSDP 2x3": Case(axes(rep=2, dp=3)),
-    "HSDP 3x2": Case(axes(rep=3, dp=2)),
-    "CPU offload 3": Case(axes(dp=3), offload=True),
-    "TP 2": Case(axes(tp=2), TP2),
-    "TP 3": Case(axes(tp=3)),
-    "TP 2, even": Case(axes(tp=2), EVEN),
-    "TP 2, plain norms": Case(axes(tp=2), TP2, norms="plain"),
-    "FSDP2 x TP 2x2, even": Case(axes(dp=2, tp=2), EVEN),
-    "FSDP2 x TP 4x2, even": Case(axes(dp=4, tp=2), EVEN),
-    "FSDP2 x TP 2x2": Case(axes(dp=2, tp=2), TP2),
-    "FSDP2 x TP 3x2": Case(axes(dp=3, tp=2), TP2),
-    "FSDP2 x TP 2x3": Case(axes(dp=2, tp=3)),
-    "FSDP2 x TP 4x2": Case(axes(dp=4, tp=2), TP2),
-    "FSDP2 x TP 2x2, norms on dp": Case(axes(dp=2, tp=2), TP2, norms="plain"),
-    "HSDP x TP 2x2x2": Case(axes(rep=2, dp=2, tp=2), TP2),
-    "MoE, FSDP2 3": Case(axes(dp=3), Sizes(experts=5)),
-    "MoE, FSDP2 2, experts Shard(1)": Case(axes(dp=2), Sizes(experts=3, dim=10, hidden=14), expert_dim=1),
-    "MoE, EP 2": Case(axes(ep=2), Sizes(experts=5)),
-    "MoE, FSDP2 x EP 2x2": Case(axes(dp=2, ep=2), Sizes(experts=5)),
-    "PP 2": Case(axes(pp=2)),
-    "PP x FSDP2 2x2": Case(axes(pp=2, dp=2)),
-}
+CATALOGUE = _catalogue()
 
 
-class Run:
-    """One rank's part of a case: the parallelised decoder, its optimizer, and the oracle fed by an unsharded copy."""
+# Tensors in place
 
-    def __init__(self, case: Case, rank: int, dtype: torch.dtype = torch.float64, **options: Any) -> None:
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        self.case, self.rank = case, rank
-        names = tuple(name for name, _ in case.axes)
-        self.mesh = init_device_mesh("cpu", tuple(size for _, size in case.axes), mesh_dim_names=names)
-        self.whole = Decoder(case.sizes).to(dtype)
-        self.model = self._parallel(Decoder(case.sizes).to(dtype), names)
-        layouts = Partition.transformer(head_dim=case.sizes.head_dim).assign(
-            {name: param.shape for name, param in self.whole.named_parameters()}
-        )
-        self.layouts = {name: blocks.layout for name, blocks in layouts.items()}
-        self.params = dict(self.model.named_parameters())
-        self.optimizer = AdamMini(groups_of(self.params), lr=1e-2, head_dim=case.sizes.head_dim, **options)
-        self.oracle = Oracle(dict(self.whole.named_parameters()), self.layouts)
 
-    def _parallel(self, model: Decoder, names: tuple[str, ...]) -> Decoder:
-        at = dict(zip(names, self.mesh.get_coordinate() or (), strict=True))
-        data = [name for name in names if name in ("rep", "dp")]
-        self.data = [self.mesh.get_local_rank(name) for name in data]
-        self.data_sizes = [self.mesh[name].size() for name in data]
-        self.first_stage = at.get("pp", 0) == 0
-        self.last_stage = at.get("pp", 1) == 1
-        if "pp" in names:
-            model = model.stage(self.first_stage)
-        if "tp" in names:
-            shard_tensors(model, self.mesh["tp"], self.case.norms)
-        if "ep" in names:
-            shard_experts(model, self.mesh["ep"])
-        if data:
-            mesh = self.mesh[tuple(data)] if len(data) > 1 else self.mesh[data[0]]
-            offload = CPUOffloadPolicy(pin_memory=False) if self.case.offload else None
-            shard_data(model, mesh, offload, self.case.expert_dim)
-        return model
+class Placed:
+    """Named parameters on this rank, and the flat global index of every element of their local tensors."""
 
-    def backward(self, step: int) -> None:
-        """Forward and backward of one step, on this rank's sequences and, unsharded, on all of them."""
-        number = 0
-        for coordinate, size in zip(self.data, self.data_sizes, strict=True):
-            number = number * size + coordinate
-        inputs, labels = tokens(self.case.sizes, BATCH * prod(self.data_sizes), step)
-        mine = slice(number * BATCH, (number + 1) * BATCH)
-        weight = 1.0 + step % 3
-        for model in (self.whole, self.model):
-            model.zero_grad()
-        (loss_of(self.whole(inputs), labels) * weight).backward()
-        x = inputs[mine]
-        if not self.first_stage:
-            x = torch.empty(*x.shape, self.case.sizes.dim, dtype=self.whole.norm.weight.dtype)
-            dist.recv(x, self._peer())
-            x.requires_grad_()
-        out = self.model(x)
-        if self.last_stage:
-            (loss_of(out, labels[mine]) * weight).backward()
-            if not self.first_stage:
-                dist.send(x.grad, self._peer())
-        else:
-            dist.send(out.detach().contiguous(), self._peer())
-            grad = torch.empty_like(out)
-            dist.recv(grad, self._peer())
-            out.backward(grad)
+    def __init__(self, params: Mapping[str, Tensor], module: nn.Module | None = None) -> None:
+        """`params` hold their own flat indices."""
+        self.module = module
+        self.params = dict(params)
+        self.index = {name: local(param).detach().long().clone() for name, param in params.items()}
 
-    def _peer(self) -> int:
-        return next(rank for rank in dist.get_process_group_ranks(self.mesh.get_group("pp")) if rank != self.rank)
-
-    def clip(self, limit: float) -> float:
-        """Clip both models' gradients with torch's own functions; the relative difference of their norms."""
-        want = nn.utils.clip_grad_norm_(self.whole.parameters(), limit)
-        meshes: dict[Any, list[Tensor]] = {}
-        for param in self.params.values():
-            meshes.setdefault(getattr(param, "device_mesh", None), []).append(param)
-        squares = []
-        for params in meshes.values():
-            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-            squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2)
-        square = torch.stack(squares).sum()
-        if "pp" in dict(self.case.axes):
-            dist.all_reduce(square, group=self.mesh.get_group("pp"))
-        got = square.sqrt()
-        nn.utils.clip_grads_with_norm_(self.params.values(), limit, got)
-        return error(got, want)
-
-    def step(self, lr: float) -> None:
-        """One step of the optimizer and of the oracle, whose parameters the unsharded copy takes over."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        whole = dict(self.whole.named_parameters())
-        decay = {name: decay_of(name) for name in whole}
-        grads = {name: param.grad for name, param in whole.items()}
-        self.oracle.step(grads, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    @staticmethod
+    def decoder(mesh: Mesh, dtype: torch.dtype = torch.float64) -> Placed:
+        """The decoder on a mesh of the catalogue; its values are still indices."""
+        model = Decoder(mesh.sizes).to(dtype)
         with torch.no_grad():
-            for name, param in whole.items():
-                param.copy_(self.oracle.params[name])
+            for param in model.parameters():
+                param.copy_(torch.arange(param.numel()).view_as(param))
+        mesh.place(model)
+        return Placed(dict(model.named_parameters()), model)
 
-    def errors(self) -> dict[str, float]:
-        """Largest relative error of this rank's parameters, and of their first and second moments."""
-        worst = {"param": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    @staticmethod
+    def bare(
+        mesh: DeviceMesh,
+        shapes: Mapping[str, Sequence[int]],
+        placements: Mapping[str, Sequence[Placement]],
+        dtype: torch.dtype = torch.float64,
+    ) -> Placed:
+        """Parameters that belong to no module, on one mesh, cut evenly or not by Shard and Replicate."""
+        params = {}
+        for name, shape in shapes.items():
+            indices = torch.arange(prod(shape), dtype=dtype).view(tuple(shape))
+            params[name] = nn.Parameter(distribute_tensor(indices, mesh, placements[name]))
+        return Placed(params)
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> Placed:
+        """Give the parameters these full values."""
         for name, param in self.params.items():
-            plan = BlockPlan.of(self.layouts[name], shard_of(param))
-            own = slices(plan.own[0])
-            grid = tuple(
-                slice(*tiles.span(*there)) for tiles, there in zip(plan.layout.dims, plan.reach, strict=True)
-            )
-            state = self.optimizer.state[param]
-            assert float(state["step"]) == self.oracle.steps[name]
-            for key, got, want in (
-                ("param", param, self.oracle.params[name][own]),
-                ("exp_avg", state["exp_avg"], self.oracle.exp_avg[name][own]),
-                ("exp_avg_sq", state["exp_avg_sq"], self.oracle.exp_avg_sq[name][grid]),
-            ):
-                worst[key] = max(worst[key], error(local(got), want))
-        return worst
+            local(param).copy_(values[name].flatten()[self.index[name]])
+        return self
+
+    def inject(self, grads: Mapping[str, Tensor | None], partial: Callable[[str, Tensor], Sequence[int]] = tuple) -> None:
+        """Give the parameters these full gradients; along the mesh axes that `partial(name, param)` names, in parts."""
+        for name, param in self.params.items():
+            full = grads[name]
+            param.grad = None if full is None else self._gradient(name, full, partial(name, param))
+
+    def _gradient(self, name: str, full: Tensor, partial: Sequence[int]) -> Tensor:
+        param = self.params[name]
+        data = full.flatten()[self.index[name]].to(param.dtype)
+        if not isinstance(param, DTensor):
+            return data
+        mesh, placements = param.device_mesh, list(param.placements)
+        for axis in partial:
+            size, coordinate = mesh.size(axis), mesh.get_local_rank(axis)
+            data = data * (2 * (coordinate + 1) / (size * (size + 1)))
+            placements[axis] = Partial()
+        return DTensor.from_local(data, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+
+    def parts(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
+        """What this rank holds of the parameters, or of other tensors placed like them."""
+        values = self.params if values is None else values
+        return {name: (self.index[name], local(value).detach().clone()) for name, value in values.items()}
 
 
-def train(rank: int, world: int, case: Case, steps: int = 20, **options: Any) -> dict[str, Any]:
-    """Train a case beside the oracle. Returns the errors, and the collectives of building, first and later steps."""
-    run = Run(case, rank, **options)
-    worst: dict[str, float] = {}
-    collectives: list[list[Call]] = []
-    for step in range(steps):
-        run.backward(step)
-        worst["norm"] = max(worst.get("norm", 0.0), run.clip(1.5))
-        with Collectives() as seen:
-            run.step(lr=1e-2 * (1 + step % 5) / 3)
-        collectives.append(seen.calls)
-        for key, value in run.errors().items():
-            worst[key] = max(worst.get(key, 0.0), value)
-    assert all(calls == collectives[-1] for calls in collectives[1:]), collectives
-    return {"errors": worst, "first": collectives[0], "later": collectives[-1], "axes": case.axes}
+def norms_along_tp(mesh: Mesh) -> Callable[[str, Tensor], Sequence[int]]:
+    """For `Placed.inject`: the axes along which a decoder's gradients are Partial on this mesh."""
 
+    def axes(name: str, param: Tensor) -> Sequence[int]:
+        return (mesh.axes.index("tp"),) if mesh.partial and "norm" in name else ()
 
-def decay_of(name: str) -> float:
-    """The decay that `groups_of` gives a parameter."""
-    return next(decay for word, decay in DECAYS.items() if word in name)
-
-
-def groups_of(params: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Two groups with two decays, in the order of DECAYS; one where a model has nothing for the other."""
-    groups = []
-    for decay in DECAYS.values():
-        pairs = [(name, param) for name, param in params.items() if decay_of(name) == decay]
-        if pairs:
-            groups.append({"params": pairs, "weight_decay": decay})
-    return groups
-
-
-# Bare tensors, without a model
-
-
-def place(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """`tensor` as a DTensor whose local part is cut out by the core's own reading of the placements."""
-    part = Part.of(tensor.shape, placements, mesh.shape, mesh.get_coordinate() or ())
-    own = tensor[slices(part.box())].clone()
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
-
-
-def slices(box: Iterable[tuple[int, int]]) -> tuple[slice, ...]:
-    """A box as an index."""
-    return tuple(slice(*interval) for interval in box)
+    return axes
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The local part of a DTensor, or the tensor."""
-    tensor = tensor.detach()
+    """This rank's data."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor, param: Tensor) -> Tensor:
-    """What a rank that holds `param` would hold of the whole `tensor`."""
-    return tensor[slices(shard_of(param).box())]
-
-
-# Collectives
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective as c10d saw it."""
-
-    op: str
-    group: tuple[int, ...]
-    numel: int
-
-
-class Collectives(TorchDispatchMode):
-    """Records every collective that reaches c10d's dispatcher, functional or not, while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space = func.namespace
-        if space == "c10d":
-            group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-            ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-            tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-            numel = sum(tensor.numel() for tensor in tensors)
-            self.calls.append(Call(func.__name__.split(".")[0].rstrip("_"), tuple(ranks), numel))
-        elif space == "_c10d_functional" and "wait" not in func.__name__:
-            self.calls.append(Call(func.__name__.split(".")[0], (), args[0].numel()))
-        return func(*args, **(kwargs or {}))
-
-
-def with_layers(case: Case, layers: int) -> Case:
-    """The same case, deeper."""
-    return replace(case, sizes=replace(case.sizes, layers=layers))
+def whole(shapes: Mapping[str, Sequence[int]], ranks: Sequence[Mapping[str, Part]]) -> dict[str, Tensor]:
+    """Full tensors from what all ranks hold. Asserts that nothing is missing and that replicas are bit-equal."""
+    tensors = {}
+    for name, shape in shapes.items():
+        held = [parts[name] for parts in ranks if name in parts]
+        assert held, f"no rank has {name}"
+        full = torch.zeros(prod(shape), dtype=held[0][1].dtype)
+        seen = torch.zeros(prod(shape), dtype=torch.bool)
+        for index, value in held:
+            index, value = index.flatten(), value.flatten()
+            again = seen[index]
+            assert torch.equal(full[index][again], value[again]), f"replicas of {name} differ"
+            full[index], seen[index] = value, True
+        assert seen.all(), f"nobody has {int((~seen).sum())} elements of {name}"
+        tensors[name] = full.view(tuple(shape))
+    return tensors

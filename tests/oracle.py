@@ -44,10 +44,10 @@ class Oracle:
         eps: float,
         weight_decay: Mapping[str, float],
     ) -> None:
-        """One update; a parameter without a gradient is left alone."""
+        """One update; a parameter without a gradient, or not in `grads`, is left alone."""
         beta1, beta2 = betas
         for name, p in self.params.items():
-            grad = grads[name]
+            grad = grads.get(name)
             if grad is None:
                 continue
             g, m, v = grad.double(), self.exp_avg[name], self.exp_avg_sq[name].view(-1)

@@ -61,7 +61,7 @@ def _serve(rank: int, pipe: Connection, stacks: str, path: list[str]) -> None:
         while True:
             try:
                 (file, name), size, store, args = pickle.loads(pipe.recv_bytes())
-            except EOFError:
+            except (EOFError, OSError):
                 return
             try:
                 shared = dist.FileStore(store, size) if size > 1 else dist.HashStore()

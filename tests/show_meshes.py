@@ -7,43 +7,42 @@ relative to the largest entry, and the collectives of one step of the optimizer.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from meshes import CASES, Call, train  # noqa: E402
 from ranks import run  # noqa: E402
+from training import CASES, Call, Case, train  # noqa: E402
 
 HEADINGS = ("mesh", "ranks", "parameters", "second moments", "collectives per step, and the numbers sent by rank 0")
 
 
-def told(calls: list[Call], axes: dict[str, int]) -> str:
+def told(calls: list[Call], case: Case) -> str:
     """The collectives of rank 0, by the mesh axis whose ranks take part."""
-    names = {}
-    stride = 1
-    for name, size in reversed(axes.items()):
+    names, stride = {}, 1
+    for name, size in reversed(case.axes):
         names[tuple(range(0, size * stride, stride))] = name
         stride *= size
-    count = Counter((names.get(call.group, str(call.group)), call.op) for call in calls)
-    numel = {key: [call.numel for call in calls if names.get(call.group, str(call.group)) == key[0]] for key in count}
-    return ", ".join(f"{n} {op} on {axis} ({'+'.join(map(str, numel[axis, op]))})" for (axis, op), n in count.items())
+    sent: dict[tuple[str, str], list[str]] = {}
+    for op, group, numel in calls:
+        sent.setdefault((op, names[group]), []).append(str(numel))
+    return ", ".join(f"{len(sizes)} {op} on {axis} ({'+'.join(sizes)})" for (op, axis), sizes in sent.items())
 
 
 def row(name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
     """One line of the table from what all ranks returned."""
     worst = {key: max(result["errors"][key] for result in results) for key in ("param", "exp_avg_sq")}
-    calls = told(results[0]["later"], dict(results[0]["axes"]))
+    calls = told(results[0]["later"], CASES[name])
     return name, str(len(results)), f"{worst['param']:.1e}", f"{worst['exp_avg_sq']:.1e}", calls or "none"
 
 
 def main() -> None:
-    """Run the meshes that the command line names, or all."""
+    """Run the meshes whose names hold all words of the command line."""
     rows = [HEADINGS]
     for name, case in CASES.items():
         if all(word in name for word in sys.argv[1:]):
-            rows.append(row(name, run(train, case.world, case)))
+            rows.append(row(name, run(train, case.world, case, timeout=600)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     for line in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

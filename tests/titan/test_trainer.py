@@ -33,8 +33,10 @@ class Trainer:
         seed = {"checkpoint.create_seed_checkpoint": True, "training.dataset_path": corpus / "train-1", "debug.seed": 0}
         self("seed", ranks=1, start={}, **seed)
 
-    def __call__(self, name: str, *, ranks: int, data: int = 1, start: dict[str, Any] | None = None, **mesh: Any):
-        """The finished run: `data` ranks of it see different documents."""
+    def __call__(
+        self, name: str, *, ranks: int, data: int = 1, start: dict[str, Any] | None = None, shown: int = 0, **mesh: Any
+    ):
+        """The finished run: `data` ranks of it see different documents, rank `shown` reports the losses."""
         from runs import train
 
         settings = {
@@ -44,7 +46,7 @@ class Trainer:
             **({"checkpoint.initial_load_path": self.checkpoint("seed", 0)} if start is None else start),
             **mesh,
         }
-        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, time_limit=240)
+        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, env={"LOG_RANK": str(shown)})
 
     def checkpoint(self, name: str, step: int) -> Path:
         return self.out / name / "checkpoint" / f"step-{step}"
@@ -130,7 +132,7 @@ def test_tensor_parallel_gives_the_losses_of_one(even: Trainer, fsdp_tp: Any) ->
 def test_two_pipeline_stages(trainer: Trainer, one: Any) -> None:
     """torchtitan does not normalise gradients under a pipeline, and clipping makes that another run: it learns."""
     stages = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "1F1B"}
-    run = trainer("pipeline", ranks=2, **stages)
+    run = trainer("pipeline", ranks=2, shown=1, **stages)
     assert abs(run.losses[1] - one.losses[1]) < 1e-3
     assert run.losses[STEPS] < 0.85 * run.losses[1]
 
@@ -159,7 +161,7 @@ def test_what_a_checkpoint_holds(trainer: Trainer, two: Any) -> None:
     assert 0 < seconds < 0.03 * parameters
     names = [key for key in FileSystemReader(path).read_metadata().state_dict_metadata if key.startswith("optimizer.")]
     kinds = {key.rpartition(".")[2] for key in names}
-    assert kinds == {"exp_avg", "exp_avg_sq", "step", "lr", "betas", "eps", "weight_decay", "maximize"}
+    assert kinds == {"exp_avg", "exp_avg_sq", "step", "lr", "betas", "eps", "weight_decay", "maximize", "initial_lr"}
 
 
 @pytest.mark.parametrize("ranks", [64, 1024])

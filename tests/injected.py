@@ -1,0 +1,164 @@
+"""Twenty steps with gradients put there by hand, on any mesh of the catalogue and in the oracle.
+
+Same values, gradients and schedule everywhere: gradients change in size by a hundred from step to step and are
+clipped, the learning rate moves, and two parameter groups differ in learning rate, betas and decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from collectives import Collective, Collectives
+from decoder import Sizes
+from meshes import CATALOGUE, Mesh, Placed, draw, full_shapes, layouts, norms_along_tp, whole
+from oracle import Oracle, error
+from ranks import run
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from titan_adam_mini import AdamMini
+
+STEPS = 20
+EPS = 1e-8
+MATRICES = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+VECTORS = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.01}
+
+
+def group_of(name: str) -> dict[str, Any]:
+    """The hyper-parameters of a parameter."""
+    return VECTORS if "norm" in name else MATRICES
+
+
+def lr_factor(step: int) -> float:
+    """Warm-up, then down."""
+    return min(1.0, (step + 1) / 5) * (1 - step / (2 * STEPS))
+
+
+def values(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The parameters at the start."""
+    return draw(shapes, seed=0, scale=0.5)
+
+
+def gradients(shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, Tensor]:
+    """The gradients of one step, clipped to a norm of 1."""
+    grads = draw(shapes, seed=step + 1, scale=10.0 ** (step % 3 - 2))
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+    return {name: grad / norm.clamp_min(1.0) for name, grad in grads.items()}
+
+
+def groups(params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Two parameter groups of named parameters; both are there on every pipeline stage."""
+    return [
+        {"params": [pair for pair in params.items() if group_of(pair[0]) is hyper], **hyper}
+        for hyper in (MATRICES, VECTORS)
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """What a scheduler does."""
+    for group, hyper in zip(optimizer.param_groups, (MATRICES, VECTORS), strict=True):
+        group["lr"] = hyper["lr"] * lr_factor(step)
+
+
+def make(kind: str, params: Mapping[str, Tensor], sizes: Sizes, **options: Any) -> torch.optim.Optimizer:
+    """AdamW (the control: it needs no blocks) or AdamMini."""
+    if kind == "AdamW":
+        return torch.optim.AdamW(groups(params), eps=EPS, foreach=False, **options)
+    heads = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "head_dim": sizes.head_dim}
+    return AdamMini(groups(params), eps=EPS, **heads, **options)
+
+
+def train(
+    rank: int, world: int, name: str, kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """On one rank: train, and give back what it holds, and the collectives of every step."""
+    mesh = CATALOGUE[name]
+    placed = Placed.decoder(mesh, dtype)
+    shapes = full_shapes(mesh.sizes)
+    placed.fill(values(shapes))
+    optimizer = make(kind, placed.params, mesh.sizes, **options)
+    seen = []
+    for step in range(steps):
+        placed.inject(gradients(shapes, step), norms_along_tp(mesh))
+        set_lr(optimizer, step)
+        with Collectives() as collectives:
+            optimizer.step()
+        seen.append(collectives.list)
+    return {**holdings(placed, optimizer), "collectives": seen}
+
+
+def holdings(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What one rank holds: parts of parameters and momentum, whole second moments, steps."""
+    state = {name: optimizer.state[param] for name, param in placed.params.items()}
+    return {
+        "params": placed.parts(),
+        "exp_avg": placed.parts({name: one["exp_avg"] for name, one in state.items()}),
+        "exp_avg_sq": {name: full(one["exp_avg_sq"]) for name, one in state.items()},
+        "step": {name: float(one["step"]) for name, one in state.items()},
+    }
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a second moment, by torch."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def together(shapes: Mapping[str, tuple[int, ...]], ranks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One set of full tensors from the holdings of all ranks. Asserts that replicas are equal to the bit."""
+    return {
+        "params": whole(shapes, [one["params"] for one in ranks]),
+        "exp_avg": whole(shapes, [one["exp_avg"] for one in ranks]),
+        "exp_avg_sq": agreed([one["exp_avg_sq"] for one in ranks]),
+        "step": agreed([one["step"] for one in ranks]),
+    }
+
+
+def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every rank that knows a parameter says of it. Asserts that they say the same."""
+    said: dict[str, Any] = {}
+    for one in ranks:
+        for name, value in one.items():
+            known = said.setdefault(name, value)
+            same = torch.equal(known, value) if isinstance(value, Tensor) else known == value
+            assert same, f"ranks differ in {name}"
+    return said
+
+
+def on_mesh(
+    name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
+) -> tuple[dict[str, dict[str, Any]], list[list[list[Collective]]]]:
+    """`train` on all ranks of a mesh: everything together, and the collectives by rank and step."""
+    mesh = CATALOGUE[name]
+    ranks = run(train, mesh.world, name, kind, dtype, steps, options)
+    return together(full_shapes(mesh.sizes), ranks), [one["collectives"] for one in ranks]
+
+
+def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
+    """One step of the oracle with the hyper-parameters of both groups."""
+    for hyper in (MATRICES, VECTORS):
+        mine = {name: grad for name, grad in grads.items() if group_of(name) is hyper}
+        decay = dict.fromkeys(mine, hyper["weight_decay"])
+        one.step(mine, lr=hyper["lr"] * lr_factor(step), betas=hyper["betas"], eps=EPS, weight_decay=decay)
+
+
+@lru_cache
+def oracle(sizes: Sizes, steps: int = STEPS) -> Oracle:
+    """The oracle after so many steps."""
+    shapes = full_shapes(sizes)
+    one = Oracle(values(shapes), layouts(sizes))
+    for step in range(steps):
+        advance(one, gradients(shapes, step), step)
+    return one
+
+
+def errors(got: Mapping[str, Any], want: Oracle) -> dict[str, float]:
+    """The largest relative error over all parameters, for parameters and both moments."""
+    assert all(got["step"][name] == steps for name, steps in want.steps.items()), got["step"]
+    return {
+        "params": max(error(got["params"][name], value) for name, value in want.params.items()),
+        "exp_avg": max(error(got["exp_avg"][name], value) for name, value in want.exp_avg.items()),
+        "exp_avg_sq": max(error(got["exp_avg_sq"][name], value) for name, value in want.exp_avg_sq.items()),
+    }
