@@ -7,6 +7,7 @@ fails or a loss does not fall as it should.
 import argparse
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="where logs and runs go")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where corpus and tokenizer are kept")
     options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends the ranks of a run
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     started = time.monotonic()
     try:
         quickstart(options.steps, min(options.compared_steps, options.steps), options.out.resolve(), options.cache)

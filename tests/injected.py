@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from collectives import Collective, Collectives
 from decoder import Sizes
-from meshes import CATALOGUE, Mesh, Placed, draw, full_shapes, layouts, norms_along_tp, whole
+from meshes import CATALOGUE, Placed, draw, full_shapes, layouts, norms_along_tp, whole
 from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
@@ -88,6 +88,25 @@ def train(
             optimizer.step()
         seen.append(collectives.list)
     return {**holdings(placed, optimizer), "collectives": seen}
+
+
+def on_one_device(
+    sizes: Sizes, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """The same on plain tensors in this process."""
+    shapes = full_shapes(sizes)
+    params = {name: torch.nn.Parameter(value.to(dtype)) for name, value in values(shapes).items()}
+    optimizer = make(kind, params, sizes, **options)
+    for step in range(steps):
+        for name, grad in gradients(shapes, step).items():
+            params[name].grad = grad.to(dtype)
+        set_lr(optimizer, step)
+        optimizer.step()
+    state = {name: optimizer.state[param] for name, param in params.items()}
+    return {
+        "params": {name: param.detach() for name, param in params.items()},
+        **{key: {name: one[key] for name, one in state.items()} for key in ("exp_avg", "exp_avg_sq", "step")},
+    }
 
 
 def holdings(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from decoder import Decoder, Experts, Layer, Sizes, shard_data, shard_experts, s
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 
 from titan_adam_mini.layout import BlockLayout
 
 DENSE = Sizes()
 MOE = replace(DENSE, layers=1, experts=5)
+MOE_EVEN = replace(MOE, dim=12, hidden=18)
+"""FSDP2 cuts evenly along any dim but the first."""
 Part = tuple[Tensor, Tensor]
 """(flat indices, values): what one rank holds of one tensor."""
 
@@ -43,7 +45,8 @@ def layouts(sizes: Sizes) -> dict[str, BlockLayout]:
         elif len(shape) == 1:
             found[name] = BlockLayout.of(shape, None)
         else:
-            found[name] = BlockLayout.of(shape, sizes.head_dim if name.endswith(("wq.weight", "wk.weight")) else 1, None)
+            rows = sizes.head_dim if name.endswith(("wq.weight", "wk.weight")) else 1
+            found[name] = BlockLayout.of(shape, rows, None)
     return found
 
 
@@ -129,11 +132,11 @@ def _catalogue() -> dict[str, Mesh]:
         Mesh("FSDP2 x TP 2x2, norms on dp", (2, 2), ("dp", "tp"), norms="plain"),
         Mesh("HSDP x TP 2x2x2", (2, 2, 2), ("rep", "dp", "tp")),
         Mesh("FSDP2 4, experts", (4,), ("dp",), sizes=MOE),
-        Mesh("FSDP2 3, experts Shard(1)", (3,), ("dp",), sizes=MOE, expert_dim=1),
+        Mesh("FSDP2 3, experts Shard(1)", (3,), ("dp",), sizes=MOE_EVEN, expert_dim=1),
         Mesh("EP 2", (2,), ("ep",), sizes=MOE),
         Mesh("FSDP2 x EP 2x2", (2, 2), ("dp", "ep"), sizes=MOE),
         Mesh("FSDP2 x EP 3x2", (3, 2), ("dp", "ep"), sizes=MOE),
-        Mesh("FSDP2 x EP 2x2, experts Shard(1)", (2, 2), ("dp", "ep"), sizes=MOE, expert_dim=1),
+        Mesh("FSDP2 x EP 2x2, experts Shard(1)", (2, 2), ("dp", "ep"), sizes=MOE_EVEN, expert_dim=1),
         Mesh("PP 2", (2,), ("pp",)),
         Mesh("PP x FSDP2 2x2", (2, 2), ("pp", "dp")),
         Mesh("PP x FSDP2 x TP 2x2x2", (2, 2, 2), ("pp", "dp", "tp")),
@@ -187,11 +190,13 @@ class Placed:
             local(param).copy_(values[name].flatten()[self.index[name]])
         return self
 
-    def inject(self, grads: Mapping[str, Tensor | None], partial: Callable[[str, Tensor], Sequence[int]] = tuple) -> None:
+    def inject(
+        self, grads: Mapping[str, Tensor | None], partial: Callable[[str, Tensor], Sequence[int]] | None = None
+    ) -> None:
         """Give the parameters these full gradients; along the mesh axes that `partial(name, param)` names, in parts."""
         for name, param in self.params.items():
-            full = grads[name]
-            param.grad = None if full is None else self._gradient(name, full, partial(name, param))
+            full, axes = grads[name], () if partial is None else partial(name, param)
+            param.grad = None if full is None else self._gradient(name, full, axes)
 
     def _gradient(self, name: str, full: Tensor, partial: Sequence[int]) -> Tensor:
         param = self.params[name]

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 LARGEST = 8
 GRACE = 3.0
@@ -73,6 +74,8 @@ def _serve(rank: int, pipe: Connection, stacks: str, path: list[str]) -> None:
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
+                # DTensor keeps what it derived from a mesh; an equal mesh of the next call has other process groups.
+                _clear_sharding_prop_cache()
             pipe.send_bytes(answer)
 
 
