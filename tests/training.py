@@ -207,7 +207,7 @@ def train(rank: int, world: int, case: Case, steps: int = 20, **options: Any) ->
         with Collectives() if step in (0, 1, steps - 1) else nullcontext() as collectives:
             training.step(lr=1e-2 * (1 + step % 5) / 3)
         if collectives is not None:
-            calls.append([(one.op, one.ranks, one.numel) for one in collectives.list])
+            calls.append([(one.op.rstrip("_"), one.ranks, one.numel) for one in collectives.list])
         for key, value in {**seen, **training.errors()}.items():
             worst[key] = max(worst.get(key, 0.0), value)
     assert all(later == calls[-1] for later in calls[1:]), calls
