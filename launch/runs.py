@@ -115,8 +115,7 @@ def train(
 
         def stop() -> None:
             late.set()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
 
         timer = threading.Timer(time_limit, stop)
         timer.start()
@@ -130,9 +129,7 @@ def train(
             status = process.wait()
         finally:
             timer.cancel()
-            if process.poll() is None:  # an interrupt or an error here must not leave ranks behind
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)  # an interrupt or an error here must not leave ranks behind
     if late.is_set():
         raise RunFailed(f"{name} was still running after {time_limit:.0f} seconds and was stopped; log: {run.log}")
     if status != 0:
@@ -140,6 +137,18 @@ def train(
     if on_step is not None and not run.losses:
         raise RunFailed(f"{name} ended without reporting a single step; log: {run.log}")
     return run
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a run. Its ranks are in sessions of their own: only torchrun, asked politely, takes them with it."""
+    if process.poll() is not None:
+        return
+    for number, patience in ((signal.SIGTERM, 45), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
