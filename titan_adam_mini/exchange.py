@@ -150,7 +150,8 @@ class Exchange:
                 if self._known(index, axis) == PARTIAL and (index, axis.index) not in planned:
                     raise ValueError(
                         f"AdamMini cannot use the gradient of {item.name!r}: it is Partial on mesh axis {axis.index}, "
-                        "and was not at the first step; make a new optimizer when the model's parallelism changes"
+                        "but in the first step neither it nor another gradient of that axis was; make a new optimizer "
+                        "when the gradients' placements change"
                     )
         for group, members in (self._partial or {}).items():
             self._complete(group, members, grads)
