@@ -7,13 +7,14 @@ clipped, the learning rate moves, and two parameter groups differ in learning ra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from collectives import Collective, Collectives
 from decoder import Sizes
-from meshes import CATALOGUE, Placed, draw, full_shapes, layouts, norms_along_tp, whole
+from meshes import CATALOGUE, Mesh, Placed, draw, full_shapes, layouts, norms_along_tp, whole
 from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
@@ -74,20 +75,24 @@ def make(kind: str, params: Mapping[str, Tensor], sizes: Sizes, **options: Any) 
 def train(
     rank: int, world: int, name: str, kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """On one rank: train, and give back what it holds, and the collectives of every step."""
+    """On one rank: train, and give back what it holds, and the collectives of the first steps and of the last."""
     mesh = CATALOGUE[name]
-    placed = Placed.decoder(mesh, dtype)
-    shapes = full_shapes(mesh.sizes)
-    placed.fill(values(shapes))
+    placed = Placed.decoder(mesh, dtype).fill(values(full_shapes(mesh.sizes)))
     optimizer = make(kind, placed.params, mesh.sizes, **options)
     seen = []
     for step in range(steps):
-        placed.inject(gradients(shapes, step), norms_along_tp(mesh))
-        set_lr(optimizer, step)
-        with Collectives() as collectives:
-            optimizer.step()
-        seen.append(collectives.list)
+        with Collectives() if step in (0, 1, 2, steps - 1) else nullcontext() as collectives:
+            take_step(mesh, placed, optimizer, step)
+        if collectives is not None:
+            seen.append(collectives.list)
     return {**holdings(placed, optimizer), "collectives": seen}
+
+
+def take_step(mesh: Mesh, placed: Placed, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Step number `step` of the schedule, on one rank."""
+    placed.inject(gradients(full_shapes(mesh.sizes), step), norms_along_tp(mesh))
+    set_lr(optimizer, step)
+    optimizer.step()
 
 
 def on_one_device(
@@ -149,7 +154,7 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def on_mesh(
     name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
 ) -> tuple[dict[str, dict[str, Any]], list[list[list[Collective]]]]:
-    """`train` on all ranks of a mesh: everything together, and the collectives by rank and step."""
+    """`train` on all ranks of a mesh: everything together, and by rank the collectives."""
     mesh = CATALOGUE[name]
     ranks = run(train, mesh.world, name, kind, dtype, steps, options)
     return together(full_shapes(mesh.sizes), ranks), [one["collectives"] for one in ranks]

@@ -7,6 +7,7 @@ relative to the largest entry, and the collectives of one step of the optimizer.
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,12 @@ def row(name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def main() -> None:
     """Run the meshes whose names hold all words of the command line."""
-    rows = [HEADINGS]
-    for name, case in CASES.items():
-        if all(word in name for word in sys.argv[1:]):
-            rows.append(row(name, run(train, case.world, case, timeout=600)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    for line in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    widths = (max(map(len, CASES)), 5, 10, 14, 0)
+    chosen = {name: case for name, case in CASES.items() if all(word in name for word in sys.argv[1:])}
+    for line in chain(
+        [HEADINGS], (row(name, run(train, case.world, case, timeout=600)) for name, case in chosen.items())
+    ):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 if __name__ == "__main__":

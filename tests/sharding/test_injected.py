@@ -1,0 +1,92 @@
+"""Gradients put there by hand on every mesh of the catalogue: the oracle's values, one device's bits, the exchange."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from injected import errors, on_mesh, on_one_device, oracle
+from meshes import CATALOGUE, DENSE
+from oracle import error
+
+# Collectives of any later step, and of the first: that one also checks the plan (one per process group) and, where
+# parameters are replicated on a group, agrees on which gradients are Partial (one more for that group).
+COLLECTIVES = {
+    "one rank": (0, 0),
+    **{f"FSDP2 {n}": (1, 2) for n in (2, 3, 4, 5, 7, 8)},
+    "FSDP2 2, CPU offload": (1, 2),
+    **{f"HSDP {shape}": (1, 4) for shape in ("2x2", "2x3", "3x2")},
+    "HSDP 2x1": (0, 2),
+    **{f"TP {n}": (2, 4) for n in (2, 3, 4)},
+    "TP 2, plain norms": (1, 2),
+    **{f"FSDP2 x TP {shape}": (2, 5) for shape in ("2x2", "3x2", "2x3", "4x2")},
+    "FSDP2 x TP 2x2, norms on dp": (2, 4),
+    "HSDP x TP 2x2x2": (2, 7),
+    "FSDP2 4, experts": (1, 2),
+    "FSDP2 3, experts Shard(1)": (1, 2),
+    "EP 2": (0, 1),
+    "FSDP2 x EP 2x2": (1, 4),
+    "FSDP2 x EP 3x2": (1, 4),
+    "FSDP2 x EP 2x2, experts Shard(1)": (1, 4),
+    "FSDP2 3, even": (1, 2),
+    "FSDP2 x TP 2x2, even": (2, 5),
+    "PP 2": (0, 0),
+    "PP x FSDP2 2x2": (1, 2),
+    "PP x FSDP2 x TP 2x2x2": (2, 5),
+}
+BITS = [name for name, mesh in CATALOGUE.items() if mesh.sizes == DENSE and {*mesh.axes} <= {"rep", "dp"}]
+FAST = {
+    *("FSDP2 5", "FSDP2 7", "FSDP2 2, CPU offload", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"),
+    *("FSDP2 x TP 2x2, norms on dp", "FSDP2 3, experts Shard(1)", "PP x FSDP2 2x2"),
+}
+
+
+def marked(fast: set[str]) -> list[Any]:
+    """The catalogue; what is not in `fast` is slow."""
+    return [pytest.param(name, id=name, marks=() if name in fast else pytest.mark.slow) for name in CATALOGUE]
+
+
+@pytest.mark.parametrize("name", marked(FAST))
+def test_float64_equals_the_oracle_with_the_stated_collectives(name: str) -> None:
+    got, ranks = on_mesh(name)
+    worst = errors(got, oracle(CATALOGUE[name].sizes))
+    assert max(worst.values()) < 1e-12, worst
+    later, first = COLLECTIVES[name]
+    for rank, steps in enumerate(ranks):
+        assert [len(steps[0]), len(steps[1])] == [first, later], (rank, steps[:2])
+        assert all(step == steps[1] for step in steps[2:]), "every step asks for the same"
+        assert len(steps) == 4
+        assert {one.op for step in steps for one in step} <= {"allreduce_"}
+        assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
+        assert all(rank in one.ranks for step in steps for one in step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_fsdp_and_hsdp_of_any_size_have_the_bits_of_one_device(dtype: torch.dtype) -> None:
+    want = on_one_device(DENSE, dtype=dtype, steps=6)
+    assert want["exp_avg_sq"]["norm.weight"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in BITS if dtype == torch.float32 else ["FSDP2 3", "HSDP 2x3"]:
+        got, _ = on_mesh(name, dtype=dtype, steps=6)
+        for kind in ("params", "exp_avg", "exp_avg_sq"):
+            for key, value in want[kind].items():
+                assert got[kind][key].dtype == value.dtype and torch.equal(got[kind][key], value), (name, kind, key)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"momentum_dtype": torch.bfloat16}, {"maximize": True}])
+def test_options_do_not_change_that(options: dict[str, object]) -> None:
+    want, default = (on_one_device(DENSE, dtype=torch.float32, steps=6, **given) for given in (options, {}))
+    got, _ = on_mesh("HSDP 2x3", dtype=torch.float32, steps=6, **options)
+    for kind in ("params", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(got[kind][key], value) for key, value in want[kind].items()), kind
+    same = all(torch.equal(want["params"][key], value) for key, value in default["params"].items())
+    assert same == ("foreach" in options), "the engines agree to the bit; the other options matter"
+
+
+@pytest.mark.parametrize("name", marked({"FSDP2 3", "HSDP 2x3", "TP 2", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"}))
+def test_the_test_bed_with_adamw_as_a_control(name: str) -> None:
+    """torch's AdamW gives the same on every mesh and on one device: places, gradients and gathering are right."""
+    got, _ = on_mesh(name, "AdamW", steps=4)
+    want = on_one_device(CATALOGUE[name].sizes, "AdamW", steps=4)
+    assert max(error(got["params"][key], value) for key, value in want["params"].items()) < 1e-13
