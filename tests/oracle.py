@@ -53,11 +53,13 @@ class Oracle:
             g, m, v = grad.double(), self.exp_avg[name], self.exp_avg_sq[name].view(-1)
             self.steps[name] += 1
             t = self.steps[name]
-            for b, here in enumerate(blocks(self.layouts[name])):
-                m[here] = beta1 * m[here] + (1 - beta1) * g[here]
-                v[b] = beta2 * v[b] + (1 - beta2) * (g[here] ** 2).mean()
-                denominator = (v[b] / (1 - beta2**t)).sqrt() + eps
-                p[here] = p[here] * (1 - lr * weight_decay[name]) - lr * (m[here] / (1 - beta1**t)) / denominator
+            here = list(blocks(self.layouts[name]))
+            m.copy_(beta1 * m + (1 - beta1) * g)
+            v.copy_(beta2 * v + (1 - beta2) * torch.stack([(g[block] ** 2).mean() for block in here]))
+            denominator = torch.empty_like(p)
+            for block, root in zip(here, (v / (1 - beta2**t)).sqrt(), strict=True):
+                denominator[block] = root + eps
+            p.copy_(p * (1 - lr * weight_decay[name]) - lr * (m / (1 - beta1**t)) / denominator)
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -23,6 +23,7 @@ def uncured(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
                 if attribute in vars(module):
                     monkeypatch.setattr(module, attribute, value)
     monkeypatch.setattr(device, "_cpu", None)
+    monkeypatch.setattr(torch, "histc", torch.histc)
     return copied
 
 
@@ -34,6 +35,16 @@ def test_every_copy_of_the_names_is_replaced(uncured: ModuleType, monkeypatch: p
     for module in (uncured, titan_utils, dist_utils):
         assert module.device_type == "cpu"
         assert module.device_module is device._cpu
+
+
+def test_tokens_per_expert_are_counted_from_integers(uncured: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the routers of torchtitan's mixtures of experts call it; the CPU's own histc takes floats only."""
+    monkeypatch.setattr(device, "_get_available_device_type", lambda: None)
+    device.install()
+    experts = torch.tensor([0, 3, 3, 1, 3])
+    assert torch.histc(experts, bins=5, min=0, max=5).tolist() == [1, 1, 0, 3, 0]
+    assert torch.histc(experts, bins=5, min=0, max=5).dtype == torch.int64
+    assert torch.histc(experts.float(), bins=2).tolist() == [2.0, 3.0]
 
 
 def test_nothing_happens_where_an_accelerator_is(

@@ -4,10 +4,12 @@ torchtitan 0.2 falls back to "cuda" when it finds no device, and asks that devic
 gets a device module that answers from this process. Where there is an accelerator, nothing in this file does anything.
 """
 
+import functools
 import logging
 import os
 import resource
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,7 +80,20 @@ def install() -> None:
             setattr(module, "device_module", _cpu)  # noqa: B010
         if names.get("device_type") == old_type:
             setattr(module, "device_type", "cpu")  # noqa: B010
+    torch.histc = _histc_of_integers_too(torch.histc)
     logger.info("No accelerator found: torchtitan runs on the CPU with gloo, memory figures are this process's.")
+
+
+def _histc_of_integers_too(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.histc` that takes integers on the CPU, as it does on CUDA: torchtitan's routers count tokens with it."""
+
+    @functools.wraps(histc)
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.is_floating_point() or x.device.type != "cpu":
+            return histc(x, *args, **kwargs)
+        return histc(x.double(), *args, **kwargs).to(x.dtype)
+
+    return counted
 
 
 def prepare_model_parts(model_parts: list[Any]) -> None:
