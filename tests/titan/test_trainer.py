@@ -137,6 +137,13 @@ def test_two_pipeline_stages(trainer: Trainer, one: Any) -> None:
     assert run.losses[STEPS] < 0.85 * run.losses[1]
 
 
+@pytest.mark.parametrize("name", ["llama4", "deepseek_v3"])
+def test_mixtures_of_experts_train(even: Trainer, name: str) -> None:
+    """Routers, 3-D experts and torchtitan's load-balancing hook over two ranks, on a CPU too."""
+    run = even(name, ranks=2, data=2, start={}, **{"model.name": name, "training.steps": 6})
+    assert run.losses[6] < 0.95 * run.losses[1]
+
+
 def resume(trainer: Trainer, name: str, **mesh: Any) -> Any:
     """A run on two ranks that goes on from the middle of the run `name`."""
     shutil.copytree(trainer.checkpoint(name, HALF), trainer.checkpoint(f"{name}_resumed", HALF))
