@@ -66,11 +66,12 @@ class Exchange:
         self._check_plans()
         self._data = [torch.empty(0) for _ in self.buffers]
         self._work: list[_Reduction | None] = [None for _ in self.buffers]
-        self._last = {slot.param: (number, slot) for number, plan in enumerate(self.buffers) for slot in plan.slots}
+        self._slots = [{slot.param: slot for slot in plan.slots} for plan in self.buffers]
+        self._last = {index: number for number, slots in enumerate(self._slots) for index in slots}
         self._last_sums = {
-            slot.param: (number, slot)
-            for number, plan in enumerate(self.buffers)
-            for slot in plan.slots
+            index: number
+            for number, slots in enumerate(self._slots)
+            for index, slot in slots.items()
             if slot.sums is not None
         }
         self._partial: dict[Group, list[tuple[int, int]]] | None = None
@@ -223,25 +224,28 @@ class Exchange:
         for number, plan in enumerate(self.buffers):
             data = self._buffer(number)
             for slot in plan.slots:
-                grad = grads[slot.param]
-                self._fill(data[slot.present], slot.present_after, slot.param, grad)
+                index, grad = slot.param, grads[slot.param]
+                if slot.present_after is not None:
+                    data[slot.present] = self._present(slot.present_after, index)
+                elif grad is not None:
+                    data[slot.present] = 1
                 if slot.sums is not None:
-                    self._fill(self._view(data, slot.param, slot.sums), slot.after, slot.param, grad)
+                    sums = self._view(data, index, slot.sums)
+                    if slot.after is not None:
+                        sums.copy_(self._sums(slot.after, index))
+                    elif grad is not None:
+                        self._add_sums(sums, index, grad)
             self._work[number] = _Reduction(data, self.groups[plan.group], self._device(plan.group))
 
-    def _fill(self, target: Tensor, after: int | None, index: int, grad: Tensor | None) -> None:
-        """Fill one slot: with what an earlier axis has summed, or with this rank's own sums (or its presence)."""
-        present = target.ndim == 0
-        if after is not None:
-            slot = next(slot for slot in self.buffers[after].slots if slot.param == index)
-            data = self._wait(after)
-            assert slot.sums is not None or present
-            target.copy_(data[slot.present] if present else self._view(data, index, slot.sums or 0))
-        elif grad is not None:
-            if present:
-                target.fill_(1)
-            else:
-                self._add_sums(target, index, grad)
+    def _present(self, number: int, index: int) -> Tensor:
+        """How many ranks have a parameter's gradient, 0-d, as one buffer's exchange left it."""
+        return self._wait(number)[self._slots[number][index].present]
+
+    def _sums(self, number: int, index: int) -> Tensor:
+        """A parameter's sums, in the plan's `sums_shape`, as one buffer's exchange left them."""
+        offset = self._slots[number][index].sums
+        assert offset is not None
+        return self._view(self._wait(number), index, offset)
 
     def _buffer(self, number: int) -> Tensor:
         """The zeroed buffer of one group."""
@@ -275,8 +279,7 @@ class Exchange:
             return True
         if index not in self._last:
             return False
-        number, slot = self._last[index]
-        return bool(self._wait(number)[slot.present].item() > 0)
+        return bool(self._present(self._last[index], index).item() > 0)
 
     def means(self, index: int, grad: Tensor | None) -> Tensor:
         """Mean square of the gradient over every block of this rank's reach, in the item's dtype.
@@ -286,9 +289,7 @@ class Exchange:
         item = self.items[index]
         plan = item.plan
         if index in self._last_sums:
-            number, slot = self._last_sums[index]
-            assert slot.sums is not None
-            sums = self._view(self._wait(number), index, slot.sums).to(item.dtype)
+            sums = self._sums(self._last_sums[index], index).to(item.dtype)
             if sums.numel() == 0:
                 return sums.new_zeros(plan.grid_shape)
             sums = self.engine.fold(sums, plan.reach_tiles, plan.keep)
