@@ -79,6 +79,21 @@ def _serve(rank: int, pipe: Connection, stacks: str, path: list[str]) -> None:
             pipe.send_bytes(answer)
 
 
+def forkserver() -> Any:
+    """The context whose processes are forked from one server, which has the slow imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    # Not torchtitan itself: it reads the command line as it is imported.
+    slow = [
+        "torch._inductor.compile_fx",
+        "torch.distributed.checkpoint",
+        "torch.nn.attention.varlen",
+        "datasets",
+        "tyro",
+    ]
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", *slow])
+    return context
+
+
 class Pool:
     """Up to LARGEST worker processes, started when first needed."""
 
@@ -88,8 +103,7 @@ class Pool:
         self.calls = 0
 
     def _start(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+        context = forkserver()
         path = [str(Path(__file__).parent), *sys.path]
         while len(self.workers) < size:
             ours, theirs = context.Pipe()

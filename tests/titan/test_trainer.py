@@ -1,4 +1,4 @@
-"""torchtitan's own trainer with AdamMini, from one seed checkpoint, on one and on many ranks (by launch/runs.py)."""
+"""torchtitan's own trainer with AdamMini, from one seed checkpoint, on one and on many ranks."""
 
 import os
 import re
@@ -37,7 +37,7 @@ class Trainer:
         self, name: str, *, ranks: int, data: int = 1, start: dict[str, Any] | None = None, shown: int = 0, **mesh: Any
     ):
         """The finished run: `data` ranks of it see different documents, rank `shown` reports the losses."""
-        from runs import train
+        from forked import train
 
         settings = {
             **self.common,
@@ -46,7 +46,7 @@ class Trainer:
             **({"checkpoint.initial_load_path": self.checkpoint("seed", 0)} if start is None else start),
             **mesh,
         }
-        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, env={"LOG_RANK": str(shown)})
+        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, shown=shown)
 
     def checkpoint(self, name: str, step: int) -> Path:
         return self.out / name / "checkpoint" / f"step-{step}"
@@ -191,8 +191,9 @@ def test_a_dry_step_over_fake_ranks(work: Path, corpus_dir: Path, ranks: int) ->
     assert re.search(r"\b(\d+) heads cut", text)[1] == "40", "all 5 heads of queries and keys in 4 layers"  # type: ignore[index]
 
 
-def test_a_run_that_fails_says_so(trainer: Trainer) -> None:
-    from runs import RunFailed
+def test_a_run_of_the_launcher_that_fails_says_so(trainer: Trainer) -> None:
+    from runs import RunFailed, train
 
     with pytest.raises(RunFailed, match="unknown role 'head'"):
-        trainer("refused", ranks=1, **{"optimizer.adam_mini.roles": "*.wq.weight=head"})
+        wrong = {**trainer.common, "optimizer.adam_mini.roles": "*.wq.weight=head"}
+        train("refused", wrong, ranks=2, out=trainer.out, config=CONFIG)
