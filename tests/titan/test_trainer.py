@@ -195,5 +195,6 @@ def test_a_run_of_the_launcher_that_fails_says_so(trainer: Trainer) -> None:
     from runs import RunFailed, train
 
     with pytest.raises(RunFailed, match="unknown role 'head'"):
-        wrong = {**trainer.common, "optimizer.adam_mini.roles": "*.wq.weight=head"}
+        data = {"training.dataset_path": trainer.corpus / "train-2"}
+        wrong = {**trainer.common, **data, "optimizer.adam_mini.roles": "*.wq.weight=head"}
         train("refused", wrong, ranks=2, out=trainer.out, config=CONFIG)
