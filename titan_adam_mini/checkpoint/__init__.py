@@ -1,0 +1,5 @@
+"""Checkpoints on disk: what one holds, whether it fits, and how AdamW's becomes AdamMini's and back. Needs torch alone."""
+
+from .check import check_checkpoint
+
+__all__ = ["check_checkpoint"]

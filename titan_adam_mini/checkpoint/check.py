@@ -1,0 +1,108 @@
+"""Does a checkpoint on disk fit what is to be loaded from it? Asked of its metadata, before anything is read.
+
+torch's distributed checkpoint reads into the live tensors, file by file: a mistake found half way leaves a model that is
+neither the old nor the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
+
+_SHOWN = 3
+CONVERT = (
+    "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
+    "[optimizer.adam_mini] load_adamw_state = true"
+)
+
+
+def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -> None:
+    """Compare a checkpoint folder with the state dict that `torch.distributed.checkpoint.load` is to fill.
+
+    Reads the metadata and the sizes of the files, no data, and changes nothing.
+
+    Args:
+        path: the folder, such as `checkpoint/step-1000`.
+        state_dict: nested or flat, with tensors, DTensors, objects and Stateful parts, as given to `load`.
+
+    Raises:
+        ValueError: in words, if a file is missing or cut short, an entry is missing, a tensor has another size, or the
+            optimizer state is AdamW's, the authors' adam-mini's, or of another partition.
+    """
+    stored = path if isinstance(path, Stored) else Stored(path)
+    whole = {key: part.state_dict() if isinstance(part, Stateful) else part for key, part in state_dict.items()}
+    wanted, _ = flatten_state_dict(whole)
+    stored.check_files()
+    for prefix in sorted({name.partition(STATE)[0] for name in wanted if _is_second_moment(name)}):
+        _check_optimizer(stored, prefix, wanted)
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise ValueError(f"{stored.path} has no {_some(missing)}, which this run needs")
+    other = []
+    for name, value in wanted.items():
+        if isinstance(value, Tensor) and name in stored.tensors and stored.tensors[name].size != value.size():
+            other.append(f"{name} is {tuple(stored.tensors[name].size)} there and {tuple(value.size())} here")
+    if other:
+        raise ValueError(f"{stored.path} is of another model: {_some(other)}")
+
+
+def _is_second_moment(name: str) -> bool:
+    return STATE in name and name.endswith(EXP_AVG_SQ)
+
+
+def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> None:
+    """What can be said of optimizer state alone; `wanted` is that of AdamMini, or AdamW's to be converted."""
+    start = prefix + STATE
+    grids = {name: value for name, value in wanted.items() if name.startswith(start) and name.endswith(EXP_AVG_SQ)}
+    firsts = {name: wanted.get(name.removesuffix(EXP_AVG_SQ) + EXP_AVG) for name in grids}
+    elementwise = all(first is not None and first.size() == grids[name].size() for name, first in firsts.items())
+    kind = stored.optimizer(prefix)
+    if kind is None:
+        raise ValueError(
+            f"{stored.path} has no optimizer state under {prefix!r}: it holds a model only. torchtitan writes such "
+            "checkpoints at the last step unless checkpoint.last_save_model_only = false; load the model alone with "
+            "--checkpoint.initial_load_path, or take an earlier step"
+        )
+    if kind == "adam-mini":
+        raise ValueError(
+            f"{stored.path} holds the optimizer state of the authors' adam-mini, whose statistics belong to one GPU's "
+            "part of a head and cannot be put together again: load the model alone (--checkpoint.initial_load_path, "
+            "or exclude_from_loading optimizer) and let the moments grow anew"
+        )
+    if kind == "AdamW" and not elementwise:
+        raise ValueError(
+            f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}"
+        )
+    if kind == "AdamMini" and elementwise and len(grids) > 1:
+        raise ValueError(f"{stored.path} holds AdamMini's optimizer state, not AdamW's: leave out load_adamw_state")
+    missing = [name.removeprefix(start) for name in grids if name not in stored]
+    if missing:
+        known = set(stored.parameters(prefix))
+        extra = sorted(known - {name.removeprefix(start).removesuffix(EXP_AVG_SQ) for name in grids})
+        hint = f" It has {_some(extra)}, which this run does not have." if extra else ""
+        raise ValueError(f"{stored.path} has no optimizer state for {_some(missing)}: it is of another model.{hint}")
+    other = []
+    for name, value in grids.items():
+        first = firsts[name]
+        same = first is None or stored.tensors[name.removesuffix(EXP_AVG_SQ) + EXP_AVG].size == first.size()
+        if same and stored.tensors[name].size != value.size():
+            other.append(
+                f"{name.removeprefix(start)} is {tuple(stored.tensors[name].size)} there and {tuple(value.size())} here"
+            )
+    if other:
+        raise ValueError(
+            f"{stored.path} was saved with another partition: {_some(other)}. Give this run the head counts, roles and "
+            "value_blocks of the run that saved it, or take AdamW's state to change the partition"
+        )
+
+
+def _some(words: list[str]) -> str:
+    rest = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + rest

@@ -1,0 +1,184 @@
+"""A distributed checkpoint (torch.distributed.checkpoint) on disk: what it holds, and single parts of it.
+
+Nothing here needs a process group, and nothing is read but what is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+STATE, EXP_AVG, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_sq"
+GROUPS = "param_groups."
+FOREIGN = (".vmean", ".head_per_gpu", ".neuron_per_gpu")
+"""Entries that only the authors' adam-mini writes: statistics of one GPU's part of a tensor."""
+
+
+class Stored:
+    """A whole checkpoint in the folder `path`.
+
+    Attributes:
+        path: the folder.
+        metadata: torch's own description of it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the metadata. Raises ValueError if the folder holds no whole checkpoint."""
+        self.path = Path(path)
+        self._reader = FileSystemReader(self.path)
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is not a folder: a checkpoint is a folder such as checkpoint/step-1000")
+        if not (self.path / ".metadata").is_file():
+            raise ValueError(
+                f"{self.path} is not a whole checkpoint: it has no .metadata, which is written last; it was stopped "
+                "while it was saved, or it is not a distributed checkpoint of torch"
+            )
+        try:
+            self.metadata = self._reader.read_metadata()
+        except (EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            raise ValueError(f"{self.path}/.metadata cannot be read ({error}): take another step") from None
+        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Size, dtype and chunks of every tensor, by name."""
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.metadata.state_dict_metadata
+
+    def parts(self, file: str) -> list[tuple[MetadataIndex, Any]]:
+        """What one file holds, in the order in which it lies there: (index, where)."""
+        return self._by_file[file]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files with data."""
+        return sorted(self._by_file)
+
+    @cached_property
+    def _by_file(self) -> dict[str, list[tuple[MetadataIndex, Any]]]:
+        found: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+        for index, where in self.metadata.storage_data.items():
+            found.setdefault(where.relative_path, []).append((index, where))
+        return {file: sorted(parts, key=lambda part: part[1].offset) for file, parts in found.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all data, in bytes."""
+        return sum(where.length for where in self.metadata.storage_data.values())
+
+    def check_files(self) -> None:
+        """Raise ValueError, naming the file, if a file with data is missing or shorter than it should be."""
+        for file in self.files:
+            want = max(where.offset + where.length for _, where in self.parts(file))
+            path = self.path / file
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: the checkpoint is damaged, take another step")
+            if (have := path.stat().st_size) < want:
+                raise ValueError(f"{path} has {have:,} of {want:,} bytes: the checkpoint is damaged, take another step")
+
+    def optimizer(self, prefix: str = "optimizer.") -> str | None:
+        """Whose optimizer state lies under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
+        start = prefix + STATE
+        names = [name for name in self.metadata.state_dict_metadata if name.startswith(start)]
+        if any(name.endswith(FOREIGN) for name in names):
+            return "adam-mini"
+        seconds = [name for name in names if name.endswith(EXP_AVG_SQ) and name in self.tensors]
+        if not seconds:
+            return None
+        firsts = [name.removesuffix(EXP_AVG_SQ) + EXP_AVG for name in seconds]
+        alike = all(
+            first in self.tensors and self.tensors[first].size == self.tensors[second].size
+            for first, second in zip(firsts, seconds, strict=True)
+        )
+        return "AdamW" if alike else "AdamMini"
+
+    def parameters(self, prefix: str = "optimizer.") -> list[str]:
+        """Names of the parameters that have optimizer state under `prefix`."""
+        start = prefix + STATE
+        return [
+            name.removeprefix(start).removesuffix(EXP_AVG)
+            for name in self.tensors
+            if name.startswith(start) and name.endswith(EXP_AVG)
+        ]
+
+    def value(self, name: str) -> Any:
+        """One entry, whole: a CPU tensor, or the object that was saved."""
+        if name in self.tensors:
+            return self.read(name)
+        into = _Into(None)
+        item = ReadItem(
+            type=LoadItemType.BYTE_IO,
+            dest_index=MetadataIndex(name),
+            dest_offsets=torch.Size((0,)),
+            storage_index=MetadataIndex(name),
+            storage_offsets=torch.Size((0,)),
+            lengths=torch.Size((0,)),
+        )
+        self._reader.read_data(LoadPlan([item]), into).wait()
+        assert into.data is not None
+        return torch.load(into.data, weights_only=False)
+
+    def read(self, name: str, chunk: ChunkStorageMetadata | None = None) -> Tensor:
+        """A tensor, or the box `chunk` of it (offsets and sizes), as a new CPU tensor of its dtype."""
+        entry = self.tensors[name]
+        box = chunk or ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
+        target = torch.empty(box.sizes, dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(name, entry, [box])
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target
+
+    def raw(self, where: Any, size: int = 1 << 22) -> Iterator[bytes]:
+        """The bytes of one part as they lie on disk, in pieces of at most `size`."""
+        with open(self.path / where.relative_path, "rb") as file:
+            file.seek(where.offset)
+            left = where.length
+            while left:
+                piece = file.read(min(size, left))
+                if not piece:
+                    raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, take another step")
+                left -= len(piece)
+                yield piece
+
+
+class _Into(LoadPlanner):
+    """Reads into one tensor, or keeps the bytes of one object."""
+
+    def __init__(self, target: Tensor | None) -> None:
+        self.target = target
+        self.data: io.BytesIO | None = None
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.data = value
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = cast(Tensor, self.target)
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
