@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what one holds, whether it fits, and how AdamW's becomes AdamMini's and back. Needs torch alone."""
+"""Checkpoints on disk: what one holds, whether it fits, and how AdamW's becomes AdamMini's and back."""
 
 from .check import check_checkpoint
 

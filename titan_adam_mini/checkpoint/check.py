@@ -1,7 +1,7 @@
 """Does a checkpoint on disk fit what is to be loaded from it? Asked of its metadata, before anything is read.
 
-torch's distributed checkpoint reads into the live tensors, file by file: a mistake found half way leaves a model that is
-neither the old nor the new one.
+torch's distributed checkpoint reads into the live tensors, file by file: a mistake found half way leaves a model that
+is neither the old nor the new one.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
             "or exclude_from_loading optimizer) and let the moments grow anew"
         )
     if kind == "AdamW" and not elementwise:
-        raise ValueError(
-            f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}"
-        )
+        raise ValueError(f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}")
     if kind == "AdamMini" and elementwise and len(grids) > 1:
         raise ValueError(f"{stored.path} holds AdamMini's optimizer state, not AdamW's: leave out load_adamw_state")
     missing = [name.removeprefix(start) for name in grids if name not in stored]

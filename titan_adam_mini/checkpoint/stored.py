@@ -76,7 +76,7 @@ class Stored:
         return {file: sorted(parts, key=lambda part: part[1].offset) for file, parts in found.items()}
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Size of all data, in bytes."""
         return sum(where.length for where in self.metadata.storage_data.values())
 

@@ -1,0 +1,66 @@
+"""From a torchtitan configuration to what a conversion needs to know of its model: blocks, and keys of groups."""
+
+import importlib
+from typing import Any
+
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.protocols.train_spec import get_train_spec
+
+from titan_adam_mini import AdamMini
+from titan_adam_mini.partition import Blocks
+from titan_adam_mini.titan.builder import optimizer_of
+from titan_adam_mini.titan.register import enable
+
+
+class _Whole:
+    """The one thing that builders ask of torchtitan's ParallelDims, for a model that is not cut."""
+
+    pp_enabled = False
+
+
+def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[str, Any]]:
+    """The blocks of every trainable parameter, and the keys and values of a new optimizer's parameter group.
+
+    Builds the model on the meta device: it takes no memory.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        to: "adam_mini" or "adamw".
+
+    Raises:
+        ValueError: the configuration cannot serve AdamMini, in words.
+    """
+    config = ConfigManager().parse_args(arguments)
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    enable()
+    model = model_on_meta(config)
+    optimizer = optimizer_of(model, config.optimizer, _Whole())
+    blocks = {one.name: one for one in optimizer.partition.assign(_shapes(model)).values()}
+    if to == "adamw":
+        flags = {"fused": config.optimizer.implementation == "fused"}
+        flags["foreach"] = config.optimizer.implementation == "foreach"
+        made: torch.optim.Optimizer = torch.optim.AdamW([torch.zeros(1)], lr=config.optimizer.lr, **flags)
+    else:
+        made = optimizer
+    assert to == "adamw" or isinstance(made, AdamMini)
+    return blocks, {key: value for key, value in made.param_groups[0].items() if key not in ("params", "param_names")}
+
+
+def model_on_meta(config: Any) -> torch.nn.Module:
+    """The whole model of a torchtitan job configuration, with parameters on the meta device."""
+    spec = get_train_spec(config.model.name)
+    if config.model.flavor not in spec.model_args:
+        raise ValueError(
+            f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
+        )
+    args = spec.model_args[config.model.flavor]
+    args.update_from_config(config)
+    with torch.device("meta"):
+        model: torch.nn.Module = spec.model_cls(args)
+    return model
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(param.shape) for name, param in model.named_parameters() if param.requires_grad}
