@@ -5,7 +5,9 @@ others along, as torchrun's agent would have it.
 """
 
 import os
+import re
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +20,14 @@ from typing import Any
 import torch
 from ranks import forkserver
 from runs import Run, RunFailed, arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "train_configs" / "debug_model.toml"
+SEQ_LEN, GLOBAL_BATCH, STEPS = 64, 4, 12
+HALF = STEPS // 2
+TP = {"parallelism.tensor_parallel_degree": 2}
+WHOLE = {"checkpoint.interval": HALF, "checkpoint.last_save_model_only": False}
+"""A checkpoint with everything half way, and another at the end."""
 
 Hook = tuple[str, str, tuple[Any, ...]]
 """(file, name, arguments) of a function that every rank calls before the trainer starts, with its rank first."""
@@ -92,3 +102,55 @@ def train(
         told = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
         raise RunFailed(f"{name} ended with {ended} (None: still running)\n{told}")
     return run
+
+
+class Trainer:
+    """Starts runs that share settings, seed checkpoint and data; what differs is the mesh."""
+
+    def __init__(self, out: Path, corpus: Path, flavor: str = "adam_mini_debug") -> None:
+        self.out, self.corpus = out, corpus
+        self.common = {
+            "model.flavor": flavor,
+            "model.hf_assets_path": corpus / "tokenizer",
+            "training.seq_len": SEQ_LEN,
+            "training.steps": STEPS,
+            "lr_scheduler.total_steps": STEPS,
+            "checkpoint.enable": True,
+        }
+        seed = {"checkpoint.create_seed_checkpoint": True, "training.dataset_path": corpus / "train-1", "debug.seed": 0}
+        self("seed", ranks=1, start={}, **seed)
+
+    def __call__(
+        self, name: str, *, ranks: int, data: int = 1, start: dict[str, Any] | None = None, shown: int = 0, **mesh: Any
+    ):
+        """The finished run: `data` ranks of it see different documents, rank `shown` reports the losses."""
+        settings = {
+            **self.common,
+            "training.dataset_path": self.corpus / f"train-{data}",
+            "training.local_batch_size": GLOBAL_BATCH // data,
+            **({"checkpoint.initial_load_path": self.checkpoint("seed", 0)} if start is None else start),
+            **mesh,
+        }
+        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, shown=shown)
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.out / name / "checkpoint" / f"step-{step}"
+
+    def resume(self, name: str, **mesh: Any) -> Run:
+        """A run on two ranks that goes on from the middle of the run `name`."""
+        shutil.copytree(self.checkpoint(name, HALF), self.checkpoint(f"{name}_resumed", HALF))
+        return self(f"{name}_resumed", ranks=2, data=2, start={}, **mesh)
+
+
+def difference(run: Any, other: Any, first: int = 1) -> float:
+    """The largest difference between the losses of two runs, from step `first` on."""
+    assert list(run.losses) == list(range(first, STEPS + 1))
+    largest = max(abs(run.losses[step] - other.losses[step]) for step in run.losses)
+    print(f"{run.log.stem} and {other.log.stem}: losses differ by at most {largest:.1e}")
+    return largest
+
+
+def said(run: Any, pattern: str) -> str:
+    found = re.search(pattern, "\n".join(run.lines))
+    assert found is not None, f"{pattern} is not in {run.log}"
+    return found[1]

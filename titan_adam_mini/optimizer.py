@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -279,6 +279,26 @@ class AdamMini(Optimizer):
             self.engine.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
 
     # Saving and loading
+
+    @torch.no_grad()
+    def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """AdamW's second moments as AdamMini's: their mean over every block, placed as `exp_avg_sq` is. Collective.
+
+        Args:
+            exp_avg_sq: one per trainable parameter, with its shape and placements.
+        """
+        self.init_state()
+        exchange = self._planned()
+        # As roots, because the exchange squares what it sums.
+        roots = [local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items]
+        exchange.start(roots)
+        means = {}
+        for index, item in enumerate(exchange.items):
+            like = self.state[item.param]["exp_avg_sq"]
+            placements = like.placements if isinstance(like, DTensor) else ()
+            means[item.param] = as_state(exchange.means(index, roots[index]), item.param, like.shape, placements)
+        exchange.finish()
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the state of every trainable parameter, stepped or not. Collective the first time."""

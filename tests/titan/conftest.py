@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,37 @@ def environment(work: Path) -> Iterator[None]:
 def parallel_dims() -> SimpleNamespace:
     """The part of torchtitan's ParallelDims that builders look at, for one process."""
     return SimpleNamespace(pp_enabled=False, ep_enabled=False, get_optional_mesh=lambda name: None)
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(work: Path) -> Path:
+    """Documents of one sequence each, ordered for 1, 2 and 4 ranks, and a tokenizer."""
+    import corpus
+    from forked import GLOBAL_BATCH, SEQ_LEN
+
+    corpus.build(work / "corpus", seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, steps=300, ranks=[1, 2, 4], validation=8)
+    return work / "corpus"
+
+
+@pytest.fixture(scope="session")
+def trainer(work: Path, corpus_dir: Path) -> Any:
+    """Runs of our small Llama 3, whose five heads no number of ranks divides."""
+    from forked import Trainer
+
+    return Trainer(work / "runs", corpus_dir)
+
+
+@pytest.fixture(scope="session")
+def even(work: Path, corpus_dir: Path) -> Any:
+    """Runs of torchtitan's own debug model: its 16 heads can be shared out by tensor parallelism, our five cannot."""
+    from forked import Trainer
+
+    return Trainer(work / "even", corpus_dir, "debugmodel")
+
+
+@pytest.fixture(scope="session")
+def two(trainer: Any) -> Any:
+    """AdamMini, FSDP2 over two ranks."""
+    from forked import WHOLE
+
+    return trainer("two", ranks=2, data=2, **WHOLE)

@@ -6,6 +6,7 @@ import torch
 from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.partition import clean_name
 from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
 NAME = "AdamMini"
@@ -17,9 +18,15 @@ class AdamMiniContainer(OptimizersContainer):
     Args:
         model_parts: the parallelised model parts of this rank.
         optimizers: one per model part, with all its trainable parameters.
+        knobs: what the checkpointer needs to know: `load_adamw_state` and `hyper_parameters`.
+
+    Attributes:
+        from_adamw: the next load is from AdamW's state: it asks for one second moment per element, and averages.
     """
 
-    def __init__(self, model_parts: list[Any], optimizers: list[AdamMini]) -> None:
+    def __init__(self, model_parts: list[Any], optimizers: list[AdamMini], knobs: Knobs) -> None:
+        self.load_adamw_state, self.hyper_parameters = knobs.load_adamw_state, knobs.hyper_parameters
+        self.from_adamw = False
         self.model_parts = model_parts
         self.optimizers = optimizers
         self._validate_length(len(model_parts))
@@ -28,6 +35,34 @@ class AdamMiniContainer(OptimizersContainer):
             optimizer.init_state()
         params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
         self._post_init(params, optimizers[0].defaults)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torchtitan's; before a load from AdamW's state with room for its second moments, as DTensors."""
+        state: dict[str, Any] = super().state_dict()
+        if self.from_adamw:
+            for _, names in self._names():
+                state.update({_second_moment(name): torch.zeros_like(param.detach()) for param, name in names.items()})
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torchtitan's; AdamW's second moments are averaged over the blocks first, which is collective."""
+        if self.from_adamw:
+            state_dict = dict(state_dict)
+            for optimizer, names in self._names():
+                means = optimizer.block_means({param: state_dict[_second_moment(names[param])] for param in names})
+                state_dict.update({_second_moment(names[param]): value for param, value in means.items()})
+        super().load_state_dict(state_dict)
+
+    def _names(self) -> list[tuple[AdamMini, dict[torch.Tensor, str]]]:
+        """Every optimizer with the names that its parameters have in a checkpoint."""
+        return [
+            (optimizer, {one: clean_name(name) for name, one in part.named_parameters() if one in optimizer.state})
+            for part, optimizer in zip(self.model_parts, self.optimizers, strict=True)
+        ]
+
+
+def _second_moment(name: str) -> str:
+    return f"state.{name}.exp_avg_sq"
 
 
 def build_adam_mini(
@@ -55,9 +90,8 @@ def build_adam_mini(
             "between steps, while AdamMini plans its exchange once per run. Set fault_tolerance.enable = false, or "
             "train with AdamW under torchft."
         )
-    return AdamMiniContainer(
-        model_parts, [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
-    )
+    optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
+    return AdamMiniContainer(model_parts, optimizers, read_knobs(optimizer_config))
 
 
 def optimizer_of(

@@ -65,6 +65,20 @@ class AdamMini:
     momentum_dtype: Literal["", "float32", "bfloat16"] = ""
     """Type of the first moment. "" means the parameter's own."""
 
+    load_adamw_state: bool = False
+    """
+    Take AdamW's state where the checkpoint to be loaded holds it: momentum and step as they are, second moments
+    averaged over the blocks, on all ranks at once. While loading, a rank holds AdamW's 8 bytes per parameter. A
+    checkpoint with AdamMini's state is loaded as ever. `titan-adam-mini convert` does the same outside a run.
+    """
+
+    hyper_parameters: Literal["checkpoint", "config"] = "checkpoint"
+    """
+    Which hyper-parameters count when a checkpoint is loaded with its optimizer state: "checkpoint", those it was saved
+    with, as ever in torchtitan, or "config", those of this configuration (learning rate, betas, eps, weight decay).
+    The schedule goes on where it was.
+    """
+
 
 @dataclass
 class Optimizer:

@@ -7,6 +7,7 @@ import torch
 
 _MOMENTUM_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _VALUE_BLOCKS = ("neuron", "tensor")
+_HYPER_PARAMETERS = ("checkpoint", "config")
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Knobs:
     undecayed: list[str] = field(default_factory=list)
     value_blocks: str = "neuron"
     momentum_dtype: torch.dtype | None = None
+    load_adamw_state: bool = False
+    hyper_parameters: str = "checkpoint"
 
 
 def read_knobs(optimizer_config: Any) -> Knobs:
@@ -46,12 +49,20 @@ def read_knobs(optimizer_config: Any) -> Knobs:
     momentum_dtype = values.get("momentum_dtype", "")
     if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
         raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32" or "bfloat16"')
+    load_adamw_state = values.get("load_adamw_state", False)
+    if not isinstance(load_adamw_state, bool):
+        raise _refusal("load_adamw_state", load_adamw_state, "true or false")
+    hyper_parameters = values.get("hyper_parameters", "checkpoint")
+    if hyper_parameters not in _HYPER_PARAMETERS:
+        raise _refusal("hyper_parameters", hyper_parameters, '"checkpoint" or "config"')
     return Knobs(
         roles=dict(roles),
         # The command line gives [""] for an empty string, which means an empty list.
         undecayed=[pattern.strip() for pattern in undecayed if pattern.strip()],
         value_blocks=value_blocks,
         momentum_dtype=_MOMENTUM_DTYPES[momentum_dtype],
+        load_adamw_state=load_adamw_state,
+        hyper_parameters=hyper_parameters,
     )
 
 

@@ -4,9 +4,10 @@ import sys
 from typing import Any
 
 import torchtitan.components.optimizer as titan_optimizer
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.protocols import train_spec
 
-from titan_adam_mini.titan import device, flavor
+from titan_adam_mini.titan import checkpoint, device, flavor
 from titan_adam_mini.titan.builder import NAME, build_adam_mini
 
 _MARK = "titan_adam_mini_wraps"
@@ -59,6 +60,7 @@ def enable() -> None:
     """
     device.install()
     _replace_everywhere((_found, _original), build_optimizers)
+    _replace_everywhere((CheckpointManager,), checkpoint.AdamMiniCheckpointManager)
     flavor.add()
 
 
@@ -69,7 +71,7 @@ def _replace_everywhere(old: tuple[Any, ...], new: Any) -> None:
     hold the name too, hence all loaded modules and not only torchtitan's.
     """
     for name, module in list(sys.modules.items()):
-        if name == __name__ or module is None:
+        if name in (__name__, checkpoint.__name__) or module is None:
             continue
         for attribute, value in list(getattr(module, "__dict__", {}).items()):
             if any(value is each for each in old):

@@ -1,0 +1,159 @@
+"""torchtitan's checkpointer for AdamMini: fit is checked before anything is read, no run starts from random weights by
+accident, AdamW's state is converted as it is loaded, and what a restart changes is said in one line.
+
+Runs with other optimizers go through torchtitan's own code, untouched.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.optimizer import OptimizersContainer
+
+from titan_adam_mini.checkpoint import check_checkpoint
+from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.titan.builder import AdamMiniContainer
+
+logger = logging.getLogger("titan_adam_mini")
+
+_SCHEDULED = "initial_lr"
+"""The learning rate of the configuration, which the schedule multiplies."""
+
+
+class AdamMiniCheckpointManager(CheckpointManager):
+    """torchtitan's CheckpointManager, with three more looks at what it is about to do."""
+
+    def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
+        self._config = checkpoint_config
+
+    def load(self, step: int = -1) -> bool:
+        """As torchtitan's. Raises ValueError where it would go on with random weights, or half of a checkpoint."""
+        optimizers = self.states["optimizer"]
+        if not isinstance(optimizers, AdamMiniContainer):
+            return super().load(step)
+        self._refuse_random_start(step)
+        configured = _hyper_parameters(optimizers)
+        try:
+            loaded = super().load(step)
+        finally:
+            optimizers.from_adamw = False
+        if loaded:
+            self._settle(configured)
+        return loaded
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """As torchtitan's, once the checkpoint is known to fit on every rank."""
+        optimizers = self.states["optimizer"]
+        if isinstance(optimizers, AdamMiniContainer) and not from_hf:
+            _agree(self._wrong(optimizers, state_dict, checkpoint_id))
+        super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+
+    def _wrong(self, optimizers: AdamMiniContainer, state_dict: dict[str, Any], checkpoint_id: str) -> str:
+        """What is wrong with a checkpoint, in words; nothing if it fits."""
+        try:
+            stored = Stored(checkpoint_id)
+            stored.check_files()
+            kind = stored.optimizer()
+            if "optimizer" in state_dict:
+                optimizers.from_adamw = optimizers.load_adamw_state and kind == "AdamW"
+                if optimizers.from_adamw:
+                    logger.info(f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
+            elif kind is not None:
+                logger.info(
+                    f"AdamMini: only the model of {checkpoint_id} is loaded, not its optimizer state "
+                    "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0)."
+                )
+            _check_data_ranks(stored, state_dict)
+            check_checkpoint(stored, state_dict)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _refuse_random_start(self, step: int) -> None:
+        source = self._config.initial_load_path
+        if not (source or self._config.initial_load_in_hf):
+            return
+        told = f"checkpoint.initial_load_path = {source}" if source else "checkpoint.initial_load_in_hf = true"
+        if not self.enable:
+            raise ValueError(
+                f"{told} has no effect without checkpoint.enable = true: the run would start from random weights. "
+                "Set checkpoint.enable = true, or leave the other out."
+            )
+        if os.path.exists(self.folder) and step == -1 and self._find_load_step() == -1:
+            raise ValueError(
+                f"{self.folder} exists but holds no whole checkpoint (a run stopped during its first save, perhaps): "
+                f"torchtitan would ignore {told} and start from random weights. Remove {self.folder} to start from "
+                "there again, or name another job.dump_folder."
+            )
+
+    def _settle(self, configured: list[dict[str, Any]]) -> None:
+        """Say which hyper-parameters differ between checkpoint and configuration; let the one asked for count."""
+        optimizers: AdamMiniContainer = self.states["optimizer"]
+        keep = optimizers.hyper_parameters == "config"
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        told = {}
+        for group, mine in zip(groups, configured, strict=True):
+            for key, value in mine.items():
+                stored = group.get(key)
+                if _plain(stored) == _plain(value):
+                    continue
+                name = "lr" if key == _SCHEDULED else key
+                told[name] = f"{name} {_plain(stored)} there, {_plain(value)} here"
+                if keep:
+                    if key == _SCHEDULED:  # where the schedule stands is kept
+                        group["lr"] = value * (float(group["lr"]) / float(stored)) if stored else value
+                    group[key] = value
+        if not told:
+            return
+        if keep:
+            for scheduler in self.states["lr_scheduler"].schedulers:
+                scheduler.base_lrs = [group[_SCHEDULED] for group in scheduler.optimizer.param_groups]
+                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        counts = "the configuration counts" if keep else "the checkpoint counts"
+        cure = "" if keep else ' (to let this configuration count: [optimizer.adam_mini] hyper_parameters = "config")'
+        logger.warning(f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}.")
+
+
+def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
+    """Every group's keys as configured; the learning rate as the schedule's base."""
+    hidden = ("params", "param_names", "lr")
+    return [
+        {key: value for key, value in group.items() if key not in hidden}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared and shown: tuples and lists are the same, 0-d tensors are numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def _check_data_ranks(stored: Stored, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if the positions in the data are those of another number of data-parallel ranks."""
+    loader = state_dict.get("dataloader")
+    ranks = getattr(loader, "dp_world_size", None)
+    if ranks is None or "dataloader.world_size" not in stored:
+        return
+    saved = stored.value("dataloader.world_size")
+    if saved != ranks:
+        raise ValueError(
+            f"{stored.path} has the data positions of {saved} data-parallel ranks, and this run has {ranks}: add "
+            "--checkpoint.exclude_from_loading dataloader (the data then start anew)"
+        )
+
+
+def _agree(wrong: str) -> None:
+    """Raise ValueError on every rank if anything is wrong on one, so that none waits for the others for ever."""
+    told: list[str] = [wrong]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        told = [""] * dist.get_world_size()
+        dist.all_gather_object(told, wrong)
+    words = wrong or next((f"(on another rank) {one}" for one in told if one), "")
+    if words:
+        raise ValueError(words)
