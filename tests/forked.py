@@ -107,7 +107,7 @@ def train(
 class Trainer:
     """Starts runs that share settings, seed checkpoint and data; what differs is the mesh."""
 
-    def __init__(self, out: Path, corpus: Path, flavor: str = "adam_mini_debug") -> None:
+    def __init__(self, out: Path, corpus: Path, flavor: str = "adam_mini_debug", seed: int = 0) -> None:
         self.out, self.corpus = out, corpus
         self.common = {
             "model.flavor": flavor,
@@ -117,12 +117,21 @@ class Trainer:
             "lr_scheduler.total_steps": STEPS,
             "checkpoint.enable": True,
         }
-        seed = {"checkpoint.create_seed_checkpoint": True, "training.dataset_path": corpus / "train-1", "debug.seed": 0}
-        self("seed", ranks=1, start={}, **seed)
+        first = {"checkpoint.create_seed_checkpoint": True, "debug.seed": seed}
+        self("seed", ranks=1, start={}, **first)
 
     def __call__(
-        self, name: str, *, ranks: int, data: int = 1, start: dict[str, Any] | None = None, shown: int = 0, **mesh: Any
-    ):
+        self,
+        name: str,
+        *,
+        ranks: int,
+        data: int = 1,
+        start: dict[str, Any] | None = None,
+        shown: int = 0,
+        hook: Callable[..., None] | None = None,
+        given: tuple[Any, ...] = (),
+        **mesh: Any,
+    ) -> Run:
         """The finished run: `data` ranks of it see different documents, rank `shown` reports the losses."""
         settings = {
             **self.common,
@@ -131,7 +140,7 @@ class Trainer:
             **({"checkpoint.initial_load_path": self.checkpoint("seed", 0)} if start is None else start),
             **mesh,
         }
-        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, shown=shown)
+        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, shown=shown, hook=hook, given=given)
 
     def checkpoint(self, name: str, step: int) -> Path:
         return self.out / name / "checkpoint" / f"step-{step}"

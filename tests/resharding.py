@@ -1,0 +1,72 @@
+"""Saved by torch's distributed checkpoint on one mesh, loaded on another, and trained on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from injected import holdings, make, take_step, together, values
+from meshes import CATALOGUE, Placed, full_shapes
+from ranks import run
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from titan_adam_mini.checkpoint import check_checkpoint
+
+SAVED, STEPS = 3, 6
+PAIRS = (
+    *(("FSDP2 2", other) for other in ("one rank", "FSDP2 3", "FSDP2 4", "FSDP2 5", "HSDP 2x2", "FSDP2 8")),
+    *((other, "FSDP2 2") for other in ("one rank", "FSDP2 7", "FSDP2 8", "HSDP 2x3", "FSDP2 2, CPU offload", "PP 2")),
+    *(("HSDP 2x2", "HSDP 2x3"), ("FSDP2 7", "HSDP 2x2"), ("HSDP 2x3", "FSDP2 3"), ("one rank", "PP x FSDP2 2x2")),
+    *(("PP 2", "FSDP2 3"), ("PP x FSDP2 2x2", "FSDP2 5"), ("FSDP2 3", "PP 2")),
+    *(("FSDP2 3, even", "FSDP2 x TP 2x2, even"), ("FSDP2 x TP 2x2, even", "FSDP2 3, even")),
+    *(("EP 2", "FSDP2 4, experts"), ("FSDP2 4, experts", "FSDP2 x EP 2x2"), ("FSDP2 x EP 2x2", "EP 2")),
+)
+"""(saved on, loaded on)."""
+
+
+def state_of(placed: Placed, optimizer: torch.optim.Optimizer, flat: bool) -> tuple[dict[str, Any], StateDictOptions]:
+    """Model and optimizer as torchtitan saves them (flat), or nested."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optim = get_state_dict(placed.module, optimizer, options=options)
+    return {"model": model, "optim": optim}, options
+
+
+def save(rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool) -> dict[str, Any]:
+    """Train three steps, save, and say what was saved."""
+    mesh = CATALOGUE[name]
+    placed = Placed.decoder(mesh, dtype).fill(values(full_shapes(mesh.sizes)))
+    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    for step in range(SAVED):
+        take_step(mesh, placed, optimizer, step)
+    dcp.save(state_of(placed, optimizer, flat)[0], checkpoint_id=folder)
+    return holdings(placed, optimizer)
+
+
+def load(rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool) -> list[dict[str, Any]]:
+    """Load into a fresh model and optimizer, neither of which has ever stepped, and train three more steps."""
+    mesh = CATALOGUE[name]
+    placed = Placed.decoder(mesh, dtype)
+    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    optimizer.init_state()
+    state, options = state_of(placed, optimizer, flat)
+    check_checkpoint(folder, state)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        placed.module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=options
+    )
+    loaded = holdings(placed, optimizer)
+    for step in range(SAVED, STEPS):
+        take_step(mesh, placed, optimizer, step)
+    return [loaded, holdings(placed, optimizer)]
+
+
+def moved(
+    saved_on: str, loaded_on: str, dtype: torch.dtype, folder: Path, flat: bool = True
+) -> tuple[dict[str, dict[str, Any]], ...]:
+    """Everything, put together: as saved on one mesh, as loaded on the other, and after going on there."""
+    shapes = full_shapes(CATALOGUE[saved_on].sizes)
+    saved = run(save, CATALOGUE[saved_on].world, saved_on, dtype, str(folder), flat)
+    ranks = run(load, CATALOGUE[loaded_on].world, loaded_on, dtype, str(folder), flat)
+    return tuple(together(shapes, some) for some in (saved, [one[0] for one in ranks], [one[1] for one in ranks]))
