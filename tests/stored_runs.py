@@ -1,0 +1,63 @@
+"""Checkpoints as torchtitan writes them, of the small decoder trained by AdamW or AdamMini on any mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from injected import gradients, values
+from meshes import CATALOGUE, DENSE, Placed, full_shapes
+from ranks import run
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+
+from titan_adam_mini import AdamMini, Partition
+
+HEADS = {"n_heads": DENSE.n_heads, "n_kv_heads": DENSE.n_kv_heads, "head_dim": DENSE.head_dim}
+LR, FACTOR, STEPS = 1e-3, 0.25, 4
+
+
+def partition() -> Partition:
+    """The decoder's."""
+    return Partition.transformer(**HEADS)
+
+
+def _train_and_save(rank: int, world: int, name: str, kind: str, folder: str) -> None:
+    mesh = CATALOGUE[name]
+    shapes = full_shapes(mesh.sizes)
+    placed = Placed.decoder(mesh, torch.float32).fill(values(shapes))
+    if kind == "AdamW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(list(placed.params.values()), lr=LR, foreach=True)
+    else:
+        optimizer = AdamMini(list(placed.params.items()), lr=LR, partition=partition())
+    scheduler = LambdaLR(optimizer, lambda step: FACTOR)
+    for step in range(STEPS):
+        placed.inject(gradients(shapes, step))
+        optimizer.step()
+        scheduler.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {
+        **get_model_state_dict(placed.module),
+        "optimizer": get_optimizer_state_dict(placed.module, optimizer, options=options),
+        "lr_scheduler": scheduler.state_dict(),
+        "train_state": {"step": STEPS, "words": ["any", {"thing": 1}]},
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+
+def saved(folder: Path, kind: str, mesh: str = "FSDP2 3") -> Path:
+    """The checkpoint `folder/step-4`."""
+    path = folder / f"step-{STEPS}"
+    run(_train_and_save, CATALOGUE[mesh].world, mesh, kind, str(path))
+    return path
+
+
+def group_of(kind: str) -> dict[str, Any]:
+    """The keys of a new optimizer's group."""
+    param = torch.nn.Parameter(torch.zeros(1, 1))
+    made: torch.optim.Optimizer = torch.optim.AdamW([param], foreach=True)
+    if kind == "AdamMini":
+        made = AdamMini([("output.weight", param)], partition=partition())
+    return {key: value for key, value in made.param_groups[0].items() if key != "params"}
