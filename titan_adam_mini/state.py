@@ -13,11 +13,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 log = logging.getLogger("titan_adam_mini")
 
 
+CONVERT = (
+    "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
+    "[optimizer.adam_mini] load_adamw_state = true"
+)
+FOREIGN = ("vmean", "head_per_gpu", "neuron_per_gpu")
+"""State that only the authors' adam-mini keeps: statistics of one GPU's part of a tensor."""
+AUTHORS = (
+    "the optimizer state of the authors' adam-mini, whose statistics belong to one GPU's part of a head and cannot be "
+    "put together again: load the model alone, and let the moments grow anew"
+)
+
+
 def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> dict[str, Tensor]:
     """The loaded state of one parameter, each tensor as `expected` has it. Nothing is changed in place.
 
     Raises ValueError, naming the parameter, if a tensor is missing or has another shape.
     """
+    if any(key in loaded for key in FOREIGN):
+        raise ValueError(f"the loaded state of {name!r} is {AUTHORS}")
     missing = [key for key in expected if key not in loaded]
     if missing:
         raise ValueError(
@@ -29,7 +43,7 @@ def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapp
         if value.shape != want.shape:
             hint = "another partition, or other head counts"
             if key == "exp_avg_sq" and value.shape == param.shape:
-                hint = "AdamW, with one second moment per element"
+                hint = f"AdamW, with one second moment per element; {CONVERT}"
             raise ValueError(
                 f"the loaded {key} of {name!r} has shape {tuple(value.shape)}, this partition needs "
                 f"{tuple(want.shape)}: the state is of {hint}"

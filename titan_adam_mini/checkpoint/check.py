@@ -14,13 +14,10 @@ from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ..state import AUTHORS, CONVERT
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
 
 _SHOWN = 3
-CONVERT = (
-    "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
-    "[optimizer.adam_mini] load_adamw_state = true"
-)
 
 
 def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -> None:
@@ -72,9 +69,7 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
         )
     if kind == "adam-mini":
         raise ValueError(
-            f"{stored.path} holds the optimizer state of the authors' adam-mini, whose statistics belong to one GPU's "
-            "part of a head and cannot be put together again: load the model alone (--checkpoint.initial_load_path, "
-            "or exclude_from_loading optimizer) and let the moments grow anew"
+            f"{stored.path} holds {AUTHORS} (--checkpoint.initial_load_path, or exclude_from_loading optimizer)"
         )
     if kind == "AdamW" and not elementwise:
         raise ValueError(f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}")

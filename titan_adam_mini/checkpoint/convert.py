@@ -40,6 +40,7 @@ from ..layout import BlockLayout, Tiles
 from ..partition import Blocks
 from ..plan import BlockPlan
 from ..sharding import Shard
+from ..state import AUTHORS
 from .stored import EXP_AVG, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
@@ -98,10 +99,7 @@ class Conversion:
                 "with --checkpoint.initial_load_path"
             )
         if kind == "adam-mini":
-            raise ValueError(
-                f"{stored.path} holds the state of the authors' adam-mini, whose statistics belong to one GPU's part "
-                "of a head and cannot be put together again; start from the model alone"
-            )
+            raise ValueError(f"{stored.path} holds {AUTHORS}")
         stored.check_files()
         names = stored.parameters()
         for told, some in (

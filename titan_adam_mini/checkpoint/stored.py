@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ..state import FOREIGN
+
 STATE, EXP_AVG, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_sq"
 GROUPS = "param_groups."
-FOREIGN = (".vmean", ".head_per_gpu", ".neuron_per_gpu")
-"""Entries that only the authors' adam-mini writes: statistics of one GPU's part of a tensor."""
 
 
 class Stored:
@@ -94,7 +94,7 @@ class Stored:
         """Whose optimizer state lies under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
         start = prefix + STATE
         names = [name for name in self.metadata.state_dict_metadata if name.startswith(start)]
-        if any(name.endswith(FOREIGN) for name in names):
+        if any(name.rpartition(".")[2] in FOREIGN for name in names):
             return "adam-mini"
         seconds = [name for name in names if name.endswith(EXP_AVG_SQ) and name in self.tensors]
         if not seconds:
