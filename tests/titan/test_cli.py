@@ -1,0 +1,51 @@
+"""The command line: what it takes, and a sentence where it cannot."""
+
+from pathlib import Path
+
+import pytest
+from forked import CONFIG
+from stored_runs import saved
+
+from titan_adam_mini.cli import _config_first, main
+
+SMALL = ["--model.flavor", "adam_mini_debug"]
+
+
+def test_the_configuration_may_stand_anywhere_or_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONFIG_FILE", raising=False)
+    config = ["--job.config_file", "x.toml"]
+    assert _config_first(["a", *config, "b"]) == (config, ["a", "b"])
+    assert _config_first(["a", "b", "--job.config-file=x.toml"]) == (config, ["a", "b"])
+    assert _config_first(["a"]) == ([], ["a"])
+    monkeypatch.setenv("CONFIG_FILE", "x.toml")
+    assert _config_first(["a"]) == (config, ["a"])
+
+
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status in ((["--help"], 0), ([], 2), (["change"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+        assert "convert: Convert a checkpoint" in capsys.readouterr().out
+
+
+def test_errors_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONFIG_FILE", raising=False)
+    source = saved(tmp_path, "AdamW", "FSDP2 2")
+    target = tmp_path / "new" / "step-4"
+    convert = ["convert", str(source), str(target), "--to", "adam_mini"]
+    for words, told in (
+        (convert, "give --job.config_file X, or set CONFIG_FILE=X"),
+        (["convert", str(tmp_path), str(target), "--to", "adamw"], "is not a whole checkpoint"),
+        (["convert", str(source), str(source), "--to", "adamw"], "nothing is overwritten"),
+        ([*convert, "--job.config_file", str(CONFIG), "--model.flavor", "huge"], "no flavor 'huge': it has"),
+        ([*convert, "--job.config_file", str(CONFIG), *SMALL], "is it the configuration of this run?"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("titan-adam-mini: ") and told in error and "Traceback" not in error, error
+        assert not target.exists()
