@@ -21,6 +21,8 @@ PAIRS = (
     *(("HSDP 2x2", "HSDP 2x3"), ("FSDP2 7", "HSDP 2x2"), ("HSDP 2x3", "FSDP2 3"), ("one rank", "PP x FSDP2 2x2")),
     *(("PP 2", "FSDP2 3"), ("PP x FSDP2 2x2", "FSDP2 5"), ("FSDP2 3", "PP 2")),
     *(("FSDP2 3, even", "FSDP2 x TP 2x2, even"), ("FSDP2 x TP 2x2, even", "FSDP2 3, even")),
+    *(("FSDP2 x TP 3x2", "FSDP2 2"), ("FSDP2 7", "FSDP2 x TP 2x3"), ("HSDP x TP 2x2x2", "FSDP2 x TP 3x2")),
+    *(("TP 3", "FSDP2 x TP 2x2, norms on dp"), ("PP x FSDP2 x TP 2x2x2", "FSDP2 2"), ("one rank", "TP 4")),
     *(("EP 2", "FSDP2 4, experts"), ("FSDP2 4, experts", "FSDP2 x EP 2x2"), ("FSDP2 x EP 2x2", "EP 2")),
 )
 """(saved on, loaded on)."""

@@ -9,6 +9,7 @@ import torch
 from injected import on_one_device
 from meshes import CATALOGUE
 from oracle import error
+from ranks import RankError
 from resharding import PAIRS, STEPS, moved
 
 KINDS = ("params", "exp_avg", "exp_avg_sq")
@@ -50,3 +51,9 @@ def test_nested_state_dicts_serve_as_well(tmp_path: Path) -> None:
     for kind in KINDS:
         assert all(torch.equal(loaded[kind][key], value) for key, value in saved[kind].items()), kind
         assert all(torch.equal(after[kind][key], value) for key, value in want[kind].items()), kind
+
+
+def test_what_torch_would_mix_up_is_refused(tmp_path: Path) -> None:
+    """17 rows over tensor parallelism of 2 and FSDP of 4: torch saves them wrongly, and loads them without a word."""
+    with pytest.raises(RankError, match=r"would mix up the rows of .*feed_forward.w1.weight.*\(17, 10\)"):
+        moved("FSDP2 x TP 4x2", "FSDP2 x TP 4x2", torch.float32, tmp_path)

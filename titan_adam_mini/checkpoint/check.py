@@ -6,6 +6,7 @@ is neither the old nor the new one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..sharding import box_shape, shard_of
 from ..state import AUTHORS, CONVERT
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
 
@@ -30,13 +34,14 @@ def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -
         state_dict: nested or flat, with tensors, DTensors, objects and Stateful parts, as given to `load`.
 
     Raises:
-        ValueError: in words, if a file is missing or cut short, an entry is missing, a tensor has another size, or the
-            optimizer state is AdamW's, the authors' adam-mini's, or of another partition.
+        ValueError: in words, if a file is missing or cut short, an entry is missing, a tensor has another size, the
+            optimizer state is AdamW's, the authors' adam-mini's, or of another partition, or see `check_savable`.
     """
     stored = path if isinstance(path, Stored) else Stored(path)
     whole = {key: part.state_dict() if isinstance(part, Stateful) else part for key, part in state_dict.items()}
     wanted, _ = flatten_state_dict(whole)
     stored.check_files()
+    check_savable(wanted)
     for prefix in sorted({name.partition(STATE)[0] for name in wanted if _is_second_moment(name)}):
         _check_optimizer(stored, prefix, wanted)
     missing = [name for name in wanted if name not in stored]
@@ -48,6 +53,31 @@ def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -
             other.append(f"{name} is {tuple(stored.tensors[name].size)} there and {tuple(value.size())} here")
     if other:
         raise ValueError(f"{stored.path} is of another model: {_some(other)}")
+
+
+def check_savable(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for tensors that torch's distributed checkpoint would save or load wrongly, without a word.
+
+    Where FSDP cuts rows again that tensor parallelism has cut unevenly, it takes some ranks' rows for others
+    (`compute_local_shape_and_global_offset` of torch 2.13 disagrees with the local tensor); local, no collective.
+
+    Args:
+        state_dict: flat, name -> DTensor or anything else.
+    """
+    wrong = []
+    for name, value in state_dict.items():
+        if not isinstance(value, DTensor):
+            continue
+        box = shard_of(value).box()
+        sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+        theirs = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
+        if box_shape(box) != tuple(sizes) or (box != theirs and math.prod(sizes)):
+            wrong.append(f"{name} {tuple(value.shape)} as {value.placements}")
+    if wrong:
+        raise ValueError(
+            f"torch's distributed checkpoint would mix up the rows of {_some(wrong)}: FSDP and tensor parallelism do "
+            "not divide them. Choose degrees whose product divides the number of rows, or train without checkpoints"
+        )
 
 
 def _is_second_moment(name: str) -> bool:

@@ -6,13 +6,14 @@ Runs with other optimizers go through torchtitan's own code, untouched.
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
 
-from titan_adam_mini.checkpoint import check_checkpoint
+from titan_adam_mini.checkpoint import check_checkpoint, check_savable
 from titan_adam_mini.checkpoint.stored import Stored
 from titan_adam_mini.titan.builder import AdamMiniContainer
 
@@ -35,6 +36,8 @@ class AdamMiniCheckpointManager(CheckpointManager):
         if not isinstance(optimizers, AdamMiniContainer):
             return super().load(step)
         self._refuse_random_start(step)
+        if self.enable:
+            _agree(_words(check_savable, {**self.states["model"].state_dict(), **optimizers.state_dict()}))
         configured = _hyper_parameters(optimizers)
         try:
             loaded = super().load(step)
@@ -48,29 +51,25 @@ class AdamMiniCheckpointManager(CheckpointManager):
         """As torchtitan's, once the checkpoint is known to fit on every rank."""
         optimizers = self.states["optimizer"]
         if isinstance(optimizers, AdamMiniContainer) and not from_hf:
-            _agree(self._wrong(optimizers, state_dict, checkpoint_id))
+            _agree(_words(self._check, optimizers, state_dict, checkpoint_id))
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
-    def _wrong(self, optimizers: AdamMiniContainer, state_dict: dict[str, Any], checkpoint_id: str) -> str:
-        """What is wrong with a checkpoint, in words; nothing if it fits."""
-        try:
-            stored = Stored(checkpoint_id)
-            stored.check_files()
-            kind = stored.optimizer()
-            if "optimizer" in state_dict:
-                optimizers.from_adamw = optimizers.load_adamw_state and kind == "AdamW"
-                if optimizers.from_adamw:
-                    logger.info(f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
-            elif kind is not None:
-                logger.info(
-                    f"AdamMini: only the model of {checkpoint_id} is loaded, not its optimizer state "
-                    "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0)."
-                )
-            _check_data_ranks(stored, state_dict)
-            check_checkpoint(stored, state_dict)
-        except ValueError as error:
-            return str(error)
-        return ""
+    def _check(self, optimizers: AdamMiniContainer, state_dict: dict[str, Any], checkpoint_id: str) -> None:
+        """Raise ValueError if a checkpoint does not fit; prepare for AdamW's state if that is what it holds."""
+        stored = Stored(checkpoint_id)
+        stored.check_files()
+        kind = stored.optimizer()
+        if "optimizer" in state_dict:
+            optimizers.from_adamw = optimizers.load_adamw_state and kind == "AdamW"
+            if optimizers.from_adamw:
+                logger.info(f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
+        elif kind is not None:
+            logger.info(
+                f"AdamMini: only the model of {checkpoint_id} is loaded, not its optimizer state "
+                "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0)."
+            )
+        _check_data_ranks(stored, state_dict)
+        check_checkpoint(stored, state_dict)
 
     def _refuse_random_start(self, step: int) -> None:
         source = self._config.initial_load_path
@@ -146,6 +145,15 @@ def _check_data_ranks(stored: Stored, state_dict: dict[str, Any]) -> None:
             f"{stored.path} has the data positions of {saved} data-parallel ranks, and this run has {ranks}: add "
             "--checkpoint.exclude_from_loading dataloader (the data then start anew)"
         )
+
+
+def _words(check: Callable[..., None], *args: Any) -> str:
+    """What a check has to say; nothing if all is well."""
+    try:
+        check(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _agree(wrong: str) -> None:
