@@ -24,6 +24,8 @@ from ..state import FOREIGN
 STATE, EXP_AVG, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_sq"
 GROUPS = "param_groups."
 
+_ANOTHER = "take another step (--checkpoint.load_step in torchtitan)"
+
 
 class Stored:
     """A whole checkpoint in the folder `path`.
@@ -47,7 +49,7 @@ class Stored:
         try:
             self.metadata = self._reader.read_metadata()
         except (EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-            raise ValueError(f"{self.path}/.metadata cannot be read ({error}): take another step") from None
+            raise ValueError(f"{self.path}/.metadata cannot be read ({error}): {_ANOTHER}") from None
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     @cached_property
@@ -86,9 +88,9 @@ class Stored:
             want = max(where.offset + where.length for _, where in self.parts(file))
             path = self.path / file
             if not path.is_file():
-                raise ValueError(f"{path} is missing: the checkpoint is damaged, take another step")
+                raise ValueError(f"{path} is missing: the checkpoint is damaged, {_ANOTHER}")
             if (have := path.stat().st_size) < want:
-                raise ValueError(f"{path} has {have:,} of {want:,} bytes: the checkpoint is damaged, take another step")
+                raise ValueError(f"{path} has {have:,} of {want:,} bytes: the checkpoint is damaged, {_ANOTHER}")
 
     def optimizer(self, prefix: str = "optimizer.") -> str | None:
         """Whose optimizer state lies under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
@@ -149,7 +151,7 @@ class Stored:
             while left:
                 piece = file.read(min(size, left))
                 if not piece:
-                    raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, take another step")
+                    raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, {_ANOTHER}")
                 left -= len(piece)
                 yield piece
 

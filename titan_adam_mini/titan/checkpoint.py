@@ -62,11 +62,12 @@ class AdamMiniCheckpointManager(CheckpointManager):
         if "optimizer" in state_dict:
             optimizers.from_adamw = optimizers.load_adamw_state and kind == "AdamW"
             if optimizers.from_adamw:
-                logger.info(f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
+                _say(logging.INFO, f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
         elif kind is not None:
-            logger.info(
+            _say(
+                logging.INFO,
                 f"AdamMini: only the model of {checkpoint_id} is loaded, not its optimizer state "
-                "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0)."
+                "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0).",
             )
         _check_data_ranks(stored, state_dict)
         check_checkpoint(stored, state_dict)
@@ -113,7 +114,10 @@ class AdamMiniCheckpointManager(CheckpointManager):
                 scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         counts = "the configuration counts" if keep else "the checkpoint counts"
         cure = "" if keep else ' (to let this configuration count: [optimizer.adam_mini] hyper_parameters = "config")'
-        logger.warning(f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}.")
+        _say(
+            logging.WARNING,
+            f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}.",
+        )
 
 
 def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
@@ -145,6 +149,12 @@ def _check_data_ranks(stored: Stored, state_dict: dict[str, Any]) -> None:
             f"{stored.path} has the data positions of {saved} data-parallel ranks, and this run has {ranks}: add "
             "--checkpoint.exclude_from_loading dataloader (the data then start anew)"
         )
+
+
+def _say(level: int, line: str) -> None:
+    """Log a line once, not on every rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.log(level, line)
 
 
 def _words(check: Callable[..., None], *args: Any) -> str:
