@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ def state(trainer: Trainer, name: str, step: int) -> dict[str, Any]:
     return {key: stored.value(key) for key in stored.metadata.state_dict_metadata}
 
 
-def convert(*words: Any) -> None:
+def convert(*words: Any, model: Sequence[str] = ("--model.flavor", "adam_mini_debug")) -> None:
     from titan_adam_mini.cli import main
 
-    config = ["--job.config_file", str(CONFIG), "--model.flavor", "adam_mini_debug"]
-    main(["convert", *map(str, words), *config])
+    main(["convert", *map(str, words), "--job.config_file", str(CONFIG), *model])
 
 
 def test_the_checkpoint_counts_unless_the_configuration_is_to(trainer: Trainer, two: Any) -> None:
@@ -83,6 +83,23 @@ def test_adamw_goes_on_as_adam_mini_and_back(trainer: Trainer, adamw: Any, tmp_p
     more = {"training.steps": 2 * HALF + 3, "lr_scheduler.total_steps": 2 * HALF + 3, "optimizer.name": "AdamW"}
     again = resumed(trainer, tmp_path / "back" / "step-12", "again", **more)
     assert list(again.losses) == [2 * HALF + 1, 2 * HALF + 2, 2 * HALF + 3]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3"])
+def test_mixtures_of_experts_go_on_too(even: Trainer, tmp_path: Path, name: str) -> None:
+    short = {
+        "model.name": name,
+        "training.steps": 4,
+        "checkpoint.interval": 2,
+        "checkpoint.last_save_model_only": False,
+    }
+    even(f"{name}_adamw", ranks=2, data=2, start={}, **short, **{"optimizer.name": "AdamW"})
+    source = even.checkpoint(f"{name}_adamw", 2)
+    model = ["--model.name", name, "--model.flavor", "debugmodel"]
+    convert(source, tmp_path / "step-2", "--to", "adam_mini", model=model)
+    offline = resumed(even, tmp_path / "step-2", f"{name}_offline", **short)
+    inside = resumed(even, source, f"{name}_inside", **short, **{"optimizer.adam_mini.load_adamw_state": True})
+    assert list(offline.losses) == [3, 4] and offline.losses == inside.losses
 
 
 @pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])

@@ -1,0 +1,55 @@
+"""AdamW's second moments, sharded, become the means over blocks: on every mesh, and to one device's bits under FSDP."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from injected import agreed, full, make
+from meshes import CATALOGUE, DENSE, Placed, draw, full_shapes, layouts
+from oracle import error
+from ranks import run
+from torch import Tensor
+
+
+@lru_cache
+def elementwise(name: str) -> dict[str, Tensor]:
+    """Second moments of very different sizes."""
+    shapes = full_shapes(CATALOGUE[name].sizes)
+    drawn = draw(shapes, seed=5)
+    return {key: value.square() * 10.0 ** (number % 7 - 9) for number, (key, value) in enumerate(drawn.items())}
+
+
+def means(rank: int, world: int, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    mesh = CATALOGUE[name]
+    placed, second = (Placed.decoder(mesh, dtype).fill(elementwise(name)) for _ in range(2))
+    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    found = optimizer.block_means({placed.params[key]: value.detach() for key, value in second.params.items()})
+    for param, value in found.items():
+        like = optimizer.state[param]["exp_avg_sq"]
+        assert value.shape == like.shape and value.dtype == like.dtype
+        assert getattr(value, "placements", None) == getattr(like, "placements", None)
+    return {key: full(found[param]) for key, param in placed.params.items()}
+
+
+MESHES = ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "HSDP x TP 2x2x2", "FSDP2 x EP 2x2", "PP 2"]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_they_are_the_means(name: str) -> None:
+    got = agreed(run(means, CATALOGUE[name].world, name, torch.float64))
+    for key, layout in layouts(CATALOGUE[name].sizes).items():
+        want = elementwise(name)[key]
+        for dim, tiles in enumerate(layout.dims):
+            want = torch.cat([tile.mean(dim, keepdim=True) for tile in want.split(tiles.lengths(), dim)], dim)
+        assert error(got[key], want) < 1e-13, key
+
+
+@pytest.mark.parametrize("name", ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "PP 2"])
+def test_the_bits_are_those_of_one_device(name: str) -> None:
+    assert CATALOGUE[name].sizes == DENSE
+    got = agreed(run(means, CATALOGUE[name].world, name, torch.float32))
+    want = agreed(run(means, 1, "one rank", torch.float32))
+    assert all(torch.equal(got[key], value) for key, value in want.items())
