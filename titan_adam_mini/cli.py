@@ -28,13 +28,14 @@ class Convert:
     """Convert a checkpoint of torchtitan between AdamW and AdamMini, into a new folder.
 
     The source is left as it is. Momentum and step stay; a block's second moment becomes the mean of AdamW's over the
-    block, or is spread over it. Model, scheduler, data position and train state come along.
+    block, or is spread over it. Model, scheduler, data position and train state come along. Needs the configuration of
+    the run: --job.config_file X, and after it any of torchtitan's --section.key value; or CONFIG_FILE=X.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC/step-N")]
     """The checkpoint, such as outputs/checkpoint/step-1000."""
 
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST/step-N")]
     """The new one; must not exist."""
 
     to: Literal["adam_mini", "adamw"]
