@@ -64,6 +64,16 @@ def test_the_checkpoint_counts_unless_the_configuration_is_to(trainer: Trainer, 
     assert now[key + "lr"] == pytest.approx(5e-4 * factor), "the schedule goes on where it was"
 
 
+def test_the_schedule_counts_as_well_where_only_it_is_loaded(trainer: Trainer, two: Any) -> None:
+    """The schedule has a learning rate of its own, and comes along when the optimizer's state does not."""
+    alone = {"optimizer.lr": 5e-4, "checkpoint.exclude_from_loading": "optimizer", **WHOLE}
+    by_default = resumed(trainer, "two", "schedule_checkpoint", **alone)
+    assert "the checkpoint counts" in said(by_default, r"checkpoint and configuration differ: (lr .*)")
+    assert state(trainer, "schedule_checkpoint", 2 * HALF)["lr_scheduler.base_lrs"] != [5e-4]
+    resumed(trainer, "two", "schedule_config", **alone, **{"optimizer.adam_mini.hyper_parameters": "config"})
+    assert state(trainer, "schedule_config", 2 * HALF)["lr_scheduler.base_lrs"] == [5e-4]
+
+
 def test_adamw_goes_on_as_adam_mini_and_back(trainer: Trainer, adamw: Any, tmp_path: Path) -> None:
     convert(trainer.checkpoint("adamw", HALF), tmp_path / "mini" / "step-6", "--to", "adam_mini")
     offline = resumed(trainer, tmp_path / "mini" / "step-6", "offline", **WHOLE)

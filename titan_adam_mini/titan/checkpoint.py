@@ -19,7 +19,7 @@ from titan_adam_mini.titan.builder import AdamMiniContainer
 
 logger = logging.getLogger("titan_adam_mini")
 
-_SCHEDULED = "initial_lr"
+_BASE = "initial_lr"
 """The learning rate of the configuration, which the schedule multiplies."""
 
 
@@ -92,32 +92,33 @@ class AdamMiniCheckpointManager(CheckpointManager):
     def _settle(self, configured: list[dict[str, Any]]) -> None:
         """Say which hyper-parameters differ between checkpoint and configuration; let the one asked for count."""
         optimizers: AdamMiniContainer = self.states["optimizer"]
+        schedulers = self.states["lr_scheduler"].schedulers
         keep = optimizers.hyper_parameters == "config"
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        bases = [base for scheduler in schedulers for base in scheduler.base_lrs]
         told = {}
-        for group, mine in zip(groups, configured, strict=True):
-            for key, value in mine.items():
-                stored = group.get(key)
-                if _plain(stored) == _plain(value):
-                    continue
-                name = "lr" if key == _SCHEDULED else key
-                told[name] = f"{name} {_plain(stored)} there, {_plain(value)} here"
-                if keep:
-                    if key == _SCHEDULED:  # where the schedule stands is kept
-                        group["lr"] = value * (float(group["lr"]) / float(stored)) if stored else value
-                    group[key] = value
-        if not told:
-            return
+        for group, mine, base in zip(groups, configured, bases, strict=True):
+            # The schedule has its own copy of the base, which is loaded even where the optimizer's state is not.
+            for key, there in {**{key: group.get(key) for key in mine}, "base_lr": base}.items():
+                here = mine[_BASE if key == "base_lr" else key]
+                if _plain(there) != _plain(here):
+                    name = "lr" if key in (_BASE, "base_lr") else key
+                    told[name] = f"{name} {_plain(there)} there, {_plain(here)} here"
+            if keep:
+                if there := group.get(_BASE):  # where the schedule stands is kept
+                    group["lr"] *= mine[_BASE] / float(there)
+                group.update(mine)
         if keep:
-            for scheduler in self.states["lr_scheduler"].schedulers:
-                scheduler.base_lrs = [group[_SCHEDULED] for group in scheduler.optimizer.param_groups]
+            for scheduler in schedulers:
+                scheduler.base_lrs = [group[_BASE] for group in scheduler.optimizer.param_groups]
                 scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-        counts = "the configuration counts" if keep else "the checkpoint counts"
-        cure = "" if keep else ' (to let this configuration count: [optimizer.adam_mini] hyper_parameters = "config")'
-        _say(
-            logging.WARNING,
-            f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}.",
-        )
+        if told:
+            counts = "the configuration counts" if keep else "the checkpoint counts"
+            cure = (
+                "" if keep else ' (to let the configuration count: [optimizer.adam_mini] hyper_parameters = "config")'
+            )
+            line = f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}."
+            _say(logging.WARNING, line)
 
 
 def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
