@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import forkserver
+from ranks import POOL, forkserver
 from runs import Run, RunFailed, arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +68,7 @@ def train(
     Raises:
         RunFailed: with the exit codes and the log, if a rank ended with an error or time ran out.
     """
+    POOL.stop()  # its idle ranks would share the cores
     out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

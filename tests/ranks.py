@@ -32,6 +32,8 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 LARGEST = 8
+CALLS = 40
+"""Calls after which the workers are replaced: every process group leaves threads behind that wake up for ever."""
 GRACE = 3.0
 """Seconds that the other ranks get to fail in their own words once one rank has failed."""
 
@@ -129,6 +131,8 @@ class Pool:
         `timeout` seconds.
         """
         assert 1 <= size <= LARGEST
+        if self.calls % CALLS == 0:
+            self.stop()
         self._start(size)
         self.calls += 1
         store = os.path.join(self.folder.name, f"store-{self.calls}")
