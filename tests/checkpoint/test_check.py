@@ -9,21 +9,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from meshes import DENSE, full_shapes
-from stored_runs import partition, saved
+from stored_runs import partition
 
 from titan_adam_mini import AdamMini, Partition
 from titan_adam_mini.checkpoint import check_checkpoint
 from titan_adam_mini.checkpoint.stored import Stored
-
-
-@pytest.fixture(scope="module")
-def adamw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("adamw"), "AdamW")
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("mini"), "AdamMini")
 
 
 def wanted(blocks: Partition | None = None, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Any]:

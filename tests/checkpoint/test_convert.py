@@ -23,16 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = "optimizer.state."
 
 
-@pytest.fixture(scope="module")
-def adamw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("adamw"), "AdamW")
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("mini"), "AdamMini")
-
-
 def blocks() -> dict[str, Any]:
     return partition().assign(full_shapes(DENSE))
 

@@ -46,13 +46,13 @@ def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -
         _check_optimizer(stored, prefix, wanted)
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise ValueError(f"{stored.path} has no {_some(missing)}, which this run needs")
+        raise ValueError(f"{stored.path} has no {some(missing)}, which this run needs")
     other = []
     for name, value in wanted.items():
         if isinstance(value, Tensor) and name in stored.tensors and stored.tensors[name].size != value.size():
             other.append(f"{name} is {tuple(stored.tensors[name].size)} there and {tuple(value.size())} here")
     if other:
-        raise ValueError(f"{stored.path} is of another model: {_some(other)}")
+        raise ValueError(f"{stored.path} is of another model: {some(other)}")
 
 
 def check_savable(state_dict: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ def check_savable(state_dict: Mapping[str, Any]) -> None:
             wrong.append(f"{name} {tuple(value.shape)} as {value.placements}")
     if wrong:
         raise ValueError(
-            f"torch's distributed checkpoint would mix up the rows of {_some(wrong)}: FSDP and tensor parallelism do "
+            f"torch's distributed checkpoint would mix up the rows of {some(wrong)}: FSDP and tensor parallelism do "
             "not divide them. Choose degrees whose product divides the number of rows, or train without checkpoints"
         )
 
@@ -109,8 +109,8 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
     if missing:
         known = set(stored.parameters(prefix))
         extra = sorted(known - {name.removeprefix(start).removesuffix(EXP_AVG_SQ) for name in grids})
-        hint = f" It has {_some(extra)}, which this run does not have." if extra else ""
-        raise ValueError(f"{stored.path} has no optimizer state for {_some(missing)}: it is of another model.{hint}")
+        hint = f" It has {some(extra)}, which this run does not have." if extra else ""
+        raise ValueError(f"{stored.path} has no optimizer state for {some(missing)}: it is of another model.{hint}")
     other = []
     for name, value in grids.items():
         first = firsts[name]
@@ -121,11 +121,12 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
             )
     if other:
         raise ValueError(
-            f"{stored.path} was saved with another partition: {_some(other)}. Give this run the head counts, roles and "
+            f"{stored.path} was saved with another partition: {some(other)}. Give this run the head counts, roles and "
             "value_blocks of the run that saved it, or take AdamW's state to change the partition"
         )
 
 
-def _some(words: list[str]) -> str:
+def some(words: list[str]) -> str:
+    """The first few of many words, and how many more there are."""
     rest = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
     return ", ".join(words[:_SHOWN]) + rest

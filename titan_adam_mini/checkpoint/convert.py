@@ -41,6 +41,7 @@ from ..partition import Blocks
 from ..plan import BlockPlan
 from ..sharding import Shard
 from ..state import AUTHORS
+from .check import some
 from .stored import EXP_AVG, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
@@ -102,12 +103,12 @@ class Conversion:
             raise ValueError(f"{stored.path} holds {AUTHORS}")
         stored.check_files()
         names = stored.parameters()
-        for told, some in (
+        for told, odd in (
             ("has state for {} that the model of the configuration does not have", set(names) - set(self.blocks)),
             ("has no state for {} of the configuration's model", set(self.blocks) - set(names)),
         ):
-            if some:
-                shown = ", ".join(sorted(some)[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+            if odd:
+                shown = some(sorted(odd))
                 raise ValueError(f"{stored.path} {told.format(shown)}: is it the configuration of this run?")
         for name in names:
             blocks = self.blocks[name]
