@@ -10,15 +10,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from .kernels import Engine
-from .layout import Tiles
+from .kernels import Engine, Work
 from .plan import BlockPlan, BufferPlan, Group, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, local, local_gradient
 
@@ -53,33 +52,30 @@ def mesh_axes(param: Tensor) -> tuple[Axis, ...]:
 class Exchange:
     """The communication of one optimizer on one rank. Building it is collective: it checks the plan."""
 
-    def __init__(self, items: Sequence[Item], engine: Engine) -> None:
+    def __init__(self, items: Sequence[Item]) -> None:
         """Plan the exchange of `items` and check it with all ranks of every group.
 
         Raises ValueError on all ranks of a group whose plans differ.
         """
         self.items = list(items)
-        self.engine = engine
         axes = [item.axes for item in self.items]
         self.buffers = plan_buffers([item.plan for item in self.items], axes)
         self.groups = {group: self._process_group(group) for group in ordered_groups(axes)}
         self._check_plans()
-        self._data = [torch.empty(0) for _ in self.buffers]
-        self._work: list[_Reduction | None] = [None for _ in self.buffers]
-        self._slots = [{slot.param: slot for slot in plan.slots} for plan in self.buffers]
-        self._last = {index: number for number, slots in enumerate(self._slots) for index in slots}
-        self._last_sums = {
-            index: number
-            for number, slots in enumerate(self._slots)
-            for index, slot in slots.items()
-            if slot.sums is not None
-        }
+        self._buffers: list[_Buffer] = []
+        for plan in self.buffers:
+            wide = any(self.items[slot.param].dtype == torch.float64 for slot in plan.slots)
+            home = local(self.items[plan.slots[0].param].param).device
+            data = torch.empty(plan.numel, dtype=torch.float64 if wide else torch.float32, device=home)
+            self._buffers.append(_Buffer(plan, data, self.groups[plan.group], self._device(plan.group)))
+        for buffer in self._buffers:
+            buffer.chain(self._buffers, [item.plan for item in self.items])
         self._partial: dict[Group, list[tuple[int, int]]] | None = None
 
     @property
     def straddling(self) -> list[int]:
         """Indices of the parameters whose blocks straddle."""
-        return list(self._last_sums)
+        return list({slot.param: None for plan in self.buffers for slot in plan.slots if slot.sums is not None})
 
     # Start-up
 
@@ -219,118 +215,100 @@ class Exchange:
 
     # Sums of squares
 
-    def start(self, grads: Sequence[Tensor | None]) -> None:
-        """Compute this rank's sums of the straddling blocks and send them off."""
-        for number, plan in enumerate(self.buffers):
-            data = self._buffer(number)
-            for slot in plan.slots:
-                index, grad = slot.param, grads[slot.param]
-                if slot.present_after is not None:
-                    data[slot.present] = self._present(slot.present_after, index)
-                elif grad is not None:
-                    data[slot.present] = 1
-                if slot.sums is not None:
-                    sums = self._view(data, index, slot.sums)
-                    if slot.after is not None:
-                        sums.copy_(self._sums(slot.after, index))
-                    elif grad is not None:
-                        self._add_sums(sums, index, grad)
-            self._work[number] = _Reduction(data, self.groups[plan.group], self._device(plan.group))
-
-    def _present(self, number: int, index: int) -> Tensor:
-        """How many ranks have a parameter's gradient, 0-d, as one buffer's exchange left it."""
-        return self._wait(number)[self._slots[number][index].present]
-
-    def _sums(self, number: int, index: int) -> Tensor:
-        """A parameter's sums, in the plan's `sums_shape`, as one buffer's exchange left them."""
-        offset = self._slots[number][index].sums
-        assert offset is not None
-        return self._view(self._wait(number), index, offset)
-
-    def _buffer(self, number: int) -> Tensor:
-        """The zeroed buffer of one group."""
-        plan = self.buffers[number]
-        items = [self.items[slot.param] for slot in plan.slots]
-        device = local(items[0].param).device
-        if self._data[number].numel() != plan.numel or self._data[number].device != device:
-            dtype = torch.float64 if any(item.dtype == torch.float64 for item in items) else torch.float32
-            self._data[number] = torch.empty(plan.numel, dtype=dtype, device=device)
-        return self._data[number].zero_()
-
-    def _view(self, data: Tensor, index: int, offset: int) -> Tensor:
-        shape = self.items[index].plan.sums_shape
-        return data[offset : offset + math.prod(shape)].view(shape)
-
-    def _add_sums(self, target: Tensor, index: int, grad: Tensor) -> None:
-        item = self.items[index]
-        for view, (tiles, place, _) in zip(item.plan.shard.views(grad), item.plan.parts, strict=True):
-            if view.numel():
-                target[place] += self.engine.square_sums(view, tiles, item.plan.keep, item.dtype)
-
-    def _wait(self, number: int) -> Tensor:
-        work = self._work[number]
-        assert work is not None, "a buffer is read before it was sent"
-        work.wait()
-        return self._data[number]
-
-    def present(self, index: int, grad: Tensor | None) -> bool:
-        """Does any rank that this one knows of have a gradient of the parameter?"""
-        if grad is not None:
-            return True
-        if index not in self._last:
-            return False
-        return bool(self._present(self._last[index], index).item() > 0)
-
-    def means(self, index: int, grad: Tensor | None) -> Tensor:
-        """Mean square of the gradient over every block of this rank's reach, in the item's dtype.
-
-        A missing gradient counts as zeros. Waits for the exchange if the blocks straddle.
+    def places(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Where one parameter's numbers are in the buffers, which stay where they are: this rank's own sums before the
+        exchange, all ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks that have a
+        gradient, 0-d. None for what is not exchanged.
         """
-        item = self.items[index]
-        plan = item.plan
-        if index in self._last_sums:
-            sums = self._sums(self._last_sums[index], index).to(item.dtype)
-            if sums.numel() == 0:
-                return sums.new_zeros(plan.grid_shape)
-            sums = self.engine.fold(sums, plan.reach_tiles, plan.keep)
-        else:
-            sums = torch.zeros(plan.sums_shape, dtype=item.dtype, device=local(item.param).device)
-            if grad is not None and grad.numel():
-                self._add_sums(sums, index, grad)
-        for dim, tiles in enumerate(plan.reach_tiles):
-            if tiles.uniform is None:
-                sums = sums / _lengths(tiles, sums.dtype, sums.device).view(-1, *[1] * (sums.ndim - dim - 1))
-        return sums / math.prod(tiles.uniform or 1 for tiles in plan.reach_tiles)
+        shape = self.items[index].plan.sums_shape
+        own = complete = present = None
+        for buffer in self._buffers:
+            slot = buffer.slots.get(index)
+            if slot is None:
+                continue
+            present = buffer.data[slot.present]
+            if slot.sums is not None:
+                complete = buffer.data[slot.sums : slot.sums + math.prod(shape)].view(shape)
+                own = complete if slot.after is None else own
+        return own, complete, present
+
+    def start(self, works: Sequence[Work], engine: Engine) -> None:
+        """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
+        for buffer in self._buffers:
+            buffer.clear([work.grad is not None for work in works])
+        engine.square_sums(
+            [work for work in works if work.own_sums is not None and work.grad is not None and work.grad.numel()]
+        )
+        for buffer in self._buffers:
+            for number, source, target, length in buffer.chained:
+                self._buffers[number].wait()
+                buffer.data[target : target + length] = self._buffers[number].data[source : source + length]
+            buffer.send()
 
     def finish(self) -> None:
-        """Wait for whatever nobody asked for, so that the buffers are free for the next step."""
-        for number, work in enumerate(self._work):
-            if work is not None:
-                work.wait()
-            self._work[number] = None
+        """Return once every buffer holds the sums of all ranks."""
+        for buffer in self._buffers:
+            buffer.wait()
 
 
-@cache
-def _lengths(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The length of every tile of a dim, as a tensor."""
-    return torch.tensor(tiles.lengths(), dtype=dtype, device=device)
+class _Buffer:
+    """One group's buffer; its data are staged through the group's device where the group cannot reach theirs.
 
+    Attributes:
+        data: 1-D, what is exchanged.
+        slots: who stands where.
+        chained: (number of another buffer, offset there, offset here, length): what this one takes over, completed.
+    """
 
-class _Reduction:
-    """One all-reduce under way; the data are staged through the group's device where it cannot reach theirs."""
-
-    def __init__(self, data: Tensor, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, plan: BufferPlan, data: Tensor, group: dist.ProcessGroup, device: torch.device) -> None:
         self.data = data
-        self.sent = data if data.device.type == device.type else data.to(device)
-        self.work = dist.all_reduce(self.sent, group=group, async_op=True)
+        self.slots = {slot.param: slot for slot in plan.slots}
+        self.chained: list[tuple[int, int, int, int]] = []
+        self._group = group
+        self._sent = data if data.device.type == device.type else torch.empty_like(data, device=device)
+        self._work: Any = None
+        self._presence: tuple[list[bool], Tensor] | None = None
+
+    def chain(self, buffers: Sequence[_Buffer], plans: Sequence[BlockPlan]) -> None:
+        """Find out what to take over from earlier buffers, in as few pieces as possible."""
+        pieces = []
+        for index, slot in self.slots.items():
+            if slot.sums is not None and slot.after is not None:
+                source = buffers[slot.after].slots[index].sums
+                assert source is not None
+                pieces.append((slot.after, source, slot.sums, math.prod(plans[index].sums_shape)))
+            if slot.present_after is not None:
+                pieces.append((slot.present_after, buffers[slot.present_after].slots[index].present, slot.present, 1))
+        for number, source, target, length in pieces:
+            if self.chained:
+                last, before, there, size = self.chained[-1]
+                if (last, before + size, there + size) == (number, source, target):
+                    self.chained[-1] = (last, before, there, size + length)
+                    continue
+            self.chained.append((number, source, target, length))
+
+    def clear(self, present: Sequence[bool]) -> None:
+        """Zeros, and a one for every parameter that has a gradient here."""
+        pattern = [present[index] for index in self.slots]
+        if self._presence is None or self._presence[0] != pattern:
+            ones = torch.zeros(self.data.shape, dtype=self.data.dtype)
+            ones[[slot.present for slot, here in zip(self.slots.values(), pattern, strict=True) if here]] = 1
+            self._presence = (pattern, ones.to(self.data.device))
+        self.data.copy_(self._presence[1])
+
+    def send(self) -> None:
+        """Start the all-reduce."""
+        if self._sent is not self.data:
+            self._sent.copy_(self.data)
+        self._work = dist.all_reduce(self._sent, group=self._group, async_op=True)
 
     def wait(self) -> None:
-        """Return once the data hold the sum over the group."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-            if self.sent is not self.data:
-                self.data.copy_(self.sent)
+        """Return once the data hold the sum over the group; on a GPU, once everything queued later will find it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            if self._sent is not self.data:
+                self.data.copy_(self._sent)
 
 
 def bytes_exchanged(items: Sequence[Item], buffers: Sequence[BufferPlan]) -> dict[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from . import kernels
+from . import kernels, momentum
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
-from .partition import Blocks, Partition
+from .kernels import Work, int8, rounding, vectorized
+from .kernels.tensorwise import Tensorwise
+from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
 from .report import heads_cut, table
 from .sharding import as_state, local, shard_of
@@ -28,7 +30,7 @@ NAMES_NEEDED = (
     "AdamMini decides how a parameter is cut into blocks by its name: pass model.named_parameters() instead of "
     "model.parameters(), or param groups whose 'params' are (name, parameter) pairs, or that have 'param_names'"
 )
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8, torch.float16, torch.float64)
 UNSUPPORTED = {
     "amsgrad": "AdamMini has no amsgrad variant; leave amsgrad out",
     "differentiable": "AdamMini updates in place and cannot be differentiated through; leave differentiable out",
@@ -84,6 +86,8 @@ class AdamMini(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         **unsupported: Any,
     ) -> None:
         for name, value in unsupported.items():
@@ -91,8 +95,8 @@ class AdamMini(Optimizer):
                 raise TypeError(f"AdamMini got an unknown argument {name!r}")
             if value or name not in ("amsgrad", "differentiable"):
                 raise ValueError(UNSUPPORTED[name])
-        if capturable:
-            raise ValueError("capturable=True needs a CUDA-graph-safe engine, which this version does not have")
+        if foreach and fused:
+            raise ValueError("foreach=True and fused=True cannot be combined; pass one of them, or neither")
         if momentum_dtype not in MOMENTUM_DTYPES:
             raise ValueError(f"momentum_dtype is one of {', '.join(map(str, MOMENTUM_DTYPES))}, not {momentum_dtype}")
         heads = (n_heads, n_kv_heads, head_dim)
@@ -104,12 +108,16 @@ class AdamMini(Optimizer):
             raise ValueError("n_heads, n_kv_heads, head_dim and value_blocks belong to the partition if you pass one")
         self.partition = partition
         self.momentum_dtype = momentum_dtype
-        self.engine, self._engine_line = kernels.choose(foreach, fused)
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self._flags = (foreach, fused, capturable)
         self._names: list[list[str]] = []
         self._forget_plan()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         self._blocks = self._assign()
+        if capturable and any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
+            raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
 
     # Groups
 
@@ -161,10 +169,13 @@ class AdamMini(Optimizer):
 
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
-        self._key: list[tuple[int, bool]] = []
+        self._works: list[Work] = []
+        self._key: list[tuple[int, bool, torch.device]] = []
 
-    def _current_key(self) -> list[tuple[int, bool]]:
-        return [(id(param), param.requires_grad) for group in self.param_groups for param in group["params"]]
+    def _current_key(self) -> list[tuple[int, bool, torch.device]]:
+        return [
+            (id(param), param.requires_grad, param.device) for group in self.param_groups for param in group["params"]
+        ]
 
     def _planned(self) -> Exchange:
         """The exchange of the tensors that are in the groups now; collective when it has to be planned."""
@@ -175,13 +186,22 @@ class AdamMini(Optimizer):
             for name, param, _ in self._named():
                 try:
                     plan = BlockPlan.of(self._blocks[name].layout, shard_of(param))
+                    if self._momentum(param) == torch.int8:
+                        momentum.check_runs(param)
                 except ValueError as error:
                     raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
                 items.append(Item(name, param, plan, mesh_axes(param), dtype))
-            self._exchange, self._key = Exchange(items, self.engine), key
+            device = local(items[0].param).device if items else torch.device("cpu")
+            self.engine, self._engine_line = kernels.choose(*self._flags, device)
+            self._exchange, self._key, self._works = Exchange(items), key, []
             self._log_plan(self._exchange)
         return self._exchange
+
+    def _momentum(self, param: Tensor) -> torch.dtype:
+        """The dtype of a parameter's momentum: int8 where the shape allows it, else as a float32."""
+        dtype = self.momentum_dtype or param.dtype
+        return torch.float32 if dtype == torch.int8 and not int8.fits(param.shape) else dtype
 
     def _log_plan(self, exchange: Exchange) -> None:
         """Say once, on the first rank of those that share this plan, what was decided."""
@@ -219,15 +239,19 @@ class AdamMini(Optimizer):
         data = local(param)
         if data.is_meta:
             raise ValueError(f"{item.name!r} is on the meta device: materialise the model (to_empty, then initialise)")
-        exp_avg = torch.zeros_like(data, dtype=self.momentum_dtype or param.dtype)
-        exp_avg_sq = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
         same = param.placements if isinstance(param, DTensor) else ()
         grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
-        return {
-            "step": torch.zeros((), dtype=torch.float32),
+        exp_avg = torch.zeros_like(data, dtype=self._momentum(param))
+        exp_avg_sq = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
+        state = {
+            "step": torch.zeros((), dtype=torch.float32, device=data.device if self.engine.step_on_device else "cpu"),
             "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
             "exp_avg_sq": as_state(exp_avg_sq, param, plan.layout.grid_shape, grid),
         }
+        if exp_avg.dtype == torch.int8:
+            scale = torch.zeros(int8.scale_shape(data.shape), dtype=torch.float32, device=data.device)
+            state["exp_avg_scale"] = as_state(scale, param, int8.scale_shape(param.shape), same)
+        return state
 
     # The step
 
@@ -240,43 +264,51 @@ class AdamMini(Optimizer):
                 loss = closure()
         self.init_state()
         exchange = self._planned()
-        groups = [group for _, _, group in self._named()]
         with torch.profiler.record_function("AdamMini.exchange"):
-            grads = exchange.gradients()
-            exchange.start(grads)
+            works = self._current_works(exchange.gradients())
+            exchange.start(works, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
-            waiting = set(exchange.straddling)
             # Whoever needs no other rank goes first, while the sums travel.
-            ready = [index for index, grad in enumerate(grads) if grad is not None and index not in waiting]
-            rest = [index for index in range(len(grads)) if index in waiting or grads[index] is None]
-            for index in ready + rest:
-                if exchange.present(index, grads[index]):
-                    self._update(exchange, index, grads[index], groups[index])
+            alone = [work for work in works if work.grad is not None and work.sums is None]
+            self.engine.update(alone)
             exchange.finish()
+            self.engine.update(
+                [work for work in works if work.sums is not None or (work.grad is None and work.present is not None)]
+            )
         return loss
 
-    def _update(self, exchange: Exchange, index: int, grad: Tensor | None, group: dict[str, Any]) -> None:
-        """Algorithm 1 of the paper for one parameter. Without a gradient here, only what all ranks share moves on."""
-        item = exchange.items[index]
-        state = self.state[item.param]
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
-        means = exchange.means(index, grad)
-        state["step"] += 1
-        step = float(state["step"])
-        exp_avg_sq = local(state["exp_avg_sq"])
-        exp_avg_sq.mul_(beta2).add_(means * (1 - beta2))
-        if grad is None or grad.numel() == 0:
-            return
-        root = (exp_avg_sq / (1 - beta2**step)).sqrt_()
-        scale = (lr / (1 - beta1**step)) / root.add_(group["eps"])
-        decay = 1 - lr * group["weight_decay"] if self._blocks[item.name].decay else 1.0
-        weight = (beta1 - 1) if group["maximize"] else (1 - beta1)
-        views = item.plan.shard.views
-        param, exp_avg = local(item.param), local(state["exp_avg"])
-        parts = item.plan.parts
-        for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), parts, strict=True):
-            self.engine.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
+    def _current_works(self, grads: Sequence[Tensor | None]) -> list[Work]:
+        """What the engine gets of every parameter: local tensors, taken anew."""
+        exchange = self._planned()
+        if not self._works:
+            for index, (item, (name, _, group)) in enumerate(zip(exchange.items, self._named(), strict=True)):
+                own, complete, present = exchange.places(index)
+                seed = rounding.seed_of(self.seed, clean_name(name)) if self.stochastic_rounding else None
+                nothing = torch.empty(0)
+                self._works.append(
+                    Work(
+                        name=name,
+                        plan=item.plan,
+                        param=nothing,
+                        grad=None,
+                        exp_avg=nothing,
+                        exp_avg_scale=None,
+                        exp_avg_sq=nothing,
+                        step=nothing,
+                        group=group,
+                        decay=self._blocks[name].decay,
+                        seed=seed,
+                        own_sums=own,
+                        sums=complete,
+                        present=present,
+                    )
+                )
+        for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
+            state = self.state[item.param]
+            work.param, work.grad, work.step = local(item.param), grad, state["step"]
+            work.exp_avg, work.exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            work.exp_avg_scale = local(state["exp_avg_scale"]) if "exp_avg_scale" in state else None
+        return self._works
 
     # Saving and loading
 
@@ -290,14 +322,16 @@ class AdamMini(Optimizer):
         self.init_state()
         exchange = self._planned()
         # As roots, because the exchange squares what it sums.
-        roots = [local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items]
-        exchange.start(roots)
+        works = self._current_works([local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items])
+        plain = Tensorwise("foreach", vectorized)
+        exchange.start(works, plain)
+        exchange.finish()
         means = {}
-        for index, item in enumerate(exchange.items):
+        for work, item in zip(works, exchange.items, strict=True):
             like = self.state[item.param]["exp_avg_sq"]
             placements = like.placements if isinstance(like, DTensor) else ()
-            means[item.param] = as_state(exchange.means(index, roots[index]), item.param, like.shape, placements)
-        exchange.finish()
+            means[item.param] = as_state(plain.block_means(work), item.param, like.shape, placements)
+            work.grad = None
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,14 +373,12 @@ class AdamMini(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
         own = {
-            name: self.__dict__[name] for name in ("partition", "momentum_dtype", "_engine_line", "_names", "_blocks")
+            name: self.__dict__[name]
+            for name in ("partition", "momentum_dtype", "stochastic_rounding", "seed", "_flags", "_names", "_blocks")
         }
-        return {**super().__getstate__(), **own, "engine": self.engine.__name__}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if isinstance(engine := state.get("engine"), str):
-            state["engine"] = kernels.by_name(engine)
         super().__setstate__(state)
         self._forget_plan()
 

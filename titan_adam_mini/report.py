@@ -8,7 +8,6 @@ from .exchange import Item, bytes_exchanged
 from .partition import Blocks, summarize
 from .partition.roles import HEADED, TRANSPOSED
 from .plan import BufferPlan
-from .sharding import Interval, Shard, chunk
 
 HEADINGS = ("pattern", "n", "shape", "role", "blocks", "decay", "straddling", "bytes/step")
 
@@ -50,19 +49,7 @@ def heads_cut(blocks: Mapping[str, Blocks], items: Sequence[Item]) -> int:
         dim = 0 if role.removesuffix(TRANSPOSED) == role else len(item.plan.layout.dims) - 1
         tiles = item.plan.layout.dims[dim]
         starts, lengths = tiles.starts(), tiles.lengths()
-        edges = {stop for _, stop in _pieces(item.plan.shard, dim) if 0 < stop < tiles.size}
+        edges = {stop for _, stop in item.plan.shard.pieces(dim) if 0 < stop < tiles.size}
         cut = {tiles.tile_of(edge) for edge in edges.difference(starts)}
         total += sum(lengths[tile] == lengths[0] for tile in cut)
     return total
-
-
-def _pieces(shard: Shard, dim: int) -> list[Interval]:
-    """What all ranks together hold along one dim, one interval each."""
-    pieces = [(0, shard.shape[dim])]
-    for cut in shard.cuts_of(dim):
-        pieces = [
-            (start + lo, start + hi)
-            for start, stop in pieces
-            for lo, hi in (chunk(stop - start, cut.size, index) for index in range(cut.size))
-        ]
-    return pieces

@@ -101,6 +101,17 @@ class Shard:
             box.append((start, stop))
         return tuple(box)
 
+    def pieces(self, dim: int, levels: int | None = None) -> list[Interval]:
+        """What all ranks together hold along one dim after all its cuts, or after the first `levels`."""
+        pieces = [(0, self.shape[dim])]
+        for cut in self.cuts_of(dim)[:levels]:
+            pieces = [
+                (start + lo, start + hi)
+                for start, stop in pieces
+                for lo, hi in (chunk(stop - start, cut.size, index) for index in range(cut.size))
+            ]
+        return pieces
+
     def boxes(self) -> tuple[Box, ...]:
         """What this rank holds as disjoint boxes, in the order in which the local tensor stores them."""
         if self.flat is None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .momentum import converted
+
 log = logging.getLogger("titan_adam_mini")
 
 
@@ -32,6 +34,12 @@ def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapp
     """
     if any(key in loaded for key in FOREIGN):
         raise ValueError(f"the loaded state of {name!r} is {AUTHORS}")
+    if ("exp_avg_scale" in loaded) != ("exp_avg_scale" in expected) and "exp_avg" in loaded:
+        way = "from int8 to" if "exp_avg_scale" in loaded else "to int8 from"
+        other = expected["exp_avg"] if "exp_avg_scale" in loaded else loaded["exp_avg"]
+        log.warning(f"AdamMini: momentum of {name} converted {way} {other.dtype}")
+        near = {key: _placed(loaded[key], expected["exp_avg"]) for key in ("exp_avg", "exp_avg_scale") if key in loaded}
+        loaded = converted(expected, {**loaded, **near})
     missing = [key for key in expected if key not in loaded]
     if missing:
         raise ValueError(
@@ -56,6 +64,11 @@ def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapp
 
 def _like(value: Tensor, want: Tensor) -> Tensor:
     """`value` with the dtype, device and placements of `want`; itself if it has them."""
+    return _placed(value, want).to(dtype=want.dtype)
+
+
+def _placed(value: Tensor, want: Tensor) -> Tensor:
+    """`value` with the device and placements of `want`; itself if it has them."""
     if isinstance(want, DTensor):
         if not isinstance(value, DTensor):
             value = distribute_tensor(value.to(want.device), want.device_mesh, want.placements, src_data_rank=None)
@@ -63,4 +76,4 @@ def _like(value: Tensor, want: Tensor) -> Tensor:
             value = value.redistribute(want.device_mesh, want.placements)
     elif isinstance(value, DTensor):
         value = value.full_tensor()
-    return value.to(device=want.device, dtype=want.dtype)
+    return value.to(device=want.device)

@@ -70,7 +70,7 @@ def test_names_come_as_pairs_in_groups_or_as_param_names() -> None:
         ({"differentiable": True}, "differentiable"),
         ({"dim": 6}, "leave dim out"),
         ({"capturable": True}, "capturable"),
-        ({"momentum_dtype": torch.int8}, "momentum_dtype"),
+        ({"momentum_dtype": torch.int16}, "momentum_dtype"),
         ({"foreach": True, "fused": True}, "cannot be combined"),
         ({"partition": Partition.per_tensor()}, "belong to the partition"),
     ],

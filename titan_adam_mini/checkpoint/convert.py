@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ..exchange import Exchange, Item
 from ..kernels import vectorized
+from ..kernels.tensorwise import Tensorwise
 from ..layout import BlockLayout, Tiles
 from ..partition import Blocks
 from ..plan import BlockPlan
@@ -171,13 +171,15 @@ class Conversion:
     def block_means(self, name: str) -> tuple[Tensor, Tensor]:
         """AdamW's second moments of a parameter as roots, and their means per block in the target's dtype.
 
-        They are read as roots because the exchange, whose arithmetic and order of summation this is, squares.
+        They are read as roots because the engine, whose order of summation this is, squares.
         """
         roots = self.stored.read(_OPTIMIZER + STATE + name + EXP_AVG_SQ)
         dtype = torch.float64 if roots.dtype == torch.float64 else torch.float32
         roots = roots.to(dtype).sqrt_()
         plan = BlockPlan.of(self.blocks[name].layout, Shard(tuple(roots.shape)))
-        means = Exchange([Item(name, roots, plan, (), dtype)], vectorized).means(0, roots)
+        plain, sums = Tensorwise("foreach", vectorized), roots.new_zeros(plan.sums_shape)
+        plain.add_sums(plan, roots, sums)
+        means = plain.means(plan, sums)
         return roots, means.to(self.dtype(name))
 
     def compare(self, name: str, roots: Tensor | None, grid: Tensor, roles: Roles) -> None:

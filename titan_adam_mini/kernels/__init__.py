@@ -1,66 +1,117 @@
 """The arithmetic of a step on local tensors: one file per engine behind one signature.
 
-An engine is a module with three functions (`Engine` below). All of them take a tensor together with its tiles,
-one `Tiles` per dim. Every engine owns its order of summation: it depends on the block alone, never on how many
-blocks or rows a rank holds, so that any sharding adds in the order of a single device.
+    reference   "for-loop": block by block, the slow truth
+    vectorized  "foreach": whole-tensor torch operations, on any device
+    cpu         "fused" on a CPU: compiled loops, all tensors in one go
+    triton      "fused" on a GPU: all tensors in a constant number of launches
+
+An engine takes plain local tensors together with their plan, and talks to nobody. Every engine owns its order of
+summation: it depends on the block alone, never on how many blocks or rows a rank holds, so that any sharding adds in
+the order of a single device.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..layout import Tiles
-from . import reference, vectorized
+from ..plan import BlockPlan
+
+log = logging.getLogger("titan_adam_mini")
+
+
+@dataclass
+class Work:
+    """One parameter in one step: plain tensors with this rank's data.
+
+    Attributes:
+        name: the parameter's, unique in its optimizer.
+        plan: its blocks on this rank.
+        param: the values; updated in place.
+        grad: the gradient, of the shape of `param`; None if this rank has none: only what all ranks share moves on.
+        exp_avg: the momentum, of the shape of `param`, in any floating dtype or int8; updated in place.
+        exp_avg_scale: for int8 momentum, one float32 per run of columns (see `kernels.int8`); else None.
+        exp_avg_sq: [plan.grid_shape] float32 or float64, in which all is computed; updated in place.
+        step: 0-d float32, the number of steps; updated in place.
+        group: torch's parameter group: lr, betas, eps, weight_decay, maximize.
+        decay: does weight decay apply?
+        seed: of the random rounding of bfloat16 parameters; None rounds to nearest.
+        own_sums: [plan.sums_shape] where this rank's sums of squares go; None if nothing straddles.
+        sums: [plan.sums_shape] where they are found when all ranks have added theirs; None if nothing straddles.
+        present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
+    """
+
+    name: str
+    plan: BlockPlan
+    param: Tensor
+    grad: Tensor | None
+    exp_avg: Tensor
+    exp_avg_scale: Tensor | None
+    exp_avg_sq: Tensor
+    step: Tensor
+    group: Mapping[str, Any]
+    decay: bool
+    seed: int | None = None
+    own_sums: Tensor | None = None
+    sums: Tensor | None = None
+    present: Tensor | None = None
 
 
 class Engine(Protocol):
-    """What `reference` and `vectorized` have in common."""
+    """What all engines have in common. An engine serves one optimizer and may keep tables between steps."""
 
-    __name__: str
+    name: str
+    """What the log calls it."""
 
-    def square_sums(self, grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
-        """Sums of squares in `dtype`: dims up to `keep` index by index, deeper dims summed over each tile.
+    step_on_device: bool
+    """Whether `step` lives where the parameter does; on the CPU otherwise."""
 
-        A dim that is summed has one entry per tile in the result.
-        """
+    def square_sums(self, works: Sequence[Work]) -> None:
+        """Write this rank's sums of squares into every work's zeroed `own_sums`."""
 
-    def fold(self, sums: Tensor, tiles: tuple[Tiles, ...], keep: int) -> Tensor:
-        """Finish `square_sums(..., keep)`: sum dims 0..keep over their tiles. May overwrite `sums`."""
+    def update(self, works: Sequence[Work]) -> None:
+        """One step of Adam-mini for every work (arXiv 2406.16793, Algorithm 1), everything in place."""
 
-    def update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        scale: Tensor,
-        tiles: tuple[Tiles, ...],
-        *,
-        decay: float,
-        momentum: float,
-        weight: float,
-    ) -> None:
-        """In place: exp_avg = momentum * exp_avg + weight * grad; param = decay * param - scale * exp_avg.
-
-        `scale` has one entry per block and float32 or float64 dtype, in which all is computed.
-        """
+    def forget(self) -> None:
+        """Drop what was kept: the parameters or their plan have changed."""
 
 
-def choose(foreach: bool | None, fused: bool | None) -> tuple[Engine, str]:
-    """The engine that torch's `foreach` and `fused` flags ask for, and a line that says which one and why.
+def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: torch.device) -> tuple[Engine, str]:
+    """The engine that torch's `foreach` and `fused` flags ask for on `device`, and a line that says which and why.
 
-    Raises ValueError if both are asked for.
+    `fused`, and neither flag, ask for the fast engine of the device; what cannot run falls back one step and says so.
+    Raises ValueError if `capturable` is asked for and the engine does not serve it.
     """
-    if foreach and fused:
-        raise ValueError("foreach=True and fused=True cannot be combined; pass one of them, or neither")
+    from . import reference, vectorized
+    from .tensorwise import Tensorwise
+
+    plain = Tensorwise("foreach", vectorized)
+    engine: Engine = plain
+    line = "foreach (vectorized torch)"
     if foreach is False and not fused:
-        return reference, "for-loop (block by block: the slow reference)"
-    fallback = "; fused was asked for, and there is no fused kernel in this version" if fused else ""
-    return vectorized, f"foreach (vectorized torch){fallback}"
+        engine, line = Tensorwise("for-loop", reference), "for-loop (block by block: the slow reference)"
+    elif not foreach:
+        try:
+            if device.type == "cpu":
+                from .cpu import CpuEngine
 
+                engine, line = CpuEngine(plain), "fused (compiled CPU loops)"
+            elif device.type == "cuda":
+                from .triton import TritonEngine
 
-def by_name(name: str) -> Engine:
-    """The engine whose module is called `name`; how a pickled optimizer finds its engine again."""
-    return {engine.__name__: engine for engine in (reference, vectorized)}[name]
+                engine, line = TritonEngine(plain, capturable), "fused (Triton)"
+            else:
+                line += f"; not fused: there is no fused engine for {device.type!r} tensors"
+        except ImportError as error:
+            line += f"; not fused: {error.name} cannot be imported ({error})"
+    if capturable and (engine is plain or device.type != "cuda"):
+        raise ValueError(
+            f"capturable=True needs the fused engine on CUDA, and this is {line} on {device.type!r}; leave foreach and "
+            "capturable out"
+        )
+    return engine, line

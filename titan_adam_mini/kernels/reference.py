@@ -25,7 +25,7 @@ def pairwise_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
-    """See `Engine.square_sums`."""
+    """See `Arithmetic.square_sums`."""
     sums = grad.to(dtype)
     sums = sums * sums
     for dim in range(grad.ndim - 1, keep, -1):
@@ -34,7 +34,7 @@ def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.
 
 
 def fold(sums: Tensor, tiles: tuple[Tiles, ...], keep: int) -> Tensor:
-    """See `Engine.fold`."""
+    """See `Arithmetic.fold`."""
     for dim in range(keep, -1, -1):
         sums = torch.cat([pairwise_sum(tile, dim) for tile in sums.split(tiles[dim].lengths(), dim)], dim)
     return sums
@@ -51,7 +51,7 @@ def update(
     momentum: float,
     weight: float,
 ) -> None:
-    """See `Engine.update`."""
+    """See `Arithmetic.update`."""
     dtype = scale.dtype
     edges = [[(start, start + n) for start, n in zip(t.starts(), t.lengths(), strict=True)] for t in tiles]
     for block in product(*(range(t.count) for t in tiles)):

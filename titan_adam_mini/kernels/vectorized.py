@@ -19,7 +19,7 @@ CHUNK = 1 << 18
 
 
 def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
-    """See `Engine.square_sums`."""
+    """See `Arithmetic.square_sums`."""
     parts = []
     for rows in _chunks(grad):
         sums = grad[rows].to(dtype)
@@ -32,7 +32,7 @@ def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.
 
 
 def fold(sums: Tensor, tiles: tuple[Tiles, ...], keep: int) -> Tensor:
-    """See `Engine.fold`."""
+    """See `Arithmetic.fold`."""
     for dim in range(keep, -1, -1):
         sums = _sum_tiles(sums, tiles[dim], dim)
     return sums
@@ -49,7 +49,7 @@ def update(
     momentum: float,
     weight: float,
 ) -> None:
-    """See `Engine.update`."""
+    """See `Arithmetic.update`."""
     dtype = scale.dtype
     for dim, tile in enumerate(tiles):
         if not (tile.is_whole or tile.is_unit):

@@ -1,0 +1,162 @@
+"""A parameter as lines: the one shape that the fused engines know.
+
+A *line* is what is always summed in one go: a row of a matrix, an element of a vector, a column of a transposed
+weight. The lines of a rank's *reach* (see `plan`) are numbered, a block is a run of consecutive lines, and what a rank
+owns are the lines `first + outer * reach_inner + inner` of it, `width` elements each. Everything is integers: a row of
+a table of int64 per parameter, which compiled code reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from ..plan import BlockPlan
+from ..sharding import box_shape
+
+Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How this rank's part of one parameter is cut into lines.
+
+    Attributes:
+        dims: the dims that number the lines, outer and inner, and those inside a line.
+        sizes: what the rank owns of them: outer, inner, width.
+        first: number, in the reach, of the first own line.
+        reach_inner: lines of the reach per outer index.
+        blocks: blocks of the reach.
+        tile: lines per block where all blocks are alike; 0 where `starts` says it.
+        starts: int32 [blocks + 1], the first line of every block; empty where all are alike.
+        counts: int64 [blocks], elements of every block, over all ranks; one entry where all are alike.
+        summable: does every own line have a sum of its own among those that are exchanged, or is nothing exchanged?
+        fold: sums per block, as `tile`; 1 where whole blocks are exchanged.
+        index: number of the first own element in the flattened whole tensor, and the distance of its neighbours along
+            outer, inner and width; None where that is not regular.
+    """
+
+    dims: tuple[Dims, Dims, Dims]
+    sizes: tuple[int, int, int]
+    first: int
+    reach_inner: int
+    blocks: int
+    tile: int
+    starts: np.ndarray
+    counts: np.ndarray
+    summable: bool
+    fold: int
+    index: tuple[int, int, int, int] | None
+
+    @property
+    def number(self) -> int:
+        """Own lines."""
+        return self.sizes[0] * self.sizes[1]
+
+    def strides(self, tensor: Tensor) -> tuple[int, int, int] | None:
+        """Distance in elements of neighbours along outer, inner and width; None where that is not regular."""
+        merged = [_merged(dims, tuple(tensor.shape), tensor.stride()) for dims in self.dims]
+        return None if None in merged else tuple(merged)  # type: ignore[return-value]
+
+
+def lines_of(plan: BlockPlan) -> Lines | str:
+    """The lines of one parameter on one rank, or why it has none."""
+    if plan.shard.flat is not None:
+        return "it is a slice of a flattened tensor"
+    own, reach, shape = plan.own[0], plan.reach, plan.layout.shape
+    outer, inner, width = dims = _grouped(plan)
+    numbering = outer + inner
+    reach_shape, own_shape = box_shape(reach), box_shape(own)
+
+    tile, starts = _tile(plan, numbering)
+    if tile is None:
+        return "its blocks are not runs of rows"
+    if (
+        any(own[dim] != reach[dim] for dim in outer[1:])
+        and prod(reach_shape[dim] for dim in outer) > reach_shape[outer[0]]
+    ):
+        return "its rows are cut along several dims"
+    blocks = prod(plan.grid_shape)
+    if blocks != (len(starts) - 1 if len(starts) else -(-prod(reach_shape[dim] for dim in numbering) // max(tile, 1))):
+        return "its rows are cut into several blocks"
+    lengths = np.ones((), dtype=np.int64)
+    for tiles in plan.reach_tiles:
+        size = np.asarray([tiles.uniform] if tiles.uniform else tiles.lengths(), dtype=np.int64)
+        lengths = np.multiply.outer(lengths, size)
+    counts = lengths.reshape(-1)
+    if counts.size not in (1, blocks):
+        counts = np.broadcast_to(lengths, plan.grid_shape).reshape(-1)
+
+    sums = prod(plan.sums_shape)
+    by_block = bool(plan.axes) and plan.keep < 0
+    reach_inner = prod(reach_shape[dim] for dim in inner)
+    offsets = [own[dim][0] - reach[dim][0] for dim in range(len(shape))]
+    first = 0
+    for dim in numbering:
+        first = first * reach_shape[dim] + offsets[dim]
+    strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    steps = [_merged(group, own_shape, strides) for group in dims]
+    start = sum(lo * stride for (lo, _), stride in zip(own, strides, strict=True))
+    return Lines(
+        dims=dims,
+        sizes=tuple(prod(own_shape[dim] for dim in group) for group in dims),  # type: ignore[arg-type]
+        first=first,
+        reach_inner=reach_inner,
+        blocks=blocks,
+        tile=tile,
+        starts=starts,
+        counts=np.ascontiguousarray(counts),
+        summable=not plan.axes or sums == prod(reach_shape[dim] for dim in numbering),
+        fold=1 if by_block else tile,
+        index=None if None in steps else (start, *steps),  # type: ignore[arg-type]
+    )
+
+
+def _grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
+    """Which dims number the lines (outer, inner) and which are inside a line."""
+    dims = tuple(range(len(plan.layout.shape)))
+    whole = [tiles.is_whole for tiles in plan.layout.dims]
+    if plan.axes and plan.keep >= 0:
+        cut = plan.keep + 1  # row sums are exchanged: those are the lines
+    else:
+        # From the first dim after which all are whole; dim 0 numbers lines even so, since FSDP cuts there.
+        cut = max(1, next(dim for dim in range(len(dims) + 1) if all(whole[dim:])))
+    before = [dim for dim in dims[:-1] if whole[dim] and plan.layout.shape[dim] > 1]
+    if cut >= len(dims) > 1 and before and not (plan.axes and plan.keep >= 0):
+        # A transposed weight: a line is a column.
+        run = [dim for dim in before if all(other in before for other in range(before[0], dim + 1))]
+        return dims[: run[0]], dims[run[-1] + 1 :], tuple(run)
+    numbering = dims[:cut]
+    return numbering[:-1], numbering[-1:], dims[cut:]
+
+
+def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int | None, np.ndarray]:
+    """Lines per block where all blocks are alike, or 0 and the first line of every block; None if blocks are no runs."""
+    nothing = np.empty(0, dtype=np.int32)
+    tiles = [plan.reach_tiles[dim] for dim in numbering]
+    if all(one.is_unit for one in tiles):
+        return 1, nothing
+    if all(one.is_whole for one in tiles):
+        return max(1, prod(one.size for one in tiles)), nothing
+    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole.
+    long = next(place for place, one in enumerate(tiles) if not one.is_unit)
+    if not all(one.is_whole for one in tiles[long + 1 :]):
+        return None, nothing
+    behind = prod(one.size for one in tiles[long + 1 :])
+    if tiles[long].uniform is not None:
+        return tiles[long].uniform * behind, nothing  # type: ignore[operator]
+    lengths = tiles[long].lengths() * prod(one.size for one in tiles[:long])
+    return 0, np.asarray(list(accumulate((length * behind for length in lengths), initial=0)), dtype=np.int32)
+
+
+def _merged(dims: Dims, sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The stride of several dims taken as one; None if they do not follow each other in memory."""
+    dims = tuple(dim for dim in dims if sizes[dim] != 1)
+    if not dims or any(sizes[dim] == 0 for dim in dims):
+        return 1
+    regular = all(strides[one] == sizes[two] * strides[two] for one, two in pairwise(dims))
+    return strides[dims[-1]] if regular else None

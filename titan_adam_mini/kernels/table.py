@@ -1,0 +1,170 @@
+"""What compiled code reads: the works of one call as a table of int64, one row per parameter, addresses included.
+
+Built when the works change; addresses are taken anew in every step, since FSDP2 replaces local tensors and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Work
+from .lines import Lines
+
+(
+    PARAM,  # addresses
+    GRAD,
+    EXP_AVG,
+    EXP_AVG_SCALE,
+    EXP_AVG_SQ,
+    STEP,
+    PRESENT,  # 0 where this rank has a gradient
+    OWN_SUMS,  # one per line of the reach, before the exchange
+    SUMS,  # one per line of the reach, or per block where FOLD says so, after it
+    SCALE,  # one per block: what the momentum is multiplied with; the fold writes it, the update reads it
+    BLOCK_OF_LINE,  # int32, where TILE is 0
+    STARTS,  # int32, the first line of every block, where TILE is 0
+    COUNTS,  # int64, elements per block, where COUNT is 0
+    COUNT,  # integers from here on
+    GROUP,  # row of the table of hyper-parameters
+    DECAY,
+    SEED,  # of random rounding; -1: to nearest
+    LINES,
+    INNER,
+    WIDTH,
+    FIRST,
+    REACH_INNER,
+    BLOCKS,
+    TILE,
+    FOLD,
+    INDEX,
+    INDEX_OUTER,
+    INDEX_INNER,
+    INDEX_WIDTH,
+    PARAM_OUTER,  # strides, in elements
+    PARAM_INNER,
+    PARAM_WIDTH,
+    GRAD_OUTER,
+    GRAD_INNER,
+    GRAD_WIDTH,
+    EXP_AVG_OUTER,
+    EXP_AVG_INNER,
+    EXP_AVG_WIDTH,
+) = range(38)
+COLUMNS = 38
+CHANGING = SUMS + 1
+"""Columns that hold addresses of tensors that others may replace."""
+
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, LOG_BETA1, LOG_BETA2 = range(8)
+"""Columns of the table of hyper-parameters, float64, one row per group."""
+
+
+class Table:
+    """The works of one call.
+
+    Attributes:
+        rows: int64 [works, COLUMNS].
+        lines: of every work.
+        one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
+        scratch: room for the sums and scales of all others.
+    """
+
+    def __init__(self, works: Sequence[Work], lines: Sequence[Lines]) -> None:
+        self.lines = list(lines)
+        self.one_line = [work.sums is None and one.tile == 1 for work, one in zip(works, lines, strict=True)]
+        self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
+        self._strides: list[list[tuple[int, ...]]] = [[(), (), ()] for _ in works]
+        self._arrays: dict[tuple[bytes, str], Tensor] = {}
+        self._copies: list[Tensor] = []
+        device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
+        groups = list({id(work.group): None for work in works})
+
+        sizes = [
+            (0 if work.sums is not None else one.number, 0 if alone else one.blocks)
+            for work, one, alone in zip(works, lines, self.one_line, strict=True)
+        ]
+        sizes = [(0, 0) if alone else size for size, alone in zip(sizes, self.one_line, strict=True)]
+        self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)
+        free, width = self.scratch.data_ptr(), self.scratch.element_size()
+        for row, work, one, (sums, blocks) in zip(self.rows, works, lines, sizes, strict=True):
+            row[OWN_SUMS] = row[SUMS] = free
+            row[SCALE] = free + sums * width
+            free += (sums + blocks) * width
+            if one.tile == 0:
+                of_line = np.repeat(np.arange(one.blocks, dtype=np.int32), np.diff(one.starts))
+                row[BLOCK_OF_LINE] = self._array(of_line, device)
+                row[STARTS] = self._array(one.starts, device)
+            if one.counts.size == 1:
+                row[COUNT] = one.counts[0]
+            elif one.counts.size:
+                row[COUNTS] = self._array(one.counts, device)
+            row[GROUP] = groups.index(id(work.group))
+            row[DECAY], row[SEED] = work.decay, -1 if work.seed is None else work.seed
+            row[LINES], row[INNER], row[WIDTH] = one.number, max(1, one.sizes[1]), one.sizes[2]
+            row[FIRST], row[REACH_INNER], row[BLOCKS] = one.first, one.reach_inner, one.blocks
+            row[TILE], row[FOLD] = one.tile, one.fold
+            row[INDEX : INDEX_WIDTH + 1] = one.index or 0
+        self.refresh(works)
+
+    def _array(self, values: np.ndarray, device: torch.device) -> int:
+        """The address of constant values on the device, shared by all who ask for the same."""
+        key = (values.tobytes(), str(values.dtype))
+        if key not in self._arrays:
+            self._arrays[key] = torch.from_numpy(values.copy()).to(device)
+        return self._arrays[key].data_ptr()
+
+    def refresh(self, works: Sequence[Work]) -> bool:
+        """Take all addresses and strides anew; True if any of them changed."""
+        self._copies = []
+        before = self.rows.copy()
+        addresses = []
+        for number, work in enumerate(works):
+            grad = work.grad
+            if grad is not None:
+                self._stride(number, 0, work.param)
+                self._stride(number, 2, work.exp_avg)
+                if not self._stride(number, 1, grad):
+                    grad = torch.empty_like(work.param, dtype=grad.dtype).copy_(grad)
+                    self._copies.append(grad)
+                    self._stride(number, 1, grad)
+            scale, present, own, sums = work.exp_avg_scale, work.present, work.own_sums, work.sums
+            addresses.append(
+                (
+                    work.param.data_ptr(),
+                    0 if grad is None else grad.data_ptr(),
+                    work.exp_avg.data_ptr(),
+                    0 if scale is None else scale.data_ptr(),
+                    work.exp_avg_sq.data_ptr(),
+                    work.step.data_ptr(),
+                    0 if present is None or grad is not None else present.data_ptr(),
+                    self.rows[number, OWN_SUMS] if own is None else own.data_ptr(),
+                    self.rows[number, SUMS] if sums is None else sums.data_ptr(),
+                )
+            )
+        self.rows[:, :CHANGING] = addresses
+        return not np.array_equal(before, self.rows)
+
+    def _stride(self, number: int, which: int, tensor: Tensor) -> bool:
+        """Note the strides of param, gradient or momentum along the lines; False where they are not regular."""
+        if tensor.stride() == self._strides[number][which]:
+            return True
+        strides = self.lines[number].strides(tensor)
+        if strides is None:
+            return False
+        self._strides[number][which] = tensor.stride()
+        self.rows[number, PARAM_OUTER + 3 * which : PARAM_OUTER + 3 * which + 3] = strides
+        return True
+
+
+def hyper_parameters(works: Sequence[Work]) -> np.ndarray:
+    """The groups' hyper-parameters, float64 [groups, 8], in the order of Table's GROUP; an lr on a device reads 0."""
+    values = []
+    for group in {id(work.group): work.group for work in works}.values():
+        lr, (beta1, beta2) = group["lr"], map(float, group["betas"])
+        rate = 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+        logs = (np.log(beta) if beta else -np.inf for beta in (beta1, beta2))
+        values.append((rate, beta1, beta2, group["eps"], group["weight_decay"], float(bool(group["maximize"])), *logs))
+    return np.asarray(values, dtype=np.float64).reshape(-1, 8)

@@ -1,0 +1,135 @@
+"""A step in torch operations, one parameter after the other: the order of Algorithm 1, around an engine's three sums.
+
+`reference` and `vectorized` bring `square_sums`, `fold` and `update`; this file what is the same for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import Tiles
+from ..plan import BlockPlan
+from . import Work, int8, rounding
+
+
+class Arithmetic(Protocol):
+    """What `reference` and `vectorized` have in common. Tensors come with their tiles, one `Tiles` per dim."""
+
+    def square_sums(self, grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
+        """Sums of squares in `dtype`: dims up to `keep` index by index, deeper dims summed over each tile.
+
+        A dim that is summed has one entry per tile in the result.
+        """
+
+    def fold(self, sums: Tensor, tiles: tuple[Tiles, ...], keep: int) -> Tensor:
+        """Finish `square_sums(..., keep)`: sum dims 0..keep over their tiles. May overwrite `sums`."""
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        scale: Tensor,
+        tiles: tuple[Tiles, ...],
+        *,
+        decay: float,
+        momentum: float,
+        weight: float,
+    ) -> None:
+        """In place: exp_avg = momentum * exp_avg + weight * grad; param = decay * param - scale * exp_avg.
+
+        `scale` has one entry per block and float32 or float64 dtype, in which all is computed.
+        """
+
+
+class Tensorwise:
+    """An engine (see `kernels.Engine`) from three sums."""
+
+    step_on_device = False
+
+    def __init__(self, name: str, arithmetic: Arithmetic) -> None:
+        self.name = name
+        self.arithmetic = arithmetic
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def square_sums(self, works: Sequence[Work]) -> None:
+        """See `Engine.square_sums`."""
+        for work in works:
+            assert work.grad is not None and work.own_sums is not None
+            self.add_sums(work.plan, work.grad, work.own_sums)
+
+    def add_sums(self, plan: BlockPlan, grad: Tensor, sums: Tensor) -> None:
+        """Add the sums of squares of this rank's part to `sums`, [plan.sums_shape]."""
+        for view, (tiles, place, _) in zip(plan.shard.views(grad), plan.parts, strict=True):
+            if view.numel():
+                sums[place] += self.arithmetic.square_sums(view, tiles, plan.keep, sums.dtype)
+
+    def means(self, plan: BlockPlan, sums: Tensor) -> Tensor:
+        """Sums as the exchange has them, [plan.sums_shape], as means over every block, [plan.grid_shape]."""
+        if sums.numel() == 0:
+            return sums.new_zeros(plan.grid_shape)
+        sums = self.arithmetic.fold(sums, plan.reach_tiles, plan.keep)
+        for dim, tiles in enumerate(plan.reach_tiles):
+            if tiles.uniform is None:
+                sums = sums / _lengths(tiles, sums.dtype, sums.device).view(-1, *[1] * (sums.ndim - dim - 1))
+        return sums / math.prod(tiles.uniform or 1 for tiles in plan.reach_tiles)
+
+    def block_means(self, work: Work) -> Tensor:
+        """Mean square of the gradient over every block of this rank's reach; a missing gradient counts as zeros."""
+        sums = work.sums
+        if sums is None:
+            sums = torch.zeros(work.plan.sums_shape, dtype=work.exp_avg_sq.dtype, device=work.param.device)
+            if work.grad is not None:
+                self.add_sums(work.plan, work.grad, sums)
+        return self.means(work.plan, sums.to(work.exp_avg_sq.dtype))
+
+    def update(self, works: Sequence[Work]) -> None:
+        """See `Engine.update`."""
+        for work in works:
+            if work.grad is not None or (work.present is not None and work.present.item() > 0):
+                self._update(work)
+
+    def _update(self, work: Work) -> None:
+        plan, grad, group = work.plan, work.grad, work.group
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        means = self.block_means(work)
+        work.step += 1
+        step = float(work.step)
+        work.exp_avg_sq.mul_(beta2).add_(means * (1 - beta2))
+        if grad is None or grad.numel() == 0:
+            return
+        root = (work.exp_avg_sq / (1 - beta2**step)).sqrt_()
+        scale = (lr / (1 - beta1**step)) / root.add_(group["eps"])
+        decay = 1 - lr * group["weight_decay"] if work.decay else 1.0
+        weight = (beta1 - 1) if group["maximize"] else (1 - beta1)
+
+        param, exp_avg = work.param, work.exp_avg
+        if work.exp_avg_scale is not None:
+            exp_avg = int8.dequantized(exp_avg, work.exp_avg_scale)
+        if rounds := work.seed is not None and param.dtype == torch.bfloat16:
+            param = param.to(scale.dtype)
+        views = plan.shard.views
+        for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), plan.parts, strict=True):
+            self.arithmetic.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
+        if work.exp_avg_scale is not None:
+            int8.quantize(exp_avg, work.exp_avg, work.exp_avg_scale)
+        if rounds:
+            assert work.seed is not None
+            key = rounding.key(work.seed, int(step))
+            for old, new, box in zip(views(work.param), views(param), plan.own, strict=True):
+                old.copy_(rounding.stochastic(new, rounding.indices(plan.layout.shape, box, new.device), key))
+
+
+@cache
+def _lengths(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The length of every tile of a dim, as a tensor."""
+    return torch.tensor(tiles.lengths(), dtype=dtype, device=device)
