@@ -56,10 +56,13 @@ class AdamMini(Optimizer):
         head_dim: rows per head; a query's rows / `n_heads` and a key's rows / `n_kv_heads` if None.
         partition: a `Partition` of your own; excludes the three above.
         value_blocks: "neuron", or "tensor" for one block per value projection.
-        momentum_dtype: dtype of `exp_avg`; None for the parameter's.
+        momentum_dtype: dtype of `exp_avg`; None for the parameter's. torch.int8 keeps a float32 scale per run of 128
+            columns, for tensors of two dims or more whose columns are a multiple of 128; others stay float32.
         maximize: ascend instead of descend.
         foreach, fused: which engine computes (see `kernels.choose`); None and None for the best there is.
-        capturable: not available yet.
+        capturable: may be captured in a CUDA graph; needs the fused engine, and `lr` as a tensor if it is to move.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias, instead of to nearest.
+        seed: of that rounding; the same bits for the same seed, step and element on every mesh.
 
     State per parameter: `exp_avg` (shape and placements of the parameter), `exp_avg_sq` (the block grid, float32, or
     float64 for float64 parameters), `step` (0-d float32).

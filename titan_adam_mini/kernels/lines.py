@@ -68,7 +68,8 @@ def lines_of(plan: BlockPlan) -> Lines | str:
     if plan.shard.flat is not None:
         return "it is a slice of a flattened tensor"
     own, reach, shape = plan.own[0], plan.reach, plan.layout.shape
-    outer, inner, width = dims = _grouped(plan)
+    dims = _grouped(plan)
+    outer, inner, _ = dims
     numbering = outer + inner
     reach_shape, own_shape = box_shape(reach), box_shape(own)
 
@@ -135,7 +136,7 @@ def _grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
 
 
 def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int | None, np.ndarray]:
-    """Lines per block where all blocks are alike, or 0 and the first line of every block; None if blocks are no runs."""
+    """Lines per block, or 0 and the first line of every block where they differ; None if blocks are no runs."""
     nothing = np.empty(0, dtype=np.int32)
     tiles = [plan.reach_tiles[dim] for dim in numbering]
     if all(one.is_unit for one in tiles):
