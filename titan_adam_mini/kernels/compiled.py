@@ -57,9 +57,12 @@ class Compiled:
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
         mine, rest = self._mine(works)
+        # Blocks of this rank alone, whose gradient is missing here but not elsewhere: rare, and no matter for speed.
+        idle = [work for work in mine if work.grad is None and work.sums is None]
+        mine = [work for work in mine if work.grad is not None or work.sums is not None]
         for table, members in self._by_dtypes("update", mine):
             self.run_update(table, members)
-        self.plain.update(rest)
+        self.plain.update(rest + idle)
 
     def _line(self, work: Work) -> Lines:
         lines = self._lines[work.name]
