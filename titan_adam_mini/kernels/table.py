@@ -126,7 +126,8 @@ class Table:
             if grad is not None:
                 self._stride(number, 0, work.param)
                 self._stride(number, 2, work.exp_avg)
-                if not self._stride(number, 1, grad):
+                runs = work.exp_avg_scale is not None and not grad.is_contiguous()
+                if runs or not self._stride(number, 1, grad):
                     grad = torch.empty_like(work.param, dtype=grad.dtype).copy_(grad)
                     self._copies.append(grad)
                     self._stride(number, 1, grad)
