@@ -2,7 +2,7 @@
 
 A list of programs says which tile of which parameter is whose; addresses and hyper-parameters are read from tables on
 the device. Nothing waits for the host: numbers of steps, bias corrections and missing gradients are dealt with where
-the data are. The number of launches depends on which kinds of lines, tiles and dtypes there are, not on how many tensors.
+the data are. How many launches there are depends on the kinds of lines and dtypes, not on the number of tensors.
 """
 
 from __future__ import annotations
@@ -29,49 +29,41 @@ class Tile(NamedTuple):
     """What one program works on; a constant of the compiled kernels.
 
     Attributes:
-        lines, columns: its size.
+        lines, columns: its size; lines that are longer take several tiles one after the other.
         unit: the dim whose neighbours are neighbours in memory: 0 lines, 1 columns, 2 neither.
-        hint: does every line start at a multiple of 16 bytes and elements?
-        one: does the tile hold whole lines? Else it goes along them.
     """
 
     lines: int
     columns: int
     unit: int
-    hint: bool
-    one: bool
 
     @staticmethod
-    def of(width: int, unit: int, hint: bool, runs: bool) -> Tile:
-        """The tile for lines of `width` elements; `runs`: with int8 momentum. Measured on one NVIDIA H100.
+    def of(width: int, unit: int, runs: bool) -> Tile:
+        """The tile for lines of `width` elements; `runs`: with int8 momentum, where a tile is part of one line.
 
-        Which lines and columns, and so the order of summation, is a function of the width and the layout alone.
+        A function of width and layout alone, as the order of summation must be.
         """
         if width == 1:
-            return Tile(SMALL, 1, unit, False, True)
+            return Tile(1024, 1, unit)
         if unit == 0:
-            return Tile(64, 64, unit, False, False)
+            return Tile(64, 64, unit)
         if runs:
-            return Tile(1, RUNS, unit, hint, False)
-        for widest in (256, 1024, WHOLE):
-            if width <= widest:
-                return Tile(max(1, WHOLE // widest), widest, unit, hint, True)
-        return Tile(1, LONG, unit, hint, False)
+            return Tile(1, RUNS, unit)
+        columns = next((one for one in (64, 256, 1024) if width <= one), LONG)
+        return Tile(LONG // columns, columns, unit)
 
 
-SMALL, WHOLE, LONG, RUNS = 1024, 4096, 2048, 1024
-"""Elements of a tile: of lines of one element, of whole lines, along long lines, with int8 momentum."""
-WARPS, RUN_WARPS = 8, 4
+LONG, RUNS, WARPS = 2048, 1024, 8
+"""Elements of a tile, the same with int8 momentum, and warps of a program: the fastest of those tried on an H100."""
 
 
 class _Programs:
     """A table's copy on the device, and who does which tile."""
 
-    def __init__(self, own: Table, hints: np.ndarray, runs: bool) -> None:
+    def __init__(self, own: Table, runs: bool) -> None:
         device = own.scratch.device
-        self.table, self.hints = own, hints
+        self.table = own
         self.number = len(own.rows)
-        self.warps = RUN_WARPS if runs else WARPS
         self.values = np.empty(0, dtype=np.int64)
         self.strides = own.rows[:, STRIDES].copy()
         self.rows = torch.empty(own.rows.shape, dtype=torch.int64, device=device)
@@ -82,11 +74,11 @@ class _Programs:
         for number, (row, lines, alone) in enumerate(zip(own.rows, own.lines, own.one_line, strict=True)):
             outer, inner, width = lines.sizes
             if width and outer * inner:
-                tile = Tile.of(width, _unit(row), bool(hints[number]), runs)
+                tile = Tile.of(width, _unit(row), runs)
                 part = _triples(number, outer, inner, tile.lines)
                 found["one_line" if alone else "many"].setdefault(tile, []).append(part)
             if not alone:
-                tile = Tile(SMALL, 1, 1, False, True) if lines.fold == 1 else Tile(1, 1024, 1, False, False)
+                tile = Tile(1024, 1, 1) if lines.fold == 1 else Tile(1, 1024, 1)
                 found["fold"].setdefault(tile, []).append(_triples(number, 1, lines.blocks, tile.lines))
         self.lists = {
             name: {tile: torch.from_numpy(np.concatenate(parts)).to(device) for tile, parts in tiles.items()}
@@ -111,13 +103,6 @@ def _unit(row: np.ndarray) -> int:
     if row[table.WIDTH] == 1 or all(row[start + 2] == 1 for start in _STARTS):
         return 1
     return 0 if all(row[start + 1] == 1 for start in _STARTS) else 2
-
-
-def _hints(rows: np.ndarray) -> np.ndarray:
-    """Per row of a table: see `Tile.hint`."""
-    addresses = rows[:, [table.PARAM, table.GRAD, table.EXP_AVG]]
-    steps = rows[:, [start + dim for start in _STARTS for dim in (0, 1)]]
-    return ~(np.any(addresses % 16, axis=1) | np.any(steps % 16, axis=1))
 
 
 class TritonEngine(Compiled):
@@ -175,11 +160,11 @@ class TritonEngine(Compiled):
                 self.launches += 1
                 shape = {
                     key: value
-                    for key, value in zip(("LINES", "WIDTH", "UNIT", "HINT", "ONE"), tile, strict=True)
+                    for key, value in zip(("LINES", "WIDTH", "UNIT"), tile, strict=True)
                     if key in kernel.arg_names
                 }
                 kernel[(len(programs),)](
-                    here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
+                    here.rows, *args, programs, **constants, **shape, num_warps=WARPS, enable_fp_fusion=False
                 )
 
     def _here(self, table: Table, works: Sequence[Work]) -> _Programs:
@@ -187,12 +172,8 @@ class TritonEngine(Compiled):
         here, rows = self._programs.get(id(table)), table.rows
         if here is not None and here.table is table and np.array_equal(here.values, rows):
             return here
-        hints = _hints(rows)
-        known = here is not None and here.table is table
-        if here is None or not (
-            known and np.array_equal(here.strides, rows[:, STRIDES]) and np.array_equal(here.hints, hints)
-        ):
-            here = self._programs[id(table)] = _Programs(table, hints, works[0].exp_avg_scale is not None)
+        if here is None or here.table is not table or not np.array_equal(here.strides, rows[:, STRIDES]):
+            here = self._programs[id(table)] = _Programs(table, works[0].exp_avg_scale is not None)
         here.values = rows.copy()
         self._copy(here.values, here.rows)
         return here

@@ -6,7 +6,6 @@ added in an order that depends on the length of a line alone, and there is no fu
 bits do not depend on where it stands.
 """
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -100,16 +99,14 @@ def _rounded(value, TYPE: tl.constexpr, index, seed, step, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _at(row, column: tl.constexpr, TYPE: tl.constexpr, outer, line, columns, UNIT: tl.constexpr, HINT: tl.constexpr):
+def _at(row, column: tl.constexpr, TYPE: tl.constexpr, outer, line, columns, UNIT: tl.constexpr):
     """Pointers [lines, columns] into param, gradient or momentum.
 
-    UNIT: the dim of stride 1, 2 for none. HINT: every line starts at a multiple of 16 bytes.
+    UNIT: the dim of stride 1, 2 for none.
     """
     base = tl.load(row + column[0]).to(tl.pointer_type(TYPE))
     start = outer * tl.load(row + column[1])
     step = tl.load(row + column[1] + 1)
-    if HINT:
-        base, start, step = tl.multiple_of(base, 16), tl.multiple_of(start, 16), tl.multiple_of(step, 16)
     if UNIT == 0:
         return base + start + line[:, None] + columns[None, :] * tl.load(row + column[1] + 2)
     elif UNIT == 1:
@@ -119,9 +116,9 @@ def _at(row, column: tl.constexpr, TYPE: tl.constexpr, outer, line, columns, UNI
 
 
 @triton.jit
-def _gradient(row, outer, line, live, at, width, G: tl.constexpr, UNIT: tl.constexpr, HINT: tl.constexpr):
+def _gradient(row, outer, line, live, at, width, G: tl.constexpr, UNIT: tl.constexpr):
     """A tile of the gradient, float32."""
-    where = _at(row, (_GRAD, _GRAD_OUTER), G, outer, line, at, UNIT, HINT)
+    where = _at(row, (_GRAD, _GRAD_OUTER), G, outer, line, at, UNIT)
     return tl.load(where, live[:, None] & (at < width)[None, :], other=0.0).to(tl.float32)
 
 
@@ -129,74 +126,63 @@ def _gradient(row, outer, line, live, at, width, G: tl.constexpr, UNIT: tl.const
 def _sums(row, outer, line, live, width, G: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
     """Sums of squares of the gradient's lines, float32 [LINES].
 
-    The order depends on `width` alone: no hint here, because alignment would change who adds what.
+    The order depends on `width` alone: the compiler is told nothing of alignment, which could change who adds what.
     """
     total = tl.zeros([LINES, WIDTH], tl.float32)
     for start in range(0, width, WIDTH):
-        g = _gradient(row, outer, line, live, start + tl.arange(0, WIDTH).to(tl.int64), width, G, UNIT, False)
+        g = _gradient(row, outer, line, live, start + tl.arange(0, WIDTH).to(tl.int64), width, G, UNIT)
         total += g * g
     return tl.sum(total, 1)
 
 
 @triton.jit
-def _update_tile(row, numbers, outer, line, live, at, width, g, scale, P: tl.constexpr, M: tl.constexpr,
-                 ROUND: tl.constexpr, UNIT: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """Momentum and parameter of one tile; `scale` is float32 [lines]."""
-    decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
-    mask = live[:, None] & (at < width)[None, :]
-    where = _at(row, (_EXP_AVG, _EXP_AVG_OUTER), M, outer, line, at, UNIT, HINT)
-    m = tl.load(where, mask, other=0.0).to(tl.float32) * momentum + g * weight
-    tl.store(where, _rounded(m, M, 0, 0, 0, False), mask)
-    _update_param(row, numbers, outer, line, at, mask, m * scale[:, None], decay, P, ROUND, UNIT, HINT)
-
-
-@triton.jit
-def _update_param(row, numbers, outer, line, at, mask, change, decay, P: tl.constexpr, ROUND: tl.constexpr,
-                  UNIT: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    where = _at(row, (_PARAM, _PARAM_OUTER), P, outer, line, at, UNIT, HINT)
-    p = tl.load(where, mask, other=0.0).to(tl.float32) * decay - change
+def _store_param(where, p, mask, row, numbers, outer, line, column, P: tl.constexpr, ROUND: tl.constexpr):
+    """Round and store a tile of the parameter; `line` and `column` are those of its elements."""
     if ROUND:
-        lines = tl.load(row + _INDEX) + outer * tl.load(row + _INDEX + 1) + line * tl.load(row + _INDEX + 2)
-        index = lines[:, None] + at[None, :] * tl.load(row + _INDEX + 3)
+        index = tl.load(row + _INDEX) + outer * tl.load(row + _INDEX + 1)
+        index += line * tl.load(row + _INDEX + 2) + column * tl.load(row + _INDEX + 3)
         tl.store(where, _rounded(p, P, index, tl.load(row + _SEED), tl.load(numbers + 9), True), mask)
     else:
         tl.store(where, _rounded(p, P, 0, 0, 0, False), mask)
 
 
 @triton.jit
+def _update_tile(row, numbers, outer, line, live, at, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+                 ROUND: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Momentum and parameter of one tile; `scale` is float32 [lines]."""
+    decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    mask = live[:, None] & (at < width)[None, :]
+    g = _gradient(row, outer, line, live, at, width, G, UNIT)
+    where = _at(row, (_EXP_AVG, _EXP_AVG_OUTER), M, outer, line, at, UNIT)
+    m = tl.load(where, mask, other=0.0).to(tl.float32) * momentum + g * weight
+    tl.store(where, _rounded(m, M, 0, 0, 0, False), mask)
+    where = _at(row, (_PARAM, _PARAM_OUTER), P, outer, line, at, UNIT)
+    p = tl.load(where, mask, other=0.0).to(tl.float32) * decay - m * scale[:, None]
+    _store_param(where, p, mask, row, numbers, outer, line[:, None], at[None, :], P, ROUND)
+
+
+@triton.jit
 def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr, G: tl.constexpr, ROUND: tl.constexpr,
-                 RUNS: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+                 RUNS: tl.constexpr):  # fmt: skip
     """As `_update_tile`, for one line with int8 momentum in tiles of [runs, columns of a run]; see `int8.quantize`."""
     decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     run = start // _RUN + tl.arange(0, RUNS)
     live = run < width // _RUN
     mask = live[:, None]
-    column = run.to(tl.int64) * _RUN
-    inside = tl.arange(0, _RUN).to(tl.int64)
+    column = run.to(tl.int64)[:, None] * _RUN + tl.arange(0, _RUN).to(tl.int64)[None, :]
     number = outer * tl.load(row + _INNER) + line
     scales = tl.load(row + _EXP_AVG_SCALE).to(tl.pointer_type(tl.float32)) + number * (width // _RUN) + run
-    values = tl.multiple_of(tl.load(row + _EXP_AVG).to(tl.pointer_type(tl.int8)), 16)
-    values += tl.multiple_of(number * width, 16) + column[:, None] + inside[None, :]
-    at_g = tl.load(row + _GRAD).to(tl.pointer_type(G))
-    at_p = tl.load(row + _PARAM).to(tl.pointer_type(P))
-    start_g = outer * tl.load(row + _GRAD_OUTER) + line * tl.load(row + _GRAD_OUTER + 1)
-    start_p = outer * tl.load(row + _PARAM_OUTER) + line * tl.load(row + _PARAM_OUTER + 1)
-    if HINT:
-        at_g, start_g = tl.multiple_of(at_g, 16), tl.multiple_of(start_g, 16)
-        at_p, start_p = tl.multiple_of(at_p, 16), tl.multiple_of(start_p, 16)
-    at_g += start_g + column[:, None] + inside[None, :]
-    at_p += start_p + column[:, None] + inside[None, :]
+    where = tl.load(row + _EXP_AVG).to(tl.pointer_type(tl.int8)) + number * width + column
+    at_g = tl.load(row + _GRAD).to(tl.pointer_type(G)) + column
+    at_g += outer * tl.load(row + _GRAD_OUTER) + line * tl.load(row + _GRAD_OUTER + 1)
+    at_p = tl.load(row + _PARAM).to(tl.pointer_type(P)) + column
+    at_p += outer * tl.load(row + _PARAM_OUTER) + line * tl.load(row + _PARAM_OUTER + 1)
 
     g = tl.load(at_g, mask, other=0.0).to(tl.float32)
     old = tl.load(scales, live, other=0.0)
-    m = tl.load(values, mask, other=0).to(tl.float32) * old[:, None] * momentum + g * weight
+    m = tl.load(where, mask, other=0).to(tl.float32) * old[:, None] * momentum + g * weight
     p = tl.load(at_p, mask, other=0.0).to(tl.float32) * decay - m * scale
-    if ROUND:
-        first = tl.load(row + _INDEX) + outer * tl.load(row + _INDEX + 1) + line * tl.load(row + _INDEX + 2)
-        index = first + (column[:, None] + inside[None, :]) * tl.load(row + _INDEX + 3)
-        tl.store(at_p, _rounded(p, P, index, tl.load(row + _SEED), tl.load(numbers + 9), True), mask)
-    else:
-        tl.store(at_p, _rounded(p, P, 0, 0, 0, False), mask)
+    _store_param(at_p, p, mask, row, numbers, outer, line, column, P, ROUND)
     wrong = tl.max((m != m).to(tl.int32), 1) != 0
     absmax = tl.where(wrong, float("nan"), tl.max(tl.abs(m), 1))
     full = tl.full([RUNS], 127.0, tl.float32)
@@ -205,39 +191,23 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
     q = tl.where(q == q, q, 0.0)
     # Rounded half to even by adding 1.5 * 2^23.
     q = (tl.minimum(tl.maximum(q, -127.0), 127.0) + 12582912.0) - 12582912.0
-    tl.store(values, q.to(tl.int8), mask)
+    tl.store(where, q.to(tl.int8), mask)
     tl.debug_barrier()  # every thread has read the old scale
     tl.store(scales, tl.div_rn(absmax, full), live)
 
 
 @triton.jit
-def _update(
-    row,
-    numbers,
-    outer,
-    line,
-    live,
-    width,
-    scale,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    ROUND: tl.constexpr,
-    LINES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    UNIT: tl.constexpr,
-    HINT: tl.constexpr,
-):
+def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+            ROUND: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """Momentum and parameter of whole lines; `scale` is float32 [LINES]."""
     for start in range(0, width, WIDTH):
         if tl.int8 == M:
             tl.static_assert(LINES == 1)
             one, only = tl.sum(line, 0), tl.sum(scale, 0)
-            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN, HINT)
+            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN)
         else:
             at = start + tl.arange(0, WIDTH).to(tl.int64)
-            g = _gradient(row, outer, line, live, at, width, G, UNIT, HINT)
-            _update_tile(row, numbers, outer, line, live, at, width, g, scale, P, M, ROUND, UNIT, HINT)
+            _update_tile(row, numbers, outer, line, live, at, width, scale, P, G, M, ROUND, UNIT)
 
 
 @triton.jit
@@ -259,8 +229,7 @@ def _moment(row, numbers, block, live, total):
 
 @triton.jit
 def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                     LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, HINT: tl.constexpr,
-                     ONE: tl.constexpr):  # fmt: skip
+                     LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -269,15 +238,9 @@ def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M
     live = line < tl.load(row + _INNER)
     width = tl.load(row + _WIDTH)
     block = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
-    if ONE:
-        at = tl.arange(0, WIDTH).to(tl.int64)
-        g = _gradient(row, outer, line, live, at, width, G, UNIT, False)
-        scale = _moment(row, numbers, block, live, tl.sum(g * g, 1))
-        _update_tile(row, numbers, outer, line, live, at, width, g, scale, P, M, ROUND, UNIT, HINT)
-    else:
-        total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
-        scale = _moment(row, numbers, block, live, total)
-        _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, HINT)
+    total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
+    scale = _moment(row, numbers, block, live, total)
+    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
 
 
 @triton.jit
@@ -319,7 +282,7 @@ def fold(rows, scalars, programs, LINES: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                  LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+                  LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """Momentum and parameter of lines whose block's scale is known."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -335,4 +298,4 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
     else:
         block = there // tile
     scale = tl.load(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, live, other=0.0)
-    _update(row, numbers, outer, line, live, tl.load(row + _WIDTH), scale, P, G, M, ROUND, LINES, WIDTH, UNIT, HINT)
+    _update(row, numbers, outer, line, live, tl.load(row + _WIDTH), scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
