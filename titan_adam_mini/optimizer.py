@@ -194,7 +194,8 @@ class AdamMini(Optimizer):
                 except ValueError as error:
                     raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                items.append(Item(name, param, plan, mesh_axes(param), dtype))
+                agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
+                items.append(Item(name, param, plan, mesh_axes(param), dtype, agreed))
             device = local(items[0].param).device if items else torch.device("cpu")
             self.engine, self._engine_line = kernels.choose(*self._flags, device)
             self._exchange, self._key, self._works = Exchange(items), key, []
