@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from collectives import Collective, Collectives
 from decoder import Sizes
-from meshes import CATALOGUE, Mesh, Placed, draw, full_shapes, layouts, norms_along_tp, whole
+from meshes import MESHES, Mesh, Placed, draw, full_shapes, layouts, local, norms_along_tp, whole
 from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
@@ -76,7 +76,7 @@ def train(
     rank: int, world: int, name: str, kind: str, dtype: torch.dtype, steps: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """On one rank: train, and give back what it holds, and the collectives of the first steps and of the last."""
-    mesh = CATALOGUE[name]
+    mesh = MESHES[name]
     placed = Placed.decoder(mesh, dtype).fill(values(full_shapes(mesh.sizes)))
     optimizer = make(kind, placed.params, mesh.sizes, **options)
     seen = []
@@ -110,7 +110,8 @@ def on_one_device(
     state = {name: optimizer.state[param] for name, param in params.items()}
     return {
         "params": {name: param.detach() for name, param in params.items()},
-        **{key: {name: one[key] for name, one in state.items()} for key in ("exp_avg", "exp_avg_sq", "step")},
+        "exp_avg": {name: momentum_of(one) for name, one in state.items()},
+        **{key: {name: one[key] for name, one in state.items()} for key in ("exp_avg_sq", "step")},
     }
 
 
@@ -119,10 +120,18 @@ def holdings(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     state = {name: optimizer.state[param] for name, param in placed.params.items()}
     return {
         "params": placed.parts(),
-        "exp_avg": placed.parts({name: one["exp_avg"] for name, one in state.items()}),
+        "exp_avg": placed.parts({name: momentum_of(one) for name, one in state.items()}),
         "exp_avg_sq": {name: full(one["exp_avg_sq"]) for name, one in state.items()},
         "step": {name: float(one["step"]) for name, one in state.items()},
     }
+
+
+def momentum_of(state: Mapping[str, Tensor]) -> Tensor:
+    """This rank's momentum; of int8, value times scale."""
+    values = local(state["exp_avg"]).detach()
+    if values.dtype != torch.int8:
+        return values
+    return values * local(state["exp_avg_scale"]).repeat_interleave(128, -1)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -155,7 +164,7 @@ def on_mesh(
     name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
 ) -> tuple[dict[str, dict[str, Any]], list[list[list[Collective]]]]:
     """`train` on all ranks of a mesh: everything together, and by rank the collectives."""
-    mesh = CATALOGUE[name]
+    mesh = MESHES[name]
     ranks = run(train, mesh.world, name, kind, dtype, steps, options)
     return together(full_shapes(mesh.sizes), ranks), [one["collectives"] for one in ranks]
 

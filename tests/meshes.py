@@ -27,6 +27,12 @@ MOE_EVEN = replace(MOE, dim=12, hidden=18)
 """FSDP2 cuts evenly along any dim but the first."""
 EVEN = Sizes(vocab=32, dim=12, layers=1, n_heads=4, n_kv_heads=2, head_dim=8, hidden=24)
 """Heads are still cut by FSDP2 over 3 and 4, but rows divide by 2 x 2: torch's checkpoints need that with TP."""
+RUNS = Sizes(vocab=29, dim=128, layers=1, n_heads=6, n_kv_heads=3, head_dim=7, hidden=256)
+"""Momentum is int8 but for `wo`, whose columns do not fill runs, and the norms; heads are cut, rows come out uneven."""
+EVEN_RUNS = Sizes(vocab=32, dim=128, layers=1, n_heads=4, n_kv_heads=2, head_dim=8, hidden=256)
+"""The same with rows that divide by 2 x 2."""
+CUT_RUNS = replace(RUNS, hidden=384)
+"""Tensor parallelism of 2 cuts the columns of `w2` at 192, inside a run."""
 Part = tuple[Tensor, Tensor]
 """(flat indices, values): what one rank holds of one tensor."""
 
@@ -151,6 +157,18 @@ def _catalogue() -> dict[str, Mesh]:
 
 
 CATALOGUE = _catalogue()
+WITH_RUNS = {
+    f"{name}, {word}": replace(CATALOGUE[name], name=f"{name}, {word}", sizes=sizes)
+    for names, word, sizes in (
+        (("one rank", *(f"FSDP2 {n}" for n in (2, 3, 4, 7)), "HSDP 2x2", "HSDP 2x3"), "runs", RUNS),
+        (("TP 2", "FSDP2 x TP 2x2", "FSDP2 x TP 3x2"), "runs", RUNS),
+        (("FSDP2 2", "FSDP2 3", "FSDP2 x TP 2x2"), "even runs", EVEN_RUNS),
+        (("FSDP2 3", "TP 2", "FSDP2 x TP 2x2", "HSDP x TP 2x2x2"), "cut runs", CUT_RUNS),
+    )
+    for name in names
+}
+"""Some of these meshes with decoders for int8 momentum."""
+MESHES = CATALOGUE | WITH_RUNS
 
 
 # Tensors in place

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from injected import holdings, make, take_step, together, values
-from meshes import CATALOGUE, Placed, full_shapes
+from meshes import MESHES, Placed, full_shapes
 from ranks import run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -35,28 +35,32 @@ def state_of(placed: Placed, optimizer: torch.optim.Optimizer, flat: bool) -> tu
     return {"model": model, "optim": optim}, options
 
 
-def save(rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool) -> dict[str, Any]:
+def save(
+    rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     """Train three steps, save, and say what was saved."""
-    mesh = CATALOGUE[name]
+    mesh = MESHES[name]
     placed = Placed.decoder(mesh, dtype).fill(values(full_shapes(mesh.sizes)))
-    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    optimizer = make("AdamMini", placed.params, mesh.sizes, **options)
     for step in range(SAVED):
         take_step(mesh, placed, optimizer, step)
     dcp.save(state_of(placed, optimizer, flat)[0], checkpoint_id=folder)
     return holdings(placed, optimizer)
 
 
-def load(rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool) -> list[dict[str, Any]]:
+def load(
+    rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat: bool, options: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Load into a fresh model and optimizer, neither of which has ever stepped, and train three more steps."""
-    mesh = CATALOGUE[name]
+    mesh = MESHES[name]
     placed = Placed.decoder(mesh, dtype)
-    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    optimizer = make("AdamMini", placed.params, mesh.sizes, **options)
     optimizer.init_state()
-    state, options = state_of(placed, optimizer, flat)
+    state, how = state_of(placed, optimizer, flat)
     check_checkpoint(folder, state)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
-        placed.module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=options
+        placed.module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=how
     )
     loaded = holdings(placed, optimizer)
     for step in range(SAVED, STEPS):
@@ -65,10 +69,10 @@ def load(rank: int, world: int, name: str, dtype: torch.dtype, folder: str, flat
 
 
 def moved(
-    saved_on: str, loaded_on: str, dtype: torch.dtype, folder: Path, flat: bool = True
+    saved_on: str, loaded_on: str, dtype: torch.dtype, folder: Path, flat: bool = True, **options: Any
 ) -> tuple[dict[str, dict[str, Any]], ...]:
     """Everything, put together: as saved on one mesh, as loaded on the other, and after going on there."""
-    shapes = full_shapes(CATALOGUE[saved_on].sizes)
-    saved = run(save, CATALOGUE[saved_on].world, saved_on, dtype, str(folder), flat)
-    ranks = run(load, CATALOGUE[loaded_on].world, loaded_on, dtype, str(folder), flat)
+    shapes = full_shapes(MESHES[saved_on].sizes)
+    saved = run(save, MESHES[saved_on].world, saved_on, dtype, str(folder), flat, options)
+    ranks = run(load, MESHES[loaded_on].world, loaded_on, dtype, str(folder), flat, options)
     return tuple(together(shapes, some) for some in (saved, [one[0] for one in ranks], [one[1] for one in ranks]))

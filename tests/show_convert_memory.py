@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
     """AdamW's checkpoint of the flavour, with random state."""
     from titan_adam_mini.titan.target import read_target
 
-    blocks, group = read_target(MODEL, "adamw")
+    blocks, group, _ = read_target(MODEL, "adamw")
     state: dict[str, Any] = {"optimizer": {}, "train_state": {"step": 7}}
     for name, one in blocks.items():
         state[name] = torch.randn(one.shape)

@@ -27,9 +27,10 @@ from .checkpoint.stored import Stored
 class Convert:
     """Convert a checkpoint of torchtitan between AdamW and AdamMini, into a new folder.
 
-    The source is left as it is. Momentum and step stay; a block's second moment becomes the mean of AdamW's over the
-    block, or is spread over it. Model, scheduler, data position and train state come along. Needs the configuration of
-    the run: --job.config_file X, and after it any of torchtitan's --section.key value; or CONFIG_FILE=X.
+    The source is left as it is. Momentum (in the configuration's type) and step stay; a block's second moment becomes
+    the mean of AdamW's over the block, or is spread over it. Model, scheduler, data position and train state come
+    along. Needs the configuration of the run: --job.config_file X, and after it any of torchtitan's --section.key
+    value; or CONFIG_FILE=X.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC/step-N")]
@@ -53,8 +54,8 @@ class Convert:
             raise ValueError(f"{self.target} exists; nothing is overwritten: remove it, or name another folder")
         if "--job.config_file" not in arguments:
             raise ValueError("the model is not known: give --job.config_file X, or set CONFIG_FILE=X")
-        blocks, group = _in_child(_target, arguments, self.to)
-        conversion = Conversion(stored, self.to, blocks, group, self.lr)
+        blocks, group, momentum_dtype = _in_child(_target, arguments, self.to)
+        conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
         seconds = sum(one.layout.num_blocks for one in blocks.values())
         total = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
         old, new = (total, seconds) if self.to == "adam_mini" else (seconds, total)

@@ -35,6 +35,7 @@ class Item:
         plan: its blocks on this rank.
         axes: the axes, of more than one rank, of its mesh.
         dtype: dtype of its sums and second moments.
+        agreed: what else must be the same on every rank that has a part of it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Item:
     plan: BlockPlan
     axes: tuple[Axis, ...]
     dtype: torch.dtype
+    agreed: object = None
 
 
 def mesh_axes(param: Tensor) -> tuple[Axis, ...]:
@@ -103,7 +105,9 @@ class Exchange:
         for item in self.items:
             place = str(getattr(item.param, "placements", ""))
             for axis in item.axes:
-                rows[axis.ranks].append((item.name, str(item.plan.layout), place, item.plan.keep, str(item.dtype)))
+                rows[axis.ranks].append(
+                    (item.name, str(item.plan.layout), place, item.plan.keep, str(item.dtype), item.agreed)
+                )
         for buffer in self.buffers:
             rows[buffer.group].append(buffer)
         wrong = []
@@ -115,7 +119,8 @@ class Exchange:
         if wrong:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
-                "the optimizer the same parameters, names, roles, placements and head counts, in the same order"
+                "the optimizer the same parameters, names, roles, placements, head counts, momentum_dtype and rounding, "
+                "in the same order"
             )
 
     def _reduce_max(self, group: Group, values: list[int]) -> list[int]:

@@ -1,11 +1,14 @@
-"""Momentum in one byte under sharding: meshes that fit, and the way from one dtype to another."""
+"""The types of momentum: which one a parameter gets, meshes that fit, and the way from one type to another."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -13,36 +16,90 @@ from .kernels import int8
 from .kernels.int8 import RUN
 from .sharding import as_state, local, shard_of
 
+log = logging.getLogger("titan_adam_mini")
+
+Ways = Counter[tuple[torch.dtype, torch.dtype]]
+"""(from, to) -> for how many parameters momentum was converted so."""
+
+
+def dtype_of(asked: torch.dtype | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+    """The type of the momentum of a parameter of this dtype and global shape; see `momentum_dtype` of AdamMini."""
+    asked = asked or dtype
+    return torch.float32 if asked == torch.int8 and not int8.fits(shape) else asked
+
 
 def check_runs(param: Tensor) -> None:
-    """Raise ValueError, naming dim, run and mesh axis, if a mesh cuts a run of columns of int8 momentum."""
+    """Raise ValueError, naming dim, run and mesh axis, if a mesh cuts a run of columns of int8 momentum.
+
+    What it says follows from the shape, the placements and the mesh, and so is the same on every rank.
+    """
     dim = param.ndim - 1
     shard = shard_of(param)
     for level, cut in enumerate(shard.cuts_of(dim), 1):
         edges = {edge for piece in shard.pieces(dim, level) for edge in piece if edge < param.shape[dim]}
         inside = sorted(edge for edge in edges if edge % RUN)
         if inside:
+            assert isinstance(param, DTensor)
+            names = param.device_mesh.mesh_dim_names
+            axis = f"{names[cut.axis]!r}" if names else f"{cut.axis}"
             raise ValueError(
-                f"momentum_dtype int8 has one scale per run of {RUN} columns, and mesh axis {cut.axis} (of {cut.size}) "
+                f"momentum_dtype int8 has one scale per run of {RUN} columns, and mesh axis {axis} (of {cut.size}) "
                 f"cuts dim {dim}, of {param.shape[dim]} columns, at {inside[0]}, inside a run; choose another degree "
                 f"for that axis, one that leaves every rank a multiple of {RUN} columns, or momentum_dtype bfloat16"
             )
 
 
-def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The loaded state of one parameter with its momentum in the kind of `expected`: int8 with scales, or a float.
+def room(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors without values for momentum of another type, placed as the momentum `like` is.
 
-    What is there in the right kind stays what it is. Tensors must have the placements of `expected`.
+    Raises ValueError where int8 is asked for and the mesh cuts runs.
+    """
+    data, same = local(like), like.placements if isinstance(like, DTensor) else ()
+    state = {"exp_avg": as_state(torch.empty_like(data, dtype=dtype), like, like.shape, same, like.stride())}
+    if dtype == torch.int8:
+        check_runs(like)
+        scale = torch.empty(int8.scale_shape(data.shape), dtype=torch.float32, device=data.device)
+        state["exp_avg_scale"] = as_state(scale, like, int8.scale_shape(like.shape), same)
+    return state
+
+
+def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], ways: Ways) -> dict[str, Any]:
+    """The loaded state of one parameter with its momentum of the type of `expected`, and counted in `ways` if it was
+    of another. All tensors that matter must have the placements of `expected`, but for int8 that becomes a float.
+
+    Raises ValueError for int8 without scales.
     """
     state = dict(loaded)
-    if "exp_avg_scale" in loaded and "exp_avg_scale" not in expected:
-        values, scale = loaded["exp_avg"], state.pop("exp_avg_scale")
-        wide = int8.dequantized(local(values), local(scale))
-        placements = values.placements if isinstance(values, DTensor) else ()
-        state["exp_avg"] = as_state(wide, values, values.shape, placements, values.stride())
-    elif "exp_avg_scale" in expected and "exp_avg_scale" not in loaded and loaded["exp_avg"].dtype != torch.int8:
-        wide = loaded["exp_avg"]
-        for key in ("exp_avg", "exp_avg_scale"):
-            state[key] = torch.empty_like(expected[key])
-        int8.quantize(local(wide).float(), local(state["exp_avg"]), local(state["exp_avg_scale"]))
+    if not isinstance(state.get("exp_avg_scale"), Tensor):
+        state.pop("exp_avg_scale", None)  # torch makes an empty dict of what a flat state dict does not have
+    there, here = state["exp_avg"], expected["exp_avg"]
+    if there.dtype == torch.int8 and "exp_avg_scale" not in state:
+        raise ValueError(
+            "has int8 momentum without its scales (exp_avg_scale), which torch drops from flat state dicts where the "
+            "optimizer that loads them keeps none: pass it nested (flatten_optimizer_state_dict=False), or load it "
+            "with momentum_dtype=torch.int8"
+        )
+    if there.dtype == here.dtype:
+        return state
+    ways[there.dtype, here.dtype] += 1
+    placements = there.placements if isinstance(there, DTensor) else ()
+    wide = local(there)
+    if there.dtype == torch.int8:
+        wide = int8.dequantized(wide, local(state.pop("exp_avg_scale")))
+    if here.dtype == torch.int8:
+        state |= room(here, torch.int8)
+        int8.quantize(wide.float(), local(state["exp_avg"]), local(state["exp_avg_scale"]))
+    else:
+        state["exp_avg"] = as_state(wide.to(here.dtype), there, there.shape, placements, there.stride())
     return state
+
+
+def say(ways: Ways) -> None:
+    """Log, on the first rank, what was converted; one line, none if nothing was."""
+    if not ways or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        return
+    shown = [
+        f"from {str(there).removeprefix('torch.')} to {str(here).removeprefix('torch.')} for {count} parameters"
+        for (there, here), count in ways.items()
+    ]
+    log.warning(f"AdamMini: momentum converted {', '.join(shown)}")

@@ -22,7 +22,7 @@ from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
 from .report import heads_cut, table
 from .sharding import as_state, local, shard_of
-from .state import adopt
+from .state import adopt_all
 
 log = logging.getLogger("titan_adam_mini")
 
@@ -65,7 +65,7 @@ class AdamMini(Optimizer):
         seed: of that rounding; the same bits for the same seed, step and element on every mesh.
 
     State per parameter: `exp_avg` (shape and placements of the parameter), `exp_avg_sq` (the block grid, float32, or
-    float64 for float64 parameters), `step` (0-d float32).
+    float64 for float64 parameters), `step` (0-d float32); with int8, `exp_avg_scale` (float32, placed likewise).
 
     Raises:
         ValueError: for a wrong hyper-parameter, missing names, or a parameter that no rule of the partition knows.
@@ -194,7 +194,8 @@ class AdamMini(Optimizer):
                 except ValueError as error:
                     raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                items.append(Item(name, param, plan, mesh_axes(param), dtype))
+                agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
+                items.append(Item(name, param, plan, mesh_axes(param), dtype, agreed))
             device = local(items[0].param).device if items else torch.device("cpu")
             self.engine, self._engine_line = kernels.choose(*self._flags, device)
             self._exchange, self._key, self._works = Exchange(items), key, []
@@ -202,9 +203,7 @@ class AdamMini(Optimizer):
         return self._exchange
 
     def _momentum(self, param: Tensor) -> torch.dtype:
-        """The dtype of a parameter's momentum: int8 where the shape allows it, else as a float32."""
-        dtype = self.momentum_dtype or param.dtype
-        return torch.float32 if dtype == torch.int8 and not int8.fits(param.shape) else dtype
+        return momentum.dtype_of(self.momentum_dtype, param.dtype, tuple(param.shape))
 
     def _log_plan(self, exchange: Exchange) -> None:
         """Say once, on the first rank of those that share this plan, what was decided."""
@@ -361,11 +360,8 @@ class AdamMini(Optimizer):
         keys = chain.from_iterable(group["params"] for group in saved)
         params = chain.from_iterable(group["params"] for group in groups)
         key_of = {param: key for key, param in zip(keys, params, strict=True)}
-        names = {param: name for name, param, _ in self._named()}
-        loaded = {
-            param: adopt(names[param], param, self.state[param], state_dict["state"].get(key_of[param], {}))
-            for param in names
-        }
+        named = {param: (name, key_of[param]) for name, param, _ in self._named()}
+        loaded = adopt_all(named, self.state, state_dict["state"])
         for group, new in zip(groups, saved, strict=True):
             keep = {"params": group["params"]}
             group.update({**deepcopy({k: v for k, v in new.items() if k not in ("params", "param_names")}), **keep})

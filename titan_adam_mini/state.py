@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .momentum import converted
-
-log = logging.getLogger("titan_adam_mini")
-
+from . import momentum
 
 CONVERT = (
     "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
@@ -27,19 +24,41 @@ AUTHORS = (
 )
 
 
-def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The loaded state of one parameter, each tensor as `expected` has it. Nothing is changed in place.
+def adopt_all(
+    params: Mapping[Tensor, tuple[str, Any]], expected: Mapping[Tensor, Mapping[str, Tensor]], loaded: Mapping[Any, Any]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The loaded state of every parameter, each tensor as `expected` has it; says what momentum was converted.
 
-    Raises ValueError, naming the parameter, if a tensor is missing or has another shape.
+    Nothing is changed in place.
+
+    Args:
+        params: parameter -> its name, and its key in `loaded`.
+
+    Raises:
+        ValueError: naming the parameter, if a tensor is missing or has another shape.
     """
+    ways: momentum.Ways = Counter()
+    state = {
+        param: adopt(name, param, expected[param], loaded.get(key, {}), ways) for param, (name, key) in params.items()
+    }
+    momentum.say(ways)
+    return state
+
+
+def adopt(
+    name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapping[str, Any], ways: momentum.Ways
+) -> dict[str, Tensor]:
+    """`adopt_all` for one parameter; conversions of momentum are counted in `ways`."""
     if any(key in loaded for key in FOREIGN):
         raise ValueError(f"the loaded state of {name!r} is {AUTHORS}")
-    if ("exp_avg_scale" in loaded) != ("exp_avg_scale" in expected) and "exp_avg" in loaded:
-        way = "from int8 to" if "exp_avg_scale" in loaded else "to int8 from"
-        other = expected["exp_avg"] if "exp_avg_scale" in loaded else loaded["exp_avg"]
-        log.warning(f"AdamMini: momentum of {name} converted {way} {other.dtype}")
-        near = {key: _placed(loaded[key], expected["exp_avg"]) for key in ("exp_avg", "exp_avg_scale") if key in loaded}
-        loaded = converted(expected, {**loaded, **near})
+    first = loaded.get("exp_avg")
+    if isinstance(first, Tensor) and first.shape == param.shape:
+        if first.dtype != torch.int8 and expected["exp_avg"].dtype == torch.int8:
+            loaded = {**loaded, "exp_avg": _placed(first, expected["exp_avg"])}
+        try:
+            loaded = momentum.converted(expected, loaded, ways)
+        except ValueError as error:
+            raise ValueError(f"the loaded state of {name!r} {error}") from None
     missing = [key for key in expected if key not in loaded]
     if missing:
         raise ValueError(
@@ -56,15 +75,8 @@ def adopt(name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapp
                 f"the loaded {key} of {name!r} has shape {tuple(value.shape)}, this partition needs "
                 f"{tuple(want.shape)}: the state is of {hint}"
             )
-        if key == "exp_avg" and value.dtype != want.dtype:
-            log.warning(f"AdamMini: momentum of {name} converted from {value.dtype} to {want.dtype}")
-        state[key] = _like(value, want)
+        state[key] = _placed(value, want).to(dtype=want.dtype)
     return state
-
-
-def _like(value: Tensor, want: Tensor) -> Tensor:
-    """`value` with the dtype, device and placements of `want`; itself if it has them."""
-    return _placed(value, want).to(dtype=want.dtype)
 
 
 def _placed(value: Tensor, want: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
@@ -123,6 +124,23 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
         raise ValueError(
             f"{stored.path} was saved with another partition: {some(other)}. Give this run the head counts, roles and "
             "value_blocks of the run that saved it, or take AdamW's state to change the partition"
+        )
+    _check_momentum(stored, prefix, wanted)
+
+
+def _check_momentum(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where momentum is int8 there and a float here, or the other way round: torch would cast it."""
+    other = []
+    for name, kind in stored.kinds(prefix).items():
+        live = wanted.get(prefix + STATE + name + EXP_AVG)
+        if live is not None and torch.int8 in {kind.momentum, live.dtype} and kind.momentum != live.dtype:
+            there, here = (str(dtype).removeprefix("torch.") for dtype in (kind.momentum, live.dtype))
+            other.append(f"{name} has momentum in {there} there and in {here} here")
+    if other:
+        raise ValueError(
+            f"{stored.path} has another type of momentum: {some(other)}. torch would cast the raw numbers. torchtitan "
+            "runs convert it; elsewhere load it into an optimizer made with the checkpoint's momentum_dtype, and give "
+            "that one's state_dict() to load_state_dict of this one"
         )
 
 

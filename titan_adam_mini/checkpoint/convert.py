@@ -1,20 +1,15 @@
 """AdamW's checkpoint becomes AdamMini's and back: a new checkpoint beside the old one, tensor by tensor.
 
-Momentum, step, model and everything else are copied byte for byte. The second moment of a block is the mean of AdamW's
-over the block's elements; the other way it is spread over them, which leaves the next update as it is. Memory holds a
-few copies of one tensor, whatever the size of the checkpoint.
+Step, model and everything else are copied byte for byte, momentum too where its type stays. The second moment of a
+block is the mean of AdamW's over the block's elements; the other way it is spread over them, which leaves the next
+update as it is. Memory holds a few copies of one tensor, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedWriter
 from pathlib import Path
@@ -34,15 +29,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ..kernels import vectorized
+from ..kernels import int8, vectorized
 from ..kernels.tensorwise import Tensorwise
 from ..layout import BlockLayout, Tiles
+from ..momentum import dtype_of
 from ..partition import Blocks
 from ..plan import BlockPlan
 from ..sharding import Shard
 from ..state import AUTHORS
+from .appearing import appearing
 from .check import some
-from .stored import EXP_AVG, EXP_AVG_SQ, GROUPS, STATE, Stored
+from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
 _OPTIMIZER = "optimizer."
@@ -80,6 +77,7 @@ class Conversion:
         blocks: the blocks of every parameter, by name.
         group: the keys of the target's parameter groups, with the values of a new optimizer.
         lr: a new base learning rate, or None.
+        momentum_dtype: of the AdamMini that is to go on, as it takes it.
     """
 
     stored: Stored
@@ -87,6 +85,7 @@ class Conversion:
     blocks: Mapping[str, Blocks]
     group: Mapping[str, Any]
     lr: float | None = None
+    momentum_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         stored, kind = self.stored, self.stored.optimizer()
@@ -129,13 +128,53 @@ class Conversion:
             raise ValueError(f"{self.stored.path} has no {kind[1:]} of {name}: it is not whole, take another step")
         return tuple(entry.size)
 
+    def param_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a parameter; if the checkpoint lacks the model, that of its momentum, or float32."""
+        entry = self.stored.tensors.get(name) or self.stored.tensors[_OPTIMIZER + STATE + name + EXP_AVG]
+        dtype: torch.dtype = entry.properties.dtype
+        return torch.float32 if dtype == torch.int8 else dtype
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the second moment that the target keeps for a parameter."""
-        entry = self.stored.tensors.get(name) or self.stored.tensors[_OPTIMIZER + STATE + name + EXP_AVG]
-        param: torch.dtype = entry.properties.dtype
+        param = self.param_dtype(name)
         if self.to == "adamw":
             return param
         return torch.float64 if param == torch.float64 else torch.float32
+
+    def dtypes(self, name: str) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype of a parameter's momentum in the source, and in the target."""
+        there: torch.dtype = self.stored.tensors[_OPTIMIZER + STATE + name + EXP_AVG].properties.dtype
+        param = self.param_dtype(name)
+        return there, param if self.to == "adamw" else dtype_of(self.momentum_dtype, param, self.blocks[name].shape)
+
+    def converts(self, key: str) -> bool:
+        """Is this entry momentum, or a scale of it, that does not stay as it is?"""
+        if not key.startswith(_OPTIMIZER + STATE) or not key.endswith((EXP_AVG, EXP_AVG_SCALE)):
+            return False
+        there, here = self.dtypes(key.removeprefix(_OPTIMIZER + STATE).rpartition(".")[0])
+        return there != here
+
+    def momentum(self, name: str, chunk: ChunkStorageMetadata | None = None) -> Tensor:
+        """The momentum of a parameter, or of a box of whole runs, as a float."""
+        stored, key = self.stored, _OPTIMIZER + STATE + name
+        values = stored.read(key + EXP_AVG, chunk)
+        if values.dtype != torch.int8:
+            return values
+        return int8.dequantized(values, stored.read(key + EXP_AVG_SCALE, None if chunk is None else _runs(chunk)))
+
+    def chunks(self, name: str) -> list[ChunkStorageMetadata]:
+        """How the target's momentum of a parameter is cut: as the source's, but int8 never inside a run."""
+        momentum = self.stored.tensors[_OPTIMIZER + STATE + name + EXP_AVG]
+        aligned = all((chunk.offsets[-1] | chunk.sizes[-1]) % int8.RUN == 0 for chunk in momentum.chunks if chunk.sizes)
+        if self.dtypes(name)[1] != torch.int8 or aligned:
+            return list(momentum.chunks)
+        return [ChunkStorageMetadata(torch.Size([0] * len(momentum.size)), momentum.size)]
+
+    def growth(self) -> int:
+        """By how many bytes the momentum grows."""
+        sizes = {name: self._size(name, EXP_AVG) for name in self.blocks}
+        both = {name: self.dtypes(name) for name in self.blocks}
+        return sum(math.prod(sizes[name]) * max(0, new.itemsize - old.itemsize) for name, (old, new) in both.items())
 
     def objects(self) -> dict[str, Any]:
         """The entries to be written anew, by name: group keys, and the learning rates of `lr`."""
@@ -191,7 +230,7 @@ class Conversion:
         if step < 1:
             return
         first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
-        momentum = stored.read(_OPTIMIZER + STATE + name + EXP_AVG)
+        momentum = self.momentum(name)
         layout, before, after = self.blocks[name].layout, 0.0, 0.0
         rows = max(1, (1 << 20) // max(1, math.prod(momentum.shape[1:])))
         for lo in range(0, max(1, momentum.shape[0] if momentum.ndim else 1), rows):
@@ -205,6 +244,12 @@ class Conversion:
             before += float((update / (own / second**0.5 + eps)).square().sum())
             after += float((update / (shared / second**0.5 + eps)).square().sum())
         roles.add(self.blocks[name].role, momentum.numel(), before, after)
+
+
+def _runs(chunk: ChunkStorageMetadata) -> ChunkStorageMetadata:
+    """The scales of a box of int8 values."""
+    start = torch.Size([*chunk.offsets[:-1], chunk.offsets[-1] // int8.RUN])
+    return ChunkStorageMetadata(start, torch.Size(int8.scale_shape(chunk.sizes)))
 
 
 def _is_second_moment(name: str) -> bool:
@@ -241,8 +286,8 @@ def convert(
     Raises:
         ValueError: `target` exists, another conversion writes it, or its disk is full; nothing is left behind.
     """
-    bound = conversion.stored.size * (1 if conversion.to == "adam_mini" else 2)
-    with _appearing(target, bound) as folder:
+    bound = conversion.stored.size * (1 if conversion.to == "adam_mini" else 2) + conversion.growth()
+    with appearing(target, bound) as folder:
         writer = _Writer(folder, conversion)
         for number, file in enumerate(conversion.stored.files):
             writer.write(file, number, on_bytes)
@@ -268,11 +313,12 @@ class _Writer:
             for index, where in stored.parts(file):
                 key = index.fqn
                 if not (_is_second_moment(key) or key in self.objects or self.conversion.dropped(key)):
-                    self.entries[key] = stored.metadata.state_dict_metadata[key]
-                    start = stream.tell()
-                    stream.writelines(stored.raw(where))
-                    self._note(stream, replace(index, index=None), start, where.transform_descriptors)
-                    for new, tensor in self._second_moments(index):
+                    if not self.conversion.converts(key):
+                        self.entries[key] = stored.metadata.state_dict_metadata[key]
+                        start = stream.tell()
+                        stream.writelines(stored.raw(where))
+                        self._note(stream, replace(index, index=None), start, where.transform_descriptors)
+                    for new, tensor in (*self._momentum(index), *self._second_moments(index)):
                         self._save(stream, new, tensor)
                 on_bytes(where.length)
             for key, value in self.objects.items() if number == 0 else ():
@@ -294,6 +340,31 @@ class _Writer:
         length = stream.tell() - start
         info = _StorageInfo(Path(stream.name).name, start, length, transform_descriptors=transforms)
         self.results.append(WriteResult(index, length, info))
+
+    def _momentum(self, index: MetadataIndex) -> Iterator[tuple[MetadataIndex, Tensor]]:
+        """A part of a momentum whose type changes, with its scales if it has any from now on."""
+        conversion, key = self.conversion, index.fqn
+        if not (conversion.converts(key) and key.endswith(EXP_AVG)):
+            return
+        name = key.removeprefix(_OPTIMIZER + STATE).removesuffix(EXP_AVG)
+        dtype, entry, chunks = conversion.dtypes(name)[1], conversion.stored.tensors[key], conversion.chunks(name)
+        if key in self.entries and len(chunks) < len(entry.chunks):
+            return  # it was written whole
+        offsets = index.offset if index.offset is not None else torch.Size([0] * len(entry.size))
+        chunk = chunks[0] if len(chunks) < len(entry.chunks) else next(one for one in chunks if one.offsets == offsets)
+        self.entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), entry.size, chunks)
+        wide = conversion.momentum(name, chunk)
+        if dtype != torch.int8:
+            yield MetadataIndex(key, chunk.offsets), wide.to(dtype)
+            return
+        values = torch.empty(chunk.sizes, dtype=torch.int8)
+        scale = torch.empty(int8.scale_shape(chunk.sizes))
+        int8.quantize(wide.float(), values, scale)
+        size, runs = torch.Size(int8.scale_shape(entry.size)), [_runs(one) for one in chunks]
+        key_of_scale = key.removesuffix(EXP_AVG) + EXP_AVG_SCALE
+        self.entries[key_of_scale] = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, runs)
+        yield MetadataIndex(key, chunk.offsets), values
+        yield MetadataIndex(key_of_scale, _runs(chunk).offsets), scale
 
     def _second_moments(self, index: MetadataIndex) -> Iterator[tuple[MetadataIndex, Tensor]]:
         """What goes beside a part of a momentum: the second moments there, or, once, those of all blocks."""
@@ -333,61 +404,3 @@ class _Writer:
                 paths[name] = ("optimizer", name.removeprefix(_OPTIMIZER))
         planner_data = {name: path for name, path in paths.items() if name in self.entries}
         FileSystemWriter(self.folder).finish(Metadata(self.entries, planner_data=planner_data), [self.results])
-
-
-@contextmanager
-def _appearing(target: Path, size: int) -> Iterator[Path]:
-    """A folder to write in, which is called `target` once the block ends well and is gone if it does not.
-
-    What a killed conversion has left there is removed by the next one of the same target.
-    """
-    if target.exists():
-        raise ValueError(f"{target} exists; nothing is overwritten: remove it, or name another folder")
-    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
-    if (free := shutil.disk_usage(existing).free) < size:
-        raise ValueError(f"{existing} has {free:,} bytes free, and the conversion may need {size:,}")
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    # torchtitan takes whatever holds "step-N" for a checkpoint, so this name must not.
-    folder = target.absolute().parent / f".converting-{target.name.replace('step-', '')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    done = False
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            made = []
-            raise ValueError(f"another conversion is writing {target}: wait for it, or name another folder") from None
-        try:
-            for old in folder.iterdir():
-                old.unlink()
-            with _ending_in_order():
-                yield folder
-                folder.rename(target)
-                done = True
-        finally:
-            if not done:
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
-        if not done:
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-
-
-@contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that its cleaning up happens."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

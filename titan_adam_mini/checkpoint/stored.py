@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,25 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from ..state import FOREIGN
 
-STATE, EXP_AVG, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_sq"
+STATE, EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_scale", ".exp_avg_sq"
 GROUPS = "param_groups."
 
 _ANOTHER = "take another step (--checkpoint.load_step in torchtitan)"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a checkpoint holds the moments of one parameter.
+
+    Attributes:
+        momentum: dtype of the first moment.
+        second: dtype of the second moments.
+        elementwise: there is one for every element, as AdamW has it.
+    """
+
+    momentum: torch.dtype
+    second: torch.dtype
+    elementwise: bool
 
 
 class Stored:
@@ -116,6 +132,16 @@ class Stored:
             for name in self.tensors
             if name.startswith(start) and name.endswith(EXP_AVG)
         ]
+
+    def kinds(self, prefix: str = "optimizer.") -> dict[str, Kind]:
+        """The kind of the moments of every parameter that has both under `prefix`, by name."""
+        elementwise, kinds = self.optimizer(prefix) == "AdamW", {}
+        for name in self.parameters(prefix):
+            start = prefix + STATE + name
+            first, second = self.tensors[start + EXP_AVG], self.tensors.get(start + EXP_AVG_SQ)
+            if second is not None:
+                kinds[name] = Kind(first.properties.dtype, second.properties.dtype, elementwise)
+        return kinds
 
     def value(self, name: str) -> Any:
         """One entry, whole: a CPU tensor, or the object that was saved."""

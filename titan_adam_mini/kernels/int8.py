@@ -1,7 +1,14 @@
 """Momentum in one byte: int8 values and one float32 scale per run of columns.
 
-A run is RUN consecutive elements of the last dim, so that it never crosses a row. `value = q * scale`, with
-`scale = absmax / 127` of the run. Which tensors are stored so depends on their global shape alone.
+A run is RUN consecutive elements of the last dim, so that it never crosses a row. Which tensors are stored so depends
+on their global shape alone. For a run `m` of float32 numbers, every operation rounded to float32 by itself:
+
+    absmax = max |m|                        NaN if any of them is
+    scale  = absmax / 127                   0 if absmax < TINY
+    q      = round(m * (127 / absmax))      half to even; all 0 if absmax is below TINY, infinite or NaN
+    m      ~ q * scale
+
+So a NaN or an infinity anywhere in a run makes the whole run NaN (0 * NaN and 0 * inf), and -0 becomes +0.
 """
 
 from __future__ import annotations
@@ -13,6 +20,8 @@ from torch import Tensor
 
 RUN = 128
 """Elements per scale: 4 bytes for 128 add 0.03 bytes per parameter."""
+TINY = 2.0**-119
+"""From here on neither `127 / absmax` overflows nor is `absmax / 127` denormal, which some hardware flushes to 0."""
 
 
 def fits(shape: Sequence[int]) -> bool:
@@ -33,10 +42,10 @@ def dequantized(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(momentum: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Round float32 `momentum` into `values` and `scale`, to nearest. NaN and infinity make their whole run NaN."""
+    """Round float32 `momentum` into `values` and `scale`. The error is half a `scale`, give or take float32's own."""
     runs = momentum.unflatten(-1, (-1, RUN))
     absmax = runs.abs().amax(-1)
-    scale.copy_(absmax / 127)
-    inverse = torch.where(absmax > 0, 127 / absmax, 0.0)
-    rounded = (runs * inverse.unsqueeze(-1)).round_().clamp_(-127, 127).nan_to_num_(0.0)
+    scale.copy_(torch.where(absmax < TINY, 0.0, absmax / 127))
+    inverse = torch.where(absmax >= TINY, 127 / absmax, 0.0)
+    rounded = (runs * inverse.unsqueeze(-1)).round_().nan_to_num_(0.0)
     values.copy_(rounded.flatten(-2))

@@ -1,11 +1,15 @@
 """From torchtitan's ``[optimizer]`` section to AdamMini: one optimizer per model part, in torchtitan's container."""
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.checkpoint.kinds import as_expected, as_stored
+from titan_adam_mini.checkpoint.stored import EXP_AVG_SQ, STATE, Kind
+from titan_adam_mini.momentum import Ways, say
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
@@ -21,12 +25,13 @@ class AdamMiniContainer(OptimizersContainer):
         knobs: what the checkpointer needs to know: `load_adamw_state` and `hyper_parameters`.
 
     Attributes:
-        from_adamw: the next load is from AdamW's state: it asks for one second moment per element, and averages.
+        holds: parameter -> its kind in the checkpoint that the next load is from: state dicts have room for that, and
+            what is loaded is converted.
     """
 
     def __init__(self, model_parts: list[Any], optimizers: list[AdamMini], knobs: Knobs) -> None:
         self.load_adamw_state, self.hyper_parameters = knobs.load_adamw_state, knobs.hyper_parameters
-        self.from_adamw = False
+        self.holds: dict[str, Kind] = {}
         self.model_parts = model_parts
         self.optimizers = optimizers
         self._validate_length(len(model_parts))
@@ -37,32 +42,29 @@ class AdamMiniContainer(OptimizersContainer):
         self._post_init(params, optimizers[0].defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torchtitan's; before a load from AdamW's state with room for its second moments, as DTensors."""
+        """As torchtitan's; before a load with room for the checkpoint's kind of momentum, and for AdamW's moments."""
         state: dict[str, Any] = super().state_dict()
-        if self.from_adamw:
-            for _, names in self._names():
-                state.update({_second_moment(name): torch.zeros_like(param.detach()) for param, name in names.items()})
-        return state
+        return as_stored(state, self.holds) if self.holds else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torchtitan's; AdamW's second moments are averaged over the blocks first, which is collective."""
-        if self.from_adamw:
-            state_dict = dict(state_dict)
-            for optimizer, names in self._names():
-                means = optimizer.block_means({param: state_dict[_second_moment(names[param])] for param in names})
-                state_dict.update({_second_moment(names[param]): value for param, value in means.items()})
+        """As torchtitan's; what `holds` says is of another kind is converted first, which is collective for AdamW's
+        second moments: they are averaged over the blocks."""
+        if self.holds:
+            ways: Ways = Counter()
+            for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
+                named = [(clean_name(name), param) for name, param in part.named_parameters()]
+                names = {param: name for name, param in named if param in optimizer.state}
+                own = {name: optimizer.state[param] for param, name in names.items()}
+                state_dict = as_expected(state_dict, own, ways)
+                if any(self.holds[name].elementwise for name in own):
+                    means = optimizer.block_means({param: state_dict[_second(name)] for param, name in names.items()})
+                    state_dict |= {_second(names[param]): value for param, value in means.items()}
+            say(ways)
         super().load_state_dict(state_dict)
 
-    def _names(self) -> list[tuple[AdamMini, dict[torch.Tensor, str]]]:
-        """Every optimizer with the names that its parameters have in a checkpoint."""
-        return [
-            (optimizer, {one: clean_name(name) for name, one in part.named_parameters() if one in optimizer.state})
-            for part, optimizer in zip(self.model_parts, self.optimizers, strict=True)
-        ]
 
-
-def _second_moment(name: str) -> str:
-    return f"state.{name}.exp_avg_sq"
+def _second(name: str) -> str:
+    return STATE + name + EXP_AVG_SQ
 
 
 def build_adam_mini(
@@ -113,6 +115,7 @@ def optimizer_of(
         weight_decay=optimizer_config.weight_decay,
         partition=partition or _partition_of(part, knobs, staged=parallel_dims.pp_enabled),
         momentum_dtype=knobs.momentum_dtype,
+        stochastic_rounding=knobs.stochastic_rounding,
         foreach=implementation == "foreach",
         fused=implementation == "fused",
     )

@@ -1,5 +1,6 @@
 """torchtitan's checkpointer for AdamMini: fit is checked before anything is read, no run starts from random weights by
-accident, AdamW's state is converted as it is loaded, and what a restart changes is said in one line.
+accident, AdamW's state and other types of momentum are converted as they are loaded, and what a restart changes is said
+in one line.
 
 Runs with other optimizers go through torchtitan's own code, untouched.
 """
@@ -7,6 +8,7 @@ Runs with other optimizers go through torchtitan's own code, untouched.
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -42,7 +44,7 @@ class AdamMiniCheckpointManager(CheckpointManager):
         try:
             loaded = super().load(step)
         finally:
-            optimizers.from_adamw = False
+            optimizers.holds = {}
         if loaded:
             self._settle(configured)
         return loaded
@@ -55,13 +57,15 @@ class AdamMiniCheckpointManager(CheckpointManager):
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     def _check(self, optimizers: AdamMiniContainer, state_dict: dict[str, Any], checkpoint_id: str) -> None:
-        """Raise ValueError if a checkpoint does not fit; prepare for AdamW's state if that is what it holds."""
+        """Raise ValueError if a checkpoint does not fit; prepare for the kind of optimizer state that it holds."""
         stored = Stored(checkpoint_id)
         stored.check_files()
         kind = stored.optimizer()
         if "optimizer" in state_dict:
-            optimizers.from_adamw = optimizers.load_adamw_state and kind == "AdamW"
-            if optimizers.from_adamw:
+            averaged = optimizers.load_adamw_state and kind == "AdamW"
+            kinds = stored.kinds().items()
+            optimizers.holds = {name: replace(one, elementwise=averaged) for name, one in kinds}
+            if averaged:
                 _say(logging.INFO, f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
         elif kind is not None:
             _say(

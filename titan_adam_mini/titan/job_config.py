@@ -62,8 +62,18 @@ class AdamMini:
     matrix, which the authors of Adam-mini advise for runs of fewer than 10,000 to 20,000 steps.
     """
 
-    momentum_dtype: Literal["", "float32", "bfloat16"] = ""
-    """Type of the first moment. "" means the parameter's own."""
+    momentum_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
+    """
+    Type of the first moment. "" means the parameter's own; "int8" has one scale per 128 columns, for tensors of two
+    dims or more whose columns are a multiple of 128, and leaves the others in float32. A checkpoint with another type
+    is converted as it is loaded.
+    """
+
+    stochastic_rounding: bool = False
+    """
+    Round bfloat16 parameters up or down at random, right on average, where rounding to nearest loses small updates.
+    Parameters of other types are not affected.
+    """
 
     load_adamw_state: bool = False
     """

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-_MOMENTUM_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOMENTUM_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _VALUE_BLOCKS = ("neuron", "tensor")
 _HYPER_PARAMETERS = ("checkpoint", "config")
 
@@ -18,6 +18,7 @@ class Knobs:
     undecayed: list[str] = field(default_factory=list)
     value_blocks: str = "neuron"
     momentum_dtype: torch.dtype | None = None
+    stochastic_rounding: bool = False
     load_adamw_state: bool = False
     hyper_parameters: str = "checkpoint"
 
@@ -48,10 +49,11 @@ def read_knobs(optimizer_config: Any) -> Knobs:
         raise _refusal("value_blocks", value_blocks, '"neuron" or "tensor"')
     momentum_dtype = values.get("momentum_dtype", "")
     if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
-        raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32" or "bfloat16"')
-    load_adamw_state = values.get("load_adamw_state", False)
-    if not isinstance(load_adamw_state, bool):
-        raise _refusal("load_adamw_state", load_adamw_state, "true or false")
+        raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32", "bfloat16" or "int8"')
+    flags = {name: values.get(name, False) for name in ("stochastic_rounding", "load_adamw_state")}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise _refusal(name, flag, "true or false")
     hyper_parameters = values.get("hyper_parameters", "checkpoint")
     if hyper_parameters not in _HYPER_PARAMETERS:
         raise _refusal("hyper_parameters", hyper_parameters, '"checkpoint" or "config"')
@@ -61,8 +63,8 @@ def read_knobs(optimizer_config: Any) -> Knobs:
         undecayed=[pattern.strip() for pattern in undecayed if pattern.strip()],
         value_blocks=value_blocks,
         momentum_dtype=_MOMENTUM_DTYPES[momentum_dtype],
-        load_adamw_state=load_adamw_state,
         hyper_parameters=hyper_parameters,
+        **flags,
     )
 
 

@@ -18,8 +18,9 @@ class _Whole:
     pp_enabled = False
 
 
-def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[str, Any]]:
-    """The blocks of every trainable parameter, and the keys and values of a new optimizer's parameter group.
+def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[str, Any], torch.dtype | None]:
+    """The blocks of every trainable parameter, the keys and values of a new optimizer's parameter group, and
+    AdamMini's `momentum_dtype`.
 
     Builds the model on the meta device: it takes no memory.
 
@@ -43,7 +44,8 @@ def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[
         made: torch.optim.Optimizer = torch.optim.AdamW([torch.zeros(1)], lr=config.optimizer.lr, **flags)
     else:
         made = optimizer
-    return blocks, {key: value for key, value in made.param_groups[0].items() if key not in ("params", "param_names")}
+    group = {key: value for key, value in made.param_groups[0].items() if key not in ("params", "param_names")}
+    return blocks, group, optimizer.momentum_dtype
 
 
 def model_on_meta(config: Any) -> torch.nn.Module:
