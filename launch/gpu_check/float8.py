@@ -34,7 +34,8 @@ def run(check: Check) -> Result:
     ranks = on_ranks(check, on_rank)
     numbers: dict[str, Any] = {"wrapped": ranks[0]}
     wrong = sorted({fault for one in ranks for fault in one["faults"]})
-    told = f"{ranks[0]['wrappers']} wrapped local tensors, loss {ranks[0]['losses'][0]:.3f} -> {ranks[0]['losses'][-1]:.3f}"
+    losses = ranks[0]["losses"]
+    told = f"{ranks[0]['wrappers']} wrapped local tensors, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     Result(False, f"{'; '.join([*wrong, told])}; torchtitan's run did not end", numbers).write(check.result)
 
     settings = {

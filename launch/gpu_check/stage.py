@@ -81,7 +81,7 @@ def need_cuda(check: Check, why: str) -> None:
 
 
 def on_ranks(check: Check, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """The answers of `function(check, rank, *args)` on all ranks; a module-level function, answers of built-in types."""
+    """The answers of `function(check, rank, *args)` on all ranks; it is a module's own, and they of built-in types."""
     with tempfile.TemporaryDirectory() as folder:
         if check.ngpu == 1:
             _rank(0, check, function, args, folder)
@@ -94,12 +94,12 @@ def on_ranks(check: Check, function: Callable[..., Any], *args: Any) -> list[Any
 
 def _rank(rank: int, check: Check, function: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
     device = check.of_rank(rank)
-    options = {}
+    options: dict[str, Any] = {}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // check.ngpu) if check.cuda else 1)
     if check.cuda:
         torch.cuda.set_device(device)
         options["device_id"] = device
     else:
-        torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(os.path.join(folder, "store"), check.ngpu)
     backend = "nccl" if check.cuda else "gloo"
@@ -139,8 +139,8 @@ def main() -> int:
         result = Result(True, str(reason), skipped=True)
     except Exception as error:
         traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        result = Result(False, f"{type(error).__name__}: {first}"[:200])
+        words = " | ".join(line.strip() for line in str(error).strip().splitlines()[:4])
+        result = Result(False, f"{type(error).__name__}: {words}"[:300])
     result.write(check.result)
     print(result.line, flush=True)
     return 0 if result.passed else 1

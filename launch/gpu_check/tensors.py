@@ -83,16 +83,8 @@ def parameters(
 
 def adam_mini(params: Mapping[str, Tensor], variant: Variant, lr: float | Tensor = 1e-3, **options: Any) -> AdamMini:
     """AdamMini with its fused engine."""
-    return AdamMini(
-        list(params.items()),
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        fused=True,
-        **HEADS,
-        **variant.options,
-        **options,
-    )
+    given: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, **HEADS, **variant.options, **options}
+    return AdamMini(list(params.items()), lr=lr, fused=True, **given)
 
 
 def state_of(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""torchtitan's own trainer with AdamW and with AdamMini: the largest Llama 3 that the device takes, one seed, real text.
+"""torchtitan's own trainer with AdamW and with AdamMini: one seed, real text, the largest Llama 3 that the device takes.
 
 On a CPU the debug model for a few steps, and no word about memory.
 """
@@ -32,16 +32,14 @@ def run(check: Check) -> Result:
     print(f"corpus built, {check.left:.0f} s left", flush=True)
     common = {**settings_of(data, check, seq_len, steps), "debug.seed": 0}
     config = ROOT / "train_configs" / ("debug_model.toml" if small else "llama3_8b.toml")
+    options: dict[str, Any] = {"ranks": check.ngpu, "out": out, "config": config, "on_step": _silent}
     names = ["adam_mini_debug"] if small else ["check_" + one.name for one in _fitting(check.ngpu)]
 
     numbers: dict[str, Any] = {"steps": steps, "seq_len": seq_len, "refused": []}
     for name in names:
         try:
             settings = {**common, "model.flavor": name, "optimizer.name": "AdamW"}
-            limit = (check.left - 5) * 0.55
-            adamw = train(
-                "adamw", settings, ranks=check.ngpu, out=out, config=config, time_limit=limit, on_step=_silent
-            )
+            adamw = train("adamw", settings, time_limit=(check.left - 5) * 0.55, **options)
             break
         except RunFailed as failure:
             if "OutOfMemory" not in str(failure) or name == names[-1]:
@@ -52,8 +50,7 @@ def run(check: Check) -> Result:
     told = f"{name}, {steps} steps of {check.ngpu} x {seq_len} tokens"
     Result(False, f"{told}: AdamW {words(numbers['AdamW'])}; AdamMini did not end", numbers).write(check.result)
     settings = {**common, "model.flavor": name, "optimizer.name": "AdamMini"}
-    limit = check.left - 5
-    mini = train("adam_mini", settings, ranks=check.ngpu, out=out, config=config, time_limit=limit, on_step=_silent)
+    mini = train("adam_mini", settings, time_limit=check.left - 5, **options)
     numbers["AdamMini"] = said(mini)
     numbers["engine"] = next((found[1] for line in mini.lines if (found := re.search(r"engine (.*?); \d", line))), "")
     wrong = faults(numbers["AdamW"], numbers["AdamMini"], steps, check.cuda)
