@@ -85,6 +85,7 @@ class Mesh:
         partial: gradients of norms are Partial along tp, as in tensor parallelism alone.
         expert_dim: the dim along which FSDP2 cuts experts.
         offload: parameters, gradients and state in host memory.
+        device: the type of the ranks' devices.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Mesh:
     partial: bool = False
     expert_dim: int = 0
     offload: bool = False
+    device: str = "cpu"
 
     @property
     def world(self) -> int:
@@ -103,7 +105,7 @@ class Mesh:
 
     def place(self, model: Decoder) -> None:
         """Cut the model to this rank's stage, then parallelise it in torchtitan's order: tp, ep, FSDP."""
-        mesh = init_device_mesh("cpu", self.shape, mesh_dim_names=self.axes)
+        mesh = init_device_mesh(self.device, self.shape, mesh_dim_names=self.axes)
         if "pp" in self.axes:
             model.stage(first=mesh.get_local_rank("pp") == 0)
         if "tp" in self.axes:
@@ -181,12 +183,12 @@ class Placed:
         """`params` hold their own flat indices."""
         self.module = module
         self.params = dict(params)
-        self.index = {name: local(param).detach().long().clone() for name, param in params.items()}
+        self.index = {name: local(param).detach().cpu().long().clone() for name, param in params.items()}
 
     @staticmethod
     def decoder(mesh: Mesh, dtype: torch.dtype = torch.float64) -> Placed:
         """The decoder on a mesh of the catalogue; its values are still indices."""
-        model = Decoder(mesh.sizes).to(dtype)
+        model = Decoder(mesh.sizes).to(mesh.device, dtype)
         with torch.no_grad():
             for param in model.parameters():
                 param.copy_(torch.arange(param.numel()).view_as(param))
@@ -213,7 +215,7 @@ class Placed:
 
     def _gradient(self, name: str, full: Tensor, partial: Sequence[int]) -> Tensor:
         param = self.params[name]
-        data = full.flatten()[self.index[name]].to(param.dtype)
+        data = full.flatten()[self.index[name]].to(param.device, param.dtype)
         if not isinstance(param, DTensor):
             return data
         mesh, placements = param.device_mesh, list(param.placements)
@@ -226,7 +228,7 @@ class Placed:
     def parts(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
         """What this rank holds of the parameters, or of other tensors placed like them."""
         values = self.params if values is None else values
-        return {name: (self.index[name], local(value).detach().clone()) for name, value in values.items()}
+        return {name: (self.index[name], local(value).detach().cpu().clone()) for name, value in values.items()}
 
 
 def norms_along_tp(mesh: Mesh) -> Callable[[str, Tensor], Sequence[int]]:

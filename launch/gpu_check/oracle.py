@@ -1,0 +1,167 @@
+"""AdamMini on DTensors over NCCL against the float64 oracle of the tests, and where bits must agree, to the bit.
+
+Per mesh: ten steps in float32 on the tests' small decoder, with a moving learning rate and gradients that change in
+size and are clipped. The largest relative error over parameters and both moments must stay below `TOLERANCE`.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from decoder import Sizes
+from injected import full, gradients, make, oracle, set_lr, values
+from meshes import DENSE, Mesh, Placed, full_shapes, norms_along_tp
+
+from gpu_check.stage import Check, Result, engine_of, on_ranks
+
+STEPS = 10
+TOLERANCE = 1e-5
+WIDE = Sizes(vocab=131, dim=1160, layers=1, n_heads=6, n_kv_heads=3, head_dim=67, hidden=517)
+"""Rows longer than a kernel's block, and of a length that is no power of two."""
+KEYS = ("params", "exp_avg", "exp_avg_sq")
+Tensors = dict[str, torch.Tensor]
+
+
+def meshes(ranks: int, device: str) -> list[Mesh]:
+    """What this number of ranks allows."""
+    even = Sizes(vocab=8 * ranks, dim=8 * ranks, n_heads=6, n_kv_heads=3, head_dim=2 * ranks, hidden=16 * ranks)
+    found = [
+        Mesh(f"FSDP2 {ranks}, even", (ranks,), ("dp",), even, device=device),
+        Mesh(f"FSDP2 {ranks}, uneven", (ranks,), ("dp",), DENSE, device=device),
+        Mesh(f"FSDP2 {ranks}, wide", (ranks,), ("dp",), WIDE, device=device),
+    ]
+    if ranks >= 4 and ranks % 2 == 0:
+        found += [
+            Mesh(f"HSDP 2x{ranks // 2}", (2, ranks // 2), ("rep", "dp"), DENSE, device=device),
+            Mesh(f"FSDP2 x TP {ranks // 2}x2", (ranks // 2, 2), ("dp", "tp"), DENSE, device=device),
+        ]
+    return found
+
+
+def run(check: Check) -> Result:
+    """All meshes, on all ranks."""
+    ranks = on_ranks(check, on_rank)
+    numbers: dict[str, Any] = {"engine": ranks[0]["engine"], "errors": {}, "bits": {}}
+    for name in ranks[0]["errors"]:
+        numbers["errors"][name] = max(max(one["errors"][name].values()) for one in ranks)
+    for name in ranks[0]["bits"]:
+        numbers["bits"][name] = sorted({wrong for one in ranks for wrong in one["bits"][name]})
+    worst = max(numbers["errors"], key=lambda name: float(numbers["errors"][name]))
+    differing = {name: wrong for name, wrong in numbers["bits"].items() if wrong}
+    passed = numbers["errors"][worst] < TOLERANCE and not differing
+    bits = f"same bits in {len(numbers['bits'])} comparisons" if not differing else f"DIFFERENT BITS: {differing}"
+    line = f"largest relative error {numbers['errors'][worst]:.1e} ({worst}) on {len(numbers['errors'])} meshes; {bits}"
+    return Result(passed, f"{line}; {numbers['engine']}", numbers)
+
+
+def on_rank(check: Check, rank: int) -> dict[str, Any]:
+    """The errors of what this rank holds, by mesh, and the names of tensors whose bits differ, by comparison."""
+    answer: dict[str, Any] = {"errors": {}, "bits": {}}
+    device = check.of_rank(rank)
+    for mesh in meshes(check.ngpu, check.device):
+        want = oracle(mesh.sizes, STEPS)
+        placed = Placed.decoder(mesh, torch.float32).fill(values(full_shapes(mesh.sizes)))
+        optimizer = make("AdamMini", placed.params, mesh.sizes, fused=True)
+        answer["engine"] = engine_of(optimizer, check.cuda)
+        for step in range(STEPS):
+            placed.inject(gradients(full_shapes(mesh.sizes), step), norms_along_tp(mesh))
+            set_lr(optimizer, step)
+            optimizer.step()
+        got = held(placed, optimizer)
+        answer["errors"][mesh.name] = relative_errors(got, placed, want)
+        if "tp" not in mesh.axes:  # blocks of whole rows: any number of ranks must give the bits of one
+            one = on_one_device(mesh.sizes, torch.float32, device)
+            for key in KEYS[:2]:
+                one[key] = {name: value.flatten()[placed.index[name]] for name, value in one[key].items()}
+            answer["bits"][f"{mesh.name} and one device"] = different(one, got)
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = on_one_device(WIDE, dtype, device)
+        name = str(dtype).removeprefix("torch.")
+        for what, other in (
+            ("twice", on_one_device(WIDE, dtype, device)),
+            ("odd gradient addresses", on_one_device(WIDE, dtype, device, odd_grads=True)),
+            ("odd parameter addresses", on_one_device(WIDE, dtype, device, odd_params=True)),
+        ):
+            answer["bits"][f"{what} {name}"] = different(plain, other)
+        answer["bits"][f"rows in three pieces {name}"] = pieces(dtype, device)
+    return answer
+
+
+def held(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    """What this rank holds of parameters and momentum, and whole second moments; on the CPU."""
+    state = {name: optimizer.state[param] for name, param in placed.params.items()}
+    for one in state.values():
+        assert float(one["step"]) == STEPS, one["step"]
+    return {
+        "params": {name: value for name, (_, value) in placed.parts().items()},
+        "exp_avg": {
+            name: value for name, (_, value) in placed.parts({n: one["exp_avg"] for n, one in state.items()}).items()
+        },
+        "exp_avg_sq": {name: full(one["exp_avg_sq"]).cpu() for name, one in state.items()},
+    }
+
+
+def relative_errors(got: dict[str, Tensors], placed: Placed, want: Any) -> dict[str, float]:
+    """As `oracle.error`, for the elements that this rank holds: largest difference over the whole's largest entry."""
+    found = {}
+    for key in KEYS:
+        worst = 0.0
+        for name, true in getattr(want, key).items():
+            mine = true if key == "exp_avg_sq" else true.flatten()[placed.index[name]]
+            if mine.numel():
+                off = float((got[key][name].double() - mine).abs().max() / true.abs().max().clamp_min(1e-30))
+                worst = max(worst, off if off == off else float("inf"))
+        found[key] = worst
+    return found
+
+
+def on_one_device(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, odd_grads: bool = False, odd_params: bool = False
+) -> dict[str, Tensors]:
+    """The same steps on plain tensors of one device; results on the CPU."""
+    shapes = full_shapes(sizes)
+    params = {name: torch.nn.Parameter(put(value, dtype, device, odd_params)) for name, value in values(shapes).items()}
+    optimizer = make("AdamMini", params, sizes, fused=True)
+    for step in range(STEPS):
+        for name, grad in gradients(shapes, step).items():
+            params[name].grad = put(grad, dtype, device, odd_grads)
+        set_lr(optimizer, step)
+        optimizer.step()
+    state = {name: optimizer.state[param] for name, param in params.items()}
+    return {
+        "params": {name: param.detach().cpu() for name, param in params.items()},
+        **{key: {name: one[key].cpu() for name, one in state.items()} for key in KEYS[1:]},
+    }
+
+
+def put(value: torch.Tensor, dtype: torch.dtype, device: torch.device, odd: bool) -> torch.Tensor:
+    """The value on the device; `odd`: one element after the start of an allocation, where no wide load may begin."""
+    if not odd:
+        return value.to(device, dtype)
+    room = torch.empty(value.numel() + 1, dtype=dtype, device=device)
+    return room[1:].view(value.shape).copy_(value)
+
+
+def different(one: dict[str, Tensors], other: dict[str, Tensors]) -> list[str]:
+    """The tensors whose bits differ."""
+    return [f"{key} {name}" for key in KEYS for name in one[key] if not torch.equal(one[key][name], other[key][name])]
+
+
+def pieces(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """A matrix of row blocks, whole and in three pieces of rows that no other rank completes: the same bits."""
+    name, shape = "layers.0.feed_forward.w1.weight", (517, 1160)
+    start = values({name: shape})[name]
+    results = []
+    for cuts in ((0, 517), (0, 1, 260, 517)):
+        params = [torch.nn.Parameter(start[low:high].to(device, dtype)) for low, high in pairwise(cuts)]
+        optimizers = [make("AdamMini", {name: param}, WIDE, fused=True) for param in params]
+        for step in range(STEPS):
+            grad = gradients({name: shape}, step)[name]
+            for (low, high), param, optimizer in zip(pairwise(cuts), params, optimizers, strict=True):
+                param.grad = grad[low:high].to(device, dtype)
+                set_lr(optimizer, step)
+                optimizer.step()
+        states = [optimizer.state[param] for param, optimizer in zip(params, optimizers, strict=True)]
+        whole = [torch.cat([param.detach() for param in params])]
+        results.append(whole + [torch.cat([one[key] for one in states]) for key in KEYS[1:]])
+    return [key for key, one, other in zip(KEYS, *results, strict=True) if not torch.equal(one, other)]

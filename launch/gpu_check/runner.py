@@ -1,0 +1,150 @@
+"""One stage in a subprocess: a deadline, nothing left running after it, and what came of it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
+TAIL = 15
+"""Lines of a failed stage's output that are kept."""
+PATIENCE = 8.0
+"""Seconds that a late stage gets to end its own processes before all of them are killed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: what the table calls it; also the module in this package.
+        limit: seconds after which it has failed.
+        least: with fewer seconds than this left it is not started.
+    """
+
+    name: str
+    limit: float
+    least: float
+
+
+@dataclass
+class Outcome:
+    """What came of a stage.
+
+    Attributes:
+        name: the stage's.
+        status: PASS, FAIL or SKIPPED.
+        seconds: how long it took.
+        line: what the table says.
+        numbers: whatever the stage measured.
+        tail: of a failed stage, the last lines of its output.
+    """
+
+    name: str
+    status: str
+    seconds: float
+    line: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    tail: list[str] = field(default_factory=list)
+
+
+def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcome:
+    """Run one stage with at most `left` seconds.
+
+    Args:
+        stage: which.
+        left: seconds left for everything.
+        options: the words of the stage's command line, by flag.
+        out: folder for its log and its result.
+    """
+    if left < stage.least:
+        return Outcome(stage.name, SKIPPED, 0.0, "no time left")
+    limit = min(stage.limit, left)
+    log, result = out / f"{stage.name}.log", out / f"{stage.name}.json"
+    result.unlink(missing_ok=True)
+    words = {**options, "--limit": f"{limit:.0f}", "--out": out, "--result": result}
+    command = [
+        sys.executable,
+        "-m",
+        "gpu_check.stage",
+        stage.name,
+        *(str(one) for pair in words.items() for one in pair),
+    ]
+    started = time.monotonic()
+    status = execute(command, limit, log)
+    seconds = time.monotonic() - started
+    said: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads(result.read_text())
+    line, numbers = said.get("line", ""), said.get("numbers", {})
+    if status == 0 and said.get("skipped"):
+        return Outcome(stage.name, SKIPPED, seconds, line, numbers)
+    if status == 0 and said.get("passed"):
+        return Outcome(stage.name, PASS, seconds, line, numbers)
+    if status is None:
+        line = f"still running after {limit:.0f} s, stopped{'; ' + line if line else ''}"
+    elif not line:
+        line = f"ended with status {status}"
+    return Outcome(stage.name, FAIL, seconds, line, numbers, log.read_text(errors="replace").splitlines()[-TAIL:])
+
+
+def execute(command: list[str], limit: float, log: Path) -> int | None:
+    """Run a command, its output into `log`; its exit status, or None if it had to be stopped after `limit` seconds.
+
+    It and everything that it started is gone when this returns or raises.
+    """
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            end(process)
+
+
+def end(process: "subprocess.Popen[Any]") -> None:
+    """End a process and all its descendants, those in sessions of their own too (torchrun's ranks): first politely."""
+    family = _descendants(process.pid)
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            family |= _descendants(process.pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    now = _started()
+    for pid, since in family.items():
+        if now.get(pid, (0, ""))[1] == since:  # not another process that got its number
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _started() -> dict[int, tuple[int, str]]:
+    """(parent, start time) of every process."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = file.read_text().rpartition(")")[2].split()
+            found[int(file.parent.name)] = (int(fields[1]), fields[19])
+    return found
+
+
+def _descendants(root: int) -> dict[int, str]:
+    """Start time by process, of all below `root`."""
+    everyone, family, fresh = _started(), {}, {root}
+    while fresh:
+        fresh = {pid for pid, (parent, _) in everyone.items() if parent in fresh and pid not in family}
+        family.update({pid: everyone[pid][1] for pid in fresh})
+    return family

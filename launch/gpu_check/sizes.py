@@ -1,0 +1,58 @@
+"""Llama 3 in sizes from half a billion parameters to 8 billion, and which of them a device can train with AdamW."""
+
+import math
+from dataclasses import dataclass
+
+VOCAB = 128256
+ADAMW = 16
+"""Bytes per parameter: fp32 weight, gradient and two moments."""
+ROOM = 0.9
+"""Share of a device's memory that the estimate may fill."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes in the words of torchtitan's Llama 3; attention heads have `dim / heads` rows."""
+
+    name: str
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    multiplier: float
+    multiple: int
+
+    @property
+    def hidden(self) -> int:
+        """The MLP's size, as torchtitan computes it."""
+        return self.multiple * math.ceil(int(self.multiplier * int(8 * self.dim / 3)) / self.multiple)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        attention = 2 * self.dim * self.dim * (1 + self.kv_heads / self.heads)
+        return int(2 * VOCAB * self.dim + self.layers * (attention + 3 * self.dim * self.hidden))
+
+    def bytes(self, ranks: int, tokens: int) -> float:
+        """A generous estimate of what one of `ranks` FSDP ranks needs with AdamW for `tokens` tokens of its own.
+
+        On one rank, where torchtitan does not shard, autocast keeps a bf16 copy of the weights; FSDP has the embedding
+        and the output whole, in bf16 with fp32 gradients. Activations as without checkpointing.
+        """
+        copies = 2 * self.parameters if ranks == 1 else 6 * 2 * VOCAB * self.dim
+        return ADAMW * self.parameters / ranks + copies + tokens * (34 * self.layers * self.dim + 14 * VOCAB)
+
+
+SIZES = (
+    Size("8B", 4096, 32, 32, 8, 1.3, 1024),
+    Size("3B", 3072, 28, 24, 8, 1.0, 256),
+    Size("2B", 2560, 20, 20, 4, 1.0, 256),
+    Size("1B", 2048, 16, 32, 8, 1.5, 256),
+    Size("0.5B", 1024, 16, 16, 8, 1.0, 256),
+)
+"""Large first."""
+
+
+def fitting(free: int, ranks: int, tokens: int) -> list[Size]:
+    """The sizes that fit, large first; the smallest always is among them."""
+    return [size for size in SIZES[:-1] if size.bytes(ranks, tokens) < ROOM * free] + [SIZES[-1]]

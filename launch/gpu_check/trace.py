@@ -1,0 +1,161 @@
+"""What a profiler's trace says of the kernels and synchronisations of one step; the stage `trace` looks at a real run.
+
+A decoder under `fully_shard` on all ranks, forward, backward and AdamMini, seen by torch.profiler on every rank.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoder import Decoder, Sizes, loss_of, shard_data
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gpu_check.stage import Check, Result, engine_of, on_ranks
+from titan_adam_mini import AdamMini
+
+STEPS = 3
+"""Steps that are looked at, after as many that are not."""
+SMALL = Sizes(vocab=64, dim=32, layers=2, n_heads=4, n_kv_heads=2, head_dim=24, hidden=48, tokens=16)
+LARGE = Sizes(vocab=8192, dim=1024, layers=8, n_heads=8, n_kv_heads=2, head_dim=128, hidden=2816, tokens=512)
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+Span = tuple[float, float]
+
+
+@dataclass
+class Trace:
+    """The complete events of a chrome trace."""
+
+    events: list[dict[str, Any]]
+
+    def spans(self, name: str) -> list[tuple[Any, Span]]:
+        """(thread, start and end) of every host-side range of this name."""
+        return [
+            ((one.get("pid"), one.get("tid")), (float(one["ts"]), float(one["ts"]) + float(one.get("dur", 0))))
+            for one in self.events
+            if one.get("name") == name and one.get("cat") == "user_annotation"
+        ]
+
+    def calls(self, name: str) -> list[dict[str, Any]]:
+        """CUDA calls that the host made inside the ranges of this name, on the same thread."""
+        spans = self.spans(name)
+        return [
+            one
+            for one in self.events
+            if one.get("cat") in LAUNCHES
+            and any(
+                thread == (one.get("pid"), one.get("tid")) and low <= float(one["ts"]) <= high
+                for thread, (low, high) in spans
+            )
+        ]
+
+    def work(self, name: str, *categories: str) -> list[dict[str, Any]]:
+        """What the device did for those calls: events of the categories "kernel", "gpu_memcpy", "gpu_memset"."""
+        asked = {_correlation(one) for one in self.calls(name)} - {None}
+        return [one for one in self.events if one.get("cat") in categories and _correlation(one) in asked]
+
+    def device(self, *categories: str) -> int:
+        """How many events of these categories there are, whoever asked for them."""
+        return sum(one.get("cat") in categories for one in self.events)
+
+    def waits(self, name: str) -> list[str]:
+        """Names of calls inside the ranges that make the host wait, and of copies from the device to the host."""
+        found = [one["name"] for one in self.calls(name) if "Synchronize" in one["name"]]
+        found += [one["name"] for one in self.work(name, "gpu_memcpy") if "DtoH" in one["name"]]
+        return found
+
+
+def _correlation(event: dict[str, Any]) -> Any:
+    return event.get("args", {}).get("correlation")
+
+
+def traced(function: Callable[[], None], times: int, cuda: bool) -> Trace:
+    """The trace of `function`, called so many times, each inside a range called "check.step"."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    if cuda:
+        with profile(activities=activities):  # the first one starts the tracing, and may miss what it should see
+            torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    with profile(activities=activities) as seen:
+        for _ in range(times):
+            with record_function("check.step"):
+                function()
+        if cuda:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(errors="replace"))["traceEvents"]
+    return Trace([one for one in events if one.get("ph") == "X"])
+
+
+def run(check: Check) -> Result:
+    """No synchronisation and no copy to the host inside a step; what overlaps is told."""
+    ranks = on_ranks(check, on_rank)
+    waits = sorted({wait for one in ranks for wait in one["waits"]})
+    numbers: dict[str, Any] = {"waits": waits, **{key: value for key, value in ranks[0].items() if key != "waits"}}
+    steps = [one["steps"] for one in ranks]
+    good = not waits and all(number == STEPS for number in steps) and all(one["finite"] for one in ranks)
+    if not check.cuda:
+        return Result(good, f"{STEPS} steps with their exchange and update seen on {check.ngpu} ranks; no GPU", numbers)
+    first = ranks[0]
+    good = good and first["kernels"] > 0
+    if check.ngpu == 1:
+        overlap = "nothing is exchanged on one GPU"
+    else:
+        together = sum(one["overlap"] for one in ranks) / max(1e-9, sum(one["exchange"] for one in ranks))
+        numbers["overlap"] = together
+        overlap = f"exchange {first['exchange']:.0f} us per step, {together:.0%} of it beside update kernels"
+    line = f"waits in a step: {', '.join(waits) or 'none'}; {first['kernels']:g} kernels, {first['copies']:g} copies"
+    return Result(good, f"{line} and {first['update']:.0f} us of update kernels per step; {overlap}", numbers)
+
+
+def on_rank(check: Check, rank: int) -> dict[str, Any]:
+    """What the trace of this rank's steps says; times in microseconds per step."""
+    sizes, device = LARGE if check.cuda else SMALL, check.of_rank(rank)
+    model = Decoder(sizes).to(device)
+    shard_data(model, init_device_mesh(check.device, (check.ngpu,), mesh_dim_names=("dp",)))
+    heads = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads}
+    optimizer = AdamMini(model.named_parameters(), lr=1e-3, fused=True, **heads)
+    engine = engine_of(optimizer, check.cuda)
+    generator = torch.Generator().manual_seed(rank)
+    text = torch.randint(sizes.vocab, (2, sizes.tokens + 1), generator=generator).to(device)
+    losses = []
+
+    def step() -> None:
+        loss = loss_of(model(text[:, :-1]), text[:, 1:])
+        loss.backward()
+        with record_function("check.optimizer"):
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+
+    for _ in range(STEPS):
+        step()
+    seen = traced(step, STEPS, check.cuda)
+    update = seen.work("AdamMini.update", "kernel")
+    exchange = [one for one in seen.work("AdamMini.exchange", "kernel") if "nccl" in one["name"].lower()]
+    return {
+        "engine": engine,
+        "waits": seen.waits("check.optimizer"),
+        "kernels": len(seen.work("check.optimizer", "kernel")) / STEPS,
+        "copies": len(seen.work("check.optimizer", "gpu_memcpy", "gpu_memset")) / STEPS,
+        "update": sum(float(one["dur"]) for one in update) / STEPS,
+        "exchange": sum(float(one["dur"]) for one in exchange) / STEPS,
+        "overlap": shared(_intervals(exchange), _intervals(update)) / STEPS,
+        "steps": len(seen.spans("AdamMini.exchange")),
+        "finite": bool(torch.isfinite(torch.stack(losses)).all()),
+    }
+
+
+def _intervals(events: list[dict[str, Any]]) -> list[Span]:
+    return [(float(one["ts"]), float(one["ts"]) + float(one["dur"])) for one in events]
+
+
+def shared(some: list[Span], others: list[Span]) -> float:
+    """How long at least one of `some` and one of `others` run at the same time; none overlaps its own kind."""
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in some for b in others)
