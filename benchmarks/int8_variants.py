@@ -1,4 +1,4 @@
-"""Other ways to store momentum in int8, to be compared by loss: put in the place of `kernels.int8`'s by the environment.
+"""Other ways to store momentum in int8, compared by loss: put in the place of `kernels.int8`'s by the environment.
 
 torchtitan imports this file in place of `titan_adam_mini.titan` (`--experimental.custom_import`). It serves the engine
 "foreach" alone.

@@ -109,8 +109,8 @@ def main() -> None:
         "mean",
         "difference to float32",
         "its error",
-        title=f"Held-out loss after {args.steps} steps of {BATCH} x {SEQ_LEN} tokens, llama3 debugmodel; {where}, torch "
-        f"{torch.__version__}",
+        title=f"Held-out loss after {args.steps} steps of {BATCH} x {SEQ_LEN} tokens, llama3 debugmodel; {where}, "
+        f"torch {torch.__version__}",
     )
     for name in names:
         row = losses[name]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from .bench.command import Bench
 from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
+from .child import in_child
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Convert:
             raise ValueError(f"{self.target} exists; nothing is overwritten: remove it, or name another folder")
         if "--job.config_file" not in arguments:
             raise ValueError("the model is not known: give --job.config_file X, or set CONFIG_FILE=X")
-        blocks, group, momentum_dtype = _in_child(_target, arguments, self.to)
+        blocks, group, momentum_dtype = in_child(_target, arguments, self.to)
         conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
         seconds = sum(one.layout.num_blocks for one in blocks.values())
         total = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
@@ -91,15 +91,6 @@ def _target(arguments: list[str], to: str) -> Any:
     return read_target(arguments, to)
 
 
-def _in_child(function: Any, *args: Any) -> Any:
-    """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except SystemExit as error:  # torchtitan's own parser, which has said what is wrong
-            raise ValueError(f"torchtitan does not take these arguments (status {error.code})") from None
-
-
 def _config_first(words: list[str]) -> tuple[list[str], list[str]]:
     """`--job.config_file X` (or the environment's CONFIG_FILE) for torchtitan, and the other words."""
     for place, word in enumerate(words):
@@ -111,7 +102,20 @@ def _config_first(words: list[str]) -> tuple[list[str], list[str]]:
     return (["--job.config_file", os.environ["CONFIG_FILE"]] if os.environ.get("CONFIG_FILE") else []), words
 
 
-COMMANDS = {"convert": Convert}
+def _config_in_place(words: list[str]) -> tuple[list[str], list[str]]:
+    """For a command with a CONFIG of its own: as `_config_first`, and the words with CONFIG in front, "" if none is.
+
+    Were CONFIG left for the parser to find, the value of any of torchtitan's flags could be taken for it.
+    """
+    config, own = _config_first(words)
+    for place, word in enumerate(own):
+        if not word.startswith("-") and (place == 0 or word.endswith(".toml")):
+            config, own = ["--job.config_file", word], own[:place] + own[place + 1 :]
+            break
+    return config, [*(config[1:] or [""]), *own]
+
+
+COMMANDS = {"convert": Convert, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -123,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {name}: {(command.__doc__ or '').splitlines()[0]}")
         print("\nThe configuration is --job.config_file X or CONFIG_FILE=X. titan-adam-mini COMMAND --help says more.")
         sys.exit(0 if words in (["--help"], ["-h"]) else 2)
-    config, own = _config_first(words[1:])
+    taken = _config_in_place if "config" in COMMANDS[words[0]].__annotations__ else _config_first
+    config, own = taken(words[1:])
     command, rest = tyro.cli(COMMANDS[words[0]], args=own, prog=f"titan-adam-mini {words[0]}", return_unknown_args=True)
     try:
         command(Console(), [*config, *rest])

@@ -1,0 +1,122 @@
+"""Who is measured: one row per optimizer, built with the configuration's hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ..optimizer import AdamMini
+from .part import Named, Part
+
+BASELINE = "AdamW fused"
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One row of the table.
+
+    Attributes:
+        name: as shown.
+        build: makes the optimizer of named parameters; raises what it raises.
+        sharded: it steps the parameters as the training has them (DTensors), not the plain local tensors.
+        package: distribution on PyPI that it comes from, "" for torch and this one.
+        module: what is imported of it.
+    """
+
+    name: str
+    build: Callable[[Named, Part], Any]
+    sharded: bool = False
+    package: str = ""
+    module: str = ""
+
+    def installed(self) -> bool:
+        """Is its package there? An import that fails for another reason raises."""
+        if not self.module:
+            return True
+        try:
+            import_module(self.module)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != self.module.split(".")[0]:
+                raise
+            return False
+        return True
+
+    @property
+    def version(self) -> str:
+        """Version of its package; "" for torch and this one, and if it is not known."""
+        try:
+            return version(self.package) if self.package else ""
+        except PackageNotFoundError:
+            return ""
+
+
+def _adamw(**flags: bool) -> Callable[[Named, Part], Any]:
+    def build(named: Named, part: Part) -> Any:
+        return torch.optim.AdamW([param for _, param in named], **part.hyper, **flags)
+
+    return build
+
+
+def _adam_mini(momentum_dtype: torch.dtype | None, **flags: Any) -> Callable[[Named, Part], Any]:
+    def build(named: Named, part: Part) -> Any:
+        return AdamMini(named, **part.hyper, partition=part.partition, momentum_dtype=momentum_dtype, **flags)
+
+    return build
+
+
+def _authors(named: Named, part: Part) -> Any:
+    if None in (part.heads.get("dim"), part.heads.get("n_heads")):
+        raise ValueError("it needs `dim` and `n_heads`, which this model does not have")
+    return import_module("adam_mini").Adam_mini(named, **part.hyper, **part.heads, verbose=False)
+
+
+def _peer(module: str, name: str) -> Callable[[Named, Part], Any]:
+    def build(named: Named, part: Part) -> Any:
+        return getattr(import_module(module), name)([param for _, param in named], **part.hyper)
+
+    return build
+
+
+def _flash(named: Named, part: Part) -> Any:
+    """Its 24-bit master weights are for bfloat16 parameters only: it refuses them for float32 ones."""
+    bits = None if all(param.dtype == torch.float32 for _, param in named) else 24
+    build = import_module("flashoptim").FlashAdamW
+    return build([param for _, param in named], **part.hyper, master_weight_bits=bits)
+
+
+COMPETITORS = (
+    Competitor(BASELINE, _adamw(fused=True)),
+    Competitor("AdamW foreach", _adamw(foreach=True)),
+    Competitor("AdamW fused on DTensors", _adamw(fused=True), sharded=True),
+    Competitor("AdamMini fused, float32 momentum", _adam_mini(torch.float32, fused=True), sharded=True),
+    Competitor("AdamMini fused, bfloat16 momentum", _adam_mini(torch.bfloat16, fused=True), sharded=True),
+    Competitor("AdamMini fused, int8 momentum", _adam_mini(torch.int8, fused=True), sharded=True),
+    Competitor("AdamMini foreach", _adam_mini(None, foreach=True), sharded=True),
+    Competitor("adam-mini, the authors'", _authors, package="adam-mini", module="adam_mini"),
+    Competitor("torchao AdamW8bit", _peer("torchao.optim", "AdamW8bit"), package="torchao", module="torchao.optim"),
+    Competitor(
+        "bitsandbytes AdamW8bit",
+        _peer("bitsandbytes.optim", "AdamW8bit"),
+        package="bitsandbytes",
+        module="bitsandbytes.optim",
+    ),
+    Competitor("flashoptim FlashAdamW", _flash, package="flashoptim", module="flashoptim"),
+)
+
+
+def chosen(only: str, part: Part) -> list[Competitor]:
+    """The competitors whose names hold one of the words in `only` ("a,b"; "" for all), and always the baseline.
+
+    Raises ValueError for a word that no name holds.
+    """
+    rows = [one for one in COMPETITORS if part.sharded or "on DTensors" not in one.name]
+    words = [word.strip().lower() for word in only.split(",") if word.strip()]
+    for word in words:
+        if not any(word in one.name.lower() for one in rows):
+            raise ValueError(f"--only {word!r} is in no name; the names are {'; '.join(one.name for one in rows)}")
+    return [one for one in rows if not words or one.name == BASELINE or any(w in one.name.lower() for w in words)]
