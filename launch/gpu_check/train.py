@@ -1,4 +1,4 @@
-"""torchtitan's own trainer with AdamW and with AdamMini: one seed, real text, the largest Llama 3 that the device takes.
+"""torchtitan's own trainer with AdamW and with AdamMini: one seed, real text, the largest Llama 3 that fits.
 
 On a CPU the debug model for a few steps, and no word about memory.
 """

@@ -29,7 +29,7 @@ _EXP_AVG_OUTER = tl.constexpr(table.EXP_AVG_OUTER)
 _LR, _BETA1, _BETA2, _EPS = (tl.constexpr(one) for one in (table.LR, table.BETA1, table.BETA2, table.EPS))
 _WEIGHT_DECAY, _MAXIMIZE = tl.constexpr(table.WEIGHT_DECAY), tl.constexpr(table.MAXIMIZE)
 _LOG_BETA1, _LOG_BETA2 = tl.constexpr(table.LOG_BETA1), tl.constexpr(table.LOG_BETA2)
-_RUN = tl.constexpr(int8.RUN)
+_RUN, _TINY = tl.constexpr(int8.RUN), tl.constexpr(int8.TINY)
 _GOLDEN, _MIX1, _MIX2 = (tl.constexpr(one) for one in (rounding.GOLDEN, rounding.FIRST, rounding.SECOND))
 SCALARS = 10
 _SCALARS = tl.constexpr(SCALARS)
@@ -186,14 +186,12 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
     wrong = tl.max((m != m).to(tl.int32), 1) != 0
     absmax = tl.where(wrong, float("nan"), tl.max(tl.abs(m), 1))
     full = tl.full([RUNS], 127.0, tl.float32)
-    inverse = tl.where(absmax > 0, tl.div_rn(full, absmax), 0.0)
+    inverse = tl.where(absmax >= _TINY, tl.div_rn(full, absmax), 0.0)
     q = m * inverse[:, None]
-    q = tl.where(q == q, q, 0.0)
-    # Rounded half to even by adding 1.5 * 2^23.
-    q = (tl.minimum(tl.maximum(q, -127.0), 127.0) + 12582912.0) - 12582912.0
+    q = (tl.where(q == q, q, 0.0) + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounded half to even
     tl.store(where, q.to(tl.int8), mask)
     tl.debug_barrier()  # every thread has read the old scale
-    tl.store(scales, tl.div_rn(absmax, full), live)
+    tl.store(scales, tl.where(absmax < _TINY, 0.0, tl.div_rn(absmax, full)), live)
 
 
 @triton.jit
