@@ -26,7 +26,7 @@ import corpus  # noqa: E402
 from runs import train  # noqa: E402
 
 SEQ_LEN, BATCH, VALIDATION = 256, 16, 256
-FRESH = 800
+FRESH = 700
 """Steps of documents; a standard library has no more text, and longer runs see it again."""
 VARIANTS = "benchmarks.int8_variants"
 KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {

@@ -2,14 +2,15 @@
 
 A list of programs says which tile of which parameter is whose; addresses and hyper-parameters are read from tables on
 the device. Nothing waits for the host: numbers of steps, bias corrections and missing gradients are dealt with where
-the data are. How many launches there are depends on the kinds of lines and dtypes, not on the number of tensors.
+the data are. Five launches per combination of dtypes (one line per block, sums, fold, update, and what prepares them),
+four more where blocks straddle, and some of them twice where there are transposed tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,36 +26,10 @@ from .tensorwise import Tensorwise
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
-class Tile(NamedTuple):
-    """What one program works on; a constant of the compiled kernels.
-
-    Attributes:
-        lines, columns: its size; lines that are longer take several tiles one after the other.
-        unit: the dim whose neighbours are neighbours in memory: 0 lines, 1 columns, 2 neither.
-    """
-
-    lines: int
-    columns: int
-    unit: int
-
-    @staticmethod
-    def of(width: int, unit: int, runs: bool) -> Tile:
-        """The tile for lines of `width` elements; `runs`: with int8 momentum, where a tile is part of one line.
-
-        A function of width and layout alone, as the order of summation must be.
-        """
-        if width == 1:
-            return Tile(1024, 1, unit)
-        if unit == 0:
-            return Tile(64, 64, unit)
-        if runs:
-            return Tile(1, RUNS, unit)
-        columns = next((one for one in (64, 256, 1024) if width <= one), LONG)
-        return Tile(LONG // columns, columns, unit)
-
-
-LONG, RUNS, WARPS = 2048, 1024, 8
-"""Elements of a tile, the same with int8 momentum, and warps of a program: the fastest of those tried on an H100."""
+TILE, WARPS = 2048, 8
+"""Elements that a program works on at a time, and its warps: the fastest of those tried on an H100."""
+STRIDES = slice(table.PARAM_OUTER, table.COLUMNS)
+_STARTS = (table.PARAM_OUTER, table.GRAD_OUTER, table.EXP_AVG_OUTER)
 
 
 class _Programs:
@@ -70,24 +45,20 @@ class _Programs:
         self.hyper_values = np.empty((0, 8))
         self.hyper = torch.empty((0, 8), dtype=torch.float64, device=device)
         self.scalars = torch.empty((self.number, triton_kernels.SCALARS), dtype=torch.float32, device=device)
-        found: dict[str, dict[Tile, list[np.ndarray]]] = {"one_line": {}, "many": {}, "fold": {}}
+        found: dict[str, dict[int, list[np.ndarray]]] = {"one_line": {}, "many": {}, "fold": {}}
         for number, (row, lines, alone) in enumerate(zip(own.rows, own.lines, own.one_line, strict=True)):
             outer, inner, width = lines.sizes
             if width and outer * inner:
-                tile = Tile.of(width, _unit(row), runs)
-                part = _triples(number, outer, inner, tile.lines)
-                found["one_line" if alone else "many"].setdefault(tile, []).append(part)
+                unit = _unit(row)
+                part = _triples(number, outer, inner, triton_kernels.tile_of(width, unit, runs, TILE))
+                found["one_line" if alone else "many"].setdefault(unit, []).append(part)
             if not alone:
-                tile = Tile(1024, 1, 1) if lines.fold == 1 else Tile(1, 1024, 1)
-                found["fold"].setdefault(tile, []).append(_triples(number, 1, lines.blocks, tile.lines))
+                each = triton_kernels.FOLDED if lines.fold == 1 else 1
+                found["fold"].setdefault(1, []).append(_triples(number, 1, lines.blocks, each))
         self.lists = {
-            name: {tile: torch.from_numpy(np.concatenate(parts)).to(device) for tile, parts in tiles.items()}
-            for name, tiles in found.items()
+            name: {unit: torch.from_numpy(np.concatenate(parts)).to(device) for unit, parts in units.items()}
+            for name, units in found.items()
         }
-
-
-STRIDES = slice(table.PARAM_OUTER, table.COLUMNS)
-_STARTS = (table.PARAM_OUTER, table.GRAD_OUTER, table.EXP_AVG_OUTER)
 
 
 def _triples(number: int, outer: int, inner: int, lines: int) -> np.ndarray:
@@ -99,7 +70,7 @@ def _triples(number: int, outer: int, inner: int, lines: int) -> np.ndarray:
 
 
 def _unit(row: np.ndarray) -> int:
-    """See `Tile`; in param, gradient and momentum alike."""
+    """The dim whose neighbours are neighbours in memory, in all three tensors: 0 lines, 1 columns, 2 neither."""
     if row[table.WIDTH] == 1 or all(row[start + 2] == 1 for start in _STARTS):
         return 1
     return 0 if all(row[start + 1] == 1 for start in _STARTS) else 2
@@ -151,18 +122,15 @@ class TritonEngine(Compiled):
 
     def _line_sums(self, here: _Programs, name: str, works: Sequence[Work]) -> None:
         assert works[0].grad is not None
-        self._launch(triton_kernels.line_sums, here, name, G=_TYPES[works[0].grad.dtype])
+        types = {"G": _TYPES[works[0].grad.dtype], "M": _TYPES[works[0].exp_avg.dtype]}
+        self._launch(triton_kernels.line_sums, here, name, **types)
 
     def _launch(self, kernel: Any, here: _Programs, name: str, *args: Tensor, **constants: Any) -> None:
-        """One launch per tile that there is."""
+        """One launch, and one more where there are transposed tensors."""
         with _device(here.rows.device):
-            for tile, programs in here.lists[name].items():
+            for unit, programs in here.lists[name].items():
                 self.launches += 1
-                shape = {
-                    key: value
-                    for key, value in zip(("LINES", "WIDTH", "UNIT"), tile, strict=True)
-                    if key in kernel.arg_names
-                }
+                shape = {} if name == "fold" else {"UNIT": unit, "TILE": TILE}
                 kernel[(len(programs),)](
                     here.rows, *args, programs, **constants, **shape, num_warps=WARPS, enable_fp_fusion=False
                 )

@@ -226,15 +226,11 @@ def _moment(row, numbers, block, live, total):
 
 
 @triton.jit
-def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                     LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    line = tl.load(program + 2).to(tl.int64) + tl.arange(0, LINES)
+def _whole(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+           LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Sums, second moments and update of LINES blocks of one line."""
+    line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
-    width = tl.load(row + _WIDTH)
     block = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
     total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
     scale = _moment(row, numbers, block, live, total)
@@ -242,50 +238,20 @@ def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M
 
 
 @triton.jit
-def line_sums(rows, programs, G: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
-    """One sum of squares per line, where the exchange or the fold finds it."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
-    line = tl.load(program + 2).to(tl.int64) + tl.arange(0, LINES)
+def _own_sums(row, outer, first, width, G: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    """The sums of squares of LINES lines, where the exchange or the fold finds them."""
+    line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
-    total = _sums(row, outer, line, live, tl.load(row + _WIDTH), G, LINES, WIDTH, UNIT)
+    total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
     sums = tl.load(row + _OWN_SUMS).to(tl.pointer_type(tl.float32))
     tl.store(sums + tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line, total, live)
 
 
 @triton.jit
-def fold(rows, scalars, programs, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    """Blocks of many lines: add the lines' sums, advance the second moment, leave the scale for the update."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number = tl.load(program).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    if tl.load(numbers + 8) != 0.0:
-        block = tl.load(program + 2).to(tl.int64) + tl.arange(0, LINES)
-        live = block < tl.load(row + _BLOCKS)
-        fold = tl.load(row + _FOLD)
-        first, length = block * fold, tl.zeros_like(block) + fold
-        if fold == 0:
-            starts = tl.load(row + _STARTS).to(tl.pointer_type(tl.int32)) + block
-            first = tl.load(starts, live, other=0).to(tl.int64)
-            length = tl.load(starts + 1, live, other=0).to(tl.int64) - first
-        longest = tl.max(length, 0)
-        sums = tl.load(row + _SUMS).to(tl.pointer_type(tl.float32)) + first[:, None]
-        total = tl.zeros([LINES, WIDTH], tl.float32)
-        for start in range(0, longest, WIDTH):
-            at = (start + tl.arange(0, WIDTH))[None, :]
-            total += tl.load(sums + at, live[:, None] & (at < length[:, None]), other=0.0)
-        scale = _moment(row, numbers, block, live, tl.sum(total, 1))
-        tl.store(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, scale, live)
-
-
-@triton.jit
-def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                  LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """Momentum and parameter of lines whose block's scale is known."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    line = tl.load(program + 2).to(tl.int64) + tl.arange(0, LINES)
+def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+            LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Update of LINES lines with the scale that the fold has left for their blocks."""
+    line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
     there = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
     tile = tl.load(row + _TILE)
@@ -296,4 +262,129 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
     else:
         block = there // tile
     scale = tl.load(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, live, other=0.0)
-    _update(row, numbers, outer, line, live, tl.load(row + _WIDTH), scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
+    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
+
+
+# The three kernels of lines. One launch serves lines of every length: the tile depends on the length, see `tile_of`.
+
+
+@triton.jit
+def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+                    UNIT: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
+    first = tl.load(program + 2).to(tl.int64)
+    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
+    width = tl.load(row + _WIDTH)
+    if tl.int8 == M:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
+    elif UNIT == 0:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT)
+    elif width == 1:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT)
+    elif width <= 64:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 64, 64, UNIT)
+    elif width <= 256:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 256, 256, UNIT)
+    elif width <= 1024:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 1024, 1024, UNIT)
+    else:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
+
+
+@triton.jit
+def line_sums(rows, programs, G: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """One sum of squares per line."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
+    first = tl.load(program + 2).to(tl.int64)
+    width = tl.load(row + _WIDTH)
+    if tl.int8 == M:
+        _own_sums(row, outer, first, width, G, 1, TILE // 2, UNIT)
+    elif UNIT == 0:
+        _own_sums(row, outer, first, width, G, 64, 64, UNIT)
+    elif width == 1:
+        _own_sums(row, outer, first, width, G, TILE // 2, 1, UNIT)
+    elif width <= 64:
+        _own_sums(row, outer, first, width, G, TILE // 64, 64, UNIT)
+    elif width <= 256:
+        _own_sums(row, outer, first, width, G, TILE // 256, 256, UNIT)
+    elif width <= 1024:
+        _own_sums(row, outer, first, width, G, TILE // 1024, 1024, UNIT)
+    else:
+        _own_sums(row, outer, first, width, G, 1, TILE, UNIT)
+
+
+@triton.jit
+def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+                 UNIT: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Momentum and parameter of lines whose block's scale is known."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
+    first = tl.load(program + 2).to(tl.int64)
+    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
+    width = tl.load(row + _WIDTH)
+    if tl.int8 == M:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
+    elif UNIT == 0:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT)
+    elif width == 1:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT)
+    elif width <= 64:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 64, 64, UNIT)
+    elif width <= 256:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 256, 256, UNIT)
+    elif width <= 1024:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 1024, 1024, UNIT)
+    else:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
+
+
+def tile_of(width: int, unit: int, runs: bool, tile: int) -> int:
+    """Lines per program in the kernels above; `runs`: with int8 momentum, where a tile is part of one line."""
+    if runs:
+        return 1
+    if unit == 0:
+        return 64
+    if width == 1:
+        return tile // 2
+    return tile // next((columns for columns in (64, 256, 1024) if width <= columns), tile)
+
+
+@triton.jit
+def _fold(row, numbers, first, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    """LINES blocks, each of as many sums as FOLD or STARTS says."""
+    block = first + tl.arange(0, LINES)
+    live = block < tl.load(row + _BLOCKS)
+    fold = tl.load(row + _FOLD)
+    start, length = block * fold, tl.zeros_like(block) + fold
+    if fold == 0:
+        starts = tl.load(row + _STARTS).to(tl.pointer_type(tl.int32)) + block
+        start = tl.load(starts, live, other=0).to(tl.int64)
+        length = tl.load(starts + 1, live, other=0).to(tl.int64) - start
+    sums = tl.load(row + _SUMS).to(tl.pointer_type(tl.float32)) + start[:, None]
+    total = tl.zeros([LINES, WIDTH], tl.float32)
+    for begin in range(0, tl.max(length, 0), WIDTH):
+        at = (begin + tl.arange(0, WIDTH))[None, :]
+        total += tl.load(sums + at, live[:, None] & (at < length[:, None]), other=0.0)
+    scale = _moment(row, numbers, block, live, tl.sum(total, 1))
+    tl.store(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, scale, live)
+
+
+FOLDED = 1024
+"""Sums that one program of `fold` adds at a time: of one block, or one each of as many blocks."""
+_FOLDED = tl.constexpr(FOLDED)
+
+
+@triton.jit
+def fold(rows, scalars, programs):
+    """Blocks of many lines: add the lines' sums, advance the second moment, leave the scale for the update."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    number, first = tl.load(program).to(tl.int64), tl.load(program + 2).to(tl.int64)
+    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
+    if tl.load(numbers + 8) != 0.0:
+        if tl.load(row + _FOLD) == 1:
+            _fold(row, numbers, first, _FOLDED, 1)
+        else:
+            _fold(row, numbers, first, 1, _FOLDED)
