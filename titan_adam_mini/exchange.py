@@ -119,8 +119,8 @@ class Exchange:
         if wrong:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
-                "the optimizer the same parameters, names, roles, placements, head counts, momentum_dtype and rounding, "
-                "in the same order"
+                "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
+                "rounding, in the same order"
             )
 
     def _reduce_max(self, group: Group, values: list[int]) -> list[int]:
