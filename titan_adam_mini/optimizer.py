@@ -212,7 +212,8 @@ class AdamMini(Optimizer):
             return
         total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
         log.info(
-            f"AdamMini: engine {self._engine_line}; {len(exchange.straddling)} of {len(exchange.items)} parameters "
+            f"AdamMini: engine {self._engine_line}; momentum "
+            f"{momentum.summary(self._momentum(item.param) for item in exchange.items)}; {len(exchange.straddling)} of {len(exchange.items)} parameters "
             f"have blocks on more than one rank, {heads_cut(self._blocks, exchange.items)} heads cut, "
             f"{total:,} bytes exchanged per step\n{self.table()}"
         )
