@@ -214,7 +214,8 @@ class AdamMini(Optimizer):
         types = momentum.summary(self._momentum(item.param) for item in exchange.items)
         log.info(
             f"AdamMini: engine {self._engine_line}; momentum {types}; "
-            f"{len(exchange.straddling)} of {len(exchange.items)} parameters have blocks on more than one rank, {heads_cut(self._blocks, exchange.items)} heads cut, "
+            f"{len(exchange.straddling)} of {len(exchange.items)} parameters have blocks on more than one rank, "
+            f"{heads_cut(self._blocks, exchange.items)} heads cut, "
             f"{total:,} bytes exchanged per step\n{self.table()}"
         )
 
