@@ -7,31 +7,33 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from decoder import Sizes
 from injected import gradients, values
-from meshes import CATALOGUE, DENSE, Placed, full_shapes
+from meshes import DENSE, MESHES, Placed, full_shapes
 from ranks import run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
 from titan_adam_mini import AdamMini, Partition
 
-HEADS = {"n_heads": DENSE.n_heads, "n_kv_heads": DENSE.n_kv_heads, "head_dim": DENSE.head_dim}
 LR, FACTOR, STEPS = 1e-3, 0.25, 4
 
 
-def partition() -> Partition:
+def partition(sizes: Sizes = DENSE) -> Partition:
     """The decoder's."""
-    return Partition.transformer(**HEADS)
+    return Partition.transformer(n_heads=sizes.n_heads, n_kv_heads=sizes.n_kv_heads, head_dim=sizes.head_dim)
 
 
-def _train_and_save(rank: int, world: int, name: str, kind: str, folder: str) -> None:
-    mesh = CATALOGUE[name]
+def _train_and_save(
+    rank: int, world: int, name: str, kind: str, folder: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    mesh = MESHES[name]
     shapes = full_shapes(mesh.sizes)
-    placed = Placed.decoder(mesh, torch.float32).fill(values(shapes))
+    placed = Placed.decoder(mesh, dtype).fill(values(shapes))
     if kind == "AdamW":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(list(placed.params.values()), lr=LR, foreach=True)
     else:
-        optimizer = AdamMini(list(placed.params.items()), lr=LR, partition=partition())
+        optimizer = AdamMini(list(placed.params.items()), lr=LR, partition=partition(mesh.sizes), **options)
     scheduler = LambdaLR(optimizer, lambda step: FACTOR)
     for step in range(STEPS):
         placed.inject(gradients(shapes, step))
@@ -47,10 +49,10 @@ def _train_and_save(rank: int, world: int, name: str, kind: str, folder: str) ->
     dcp.save(state, checkpoint_id=folder)
 
 
-def saved(folder: Path, kind: str, mesh: str = "FSDP2 3") -> Path:
-    """The checkpoint `folder/step-4`."""
+def saved(folder: Path, kind: str, mesh: str = "FSDP2 3", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """The checkpoint `folder/step-4`; `options` are for AdamMini."""
     path = folder / f"step-{STEPS}"
-    run(_train_and_save, CATALOGUE[mesh].world, mesh, kind, str(path))
+    run(_train_and_save, MESHES[mesh].world, mesh, kind, str(path), dtype, options)
     return path
 
 

@@ -119,7 +119,7 @@ class Exchange:
         if wrong:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
-                "the optimizer the same parameters, names, roles, placements, head counts, momentum_dtype and "
+                "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
                 "rounding, in the same order"
             )
 

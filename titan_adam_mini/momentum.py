@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def dtype_of(asked: torch.dtype | None, dtype: torch.dtype, shape: tuple[int, ..
     """The type of the momentum of a parameter of this dtype and global shape; see `momentum_dtype` of AdamMini."""
     asked = asked or dtype
     return torch.float32 if asked == torch.int8 and not int8.fits(shape) else asked
+
+
+def summary(dtypes: Iterable[torch.dtype]) -> str:
+    """How many parameters have momentum of which type, in words."""
+    return ", ".join(f"{_word(dtype)} for {count}" for dtype, count in Counter(dtypes).items())
 
 
 def check_runs(param: Tensor) -> None:
@@ -98,8 +103,9 @@ def say(ways: Ways) -> None:
     """Log, on the first rank, what was converted; one line, none if nothing was."""
     if not ways or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         return
-    shown = [
-        f"from {str(there).removeprefix('torch.')} to {str(here).removeprefix('torch.')} for {count} parameters"
-        for (there, here), count in ways.items()
-    ]
+    shown = [f"from {_word(there)} to {_word(here)} for {count} parameters" for (there, here), count in ways.items()]
     log.warning(f"AdamMini: momentum converted {', '.join(shown)}")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -211,9 +211,11 @@ class AdamMini(Optimizer):
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != min(ranks, default=0):
             return
         total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
+        types = momentum.summary(self._momentum(item.param) for item in exchange.items)
         log.info(
-            f"AdamMini: engine {self._engine_line}; {len(exchange.straddling)} of {len(exchange.items)} parameters "
-            f"have blocks on more than one rank, {heads_cut(self._blocks, exchange.items)} heads cut, "
+            f"AdamMini: engine {self._engine_line}; momentum {types}; "
+            f"{len(exchange.straddling)} of {len(exchange.items)} parameters have blocks on more than one rank, "
+            f"{heads_cut(self._blocks, exchange.items)} heads cut, "
             f"{total:,} bytes exchanged per step\n{self.table()}"
         )
 

@@ -45,6 +45,8 @@ def test_not_a_number_and_infinity_stay() -> None:
     got = stochastic(values, places(len(values)), key(3, 5))
     assert torch.equal(got.isnan(), values.isnan())
     assert torch.equal(got.float().nan_to_num(9.0), values.nan_to_num(9.0))
+    odd = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32).repeat(1000)
+    assert stochastic(odd, places(len(odd)), key(3, 5)).isnan().all(), "whatever the other bits of a NaN are"
 
 
 @pytest.mark.parametrize("part", [1 / 65536, 0.01, 0.25, 0.5, 0.9, 65535 / 65536])

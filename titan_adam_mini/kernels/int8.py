@@ -45,7 +45,9 @@ def quantize(momentum: Tensor, values: Tensor, scale: Tensor) -> None:
     """Round float32 `momentum` into `values` and `scale`. The error is half a `scale`, give or take float32's own."""
     runs = momentum.unflatten(-1, (-1, RUN))
     absmax = runs.abs().amax(-1)
-    scale.copy_(torch.where(absmax < TINY, 0.0, absmax / 127))
-    inverse = torch.where(absmax >= TINY, 127 / absmax, 0.0)
+    # A tensor: torch makes a product with a reciprocal of number / tensor, and on CUDA of tensor / number too.
+    largest = torch.full_like(absmax, 127)
+    scale.copy_(torch.where(absmax < TINY, 0.0, absmax / largest))
+    inverse = torch.where(absmax >= TINY, largest / absmax, 0.0)
     rounded = (runs * inverse.unsqueeze(-1)).round_().nan_to_num_(0.0)
     values.copy_(rounded.flatten(-2))
