@@ -1,6 +1,7 @@
-"""torchtitan's own trainer with AdamW and with AdamMini: one seed, real text, the largest Llama 3 that the device takes.
+"""torchtitan's own trainer with AdamW and with AdamMini, from one seed, on real text.
 
-On a CPU the debug model for a few steps, and no word about memory.
+The model is the largest Llama 3 of `sizes` that the device takes; on a CPU the debug model, for a few steps, and memory
+is not judged.
 """
 
 import math
