@@ -21,7 +21,7 @@ STAGES = (
     Stage("steady", limit=90, least=20),
     Stage("captured", limit=60, least=15),
     Stage("bench", limit=100, least=30),
-    Stage("train", limit=160, least=60),
+    Stage("train", limit=180, least=60),
     Stage("trace", limit=60, least=20),
     Stage("float8", limit=60, least=30),
 )

@@ -40,7 +40,7 @@ def run(check: Check) -> Result:
     for name in names:
         try:
             settings = {**common, "model.flavor": name, "optimizer.name": "AdamW"}
-            adamw = train("adamw", settings, time_limit=(check.left - 5) * 0.55, **options)
+            adamw = train("adamw", settings, time_limit=(check.left - 5) * 0.6, **options)
             break
         except RunFailed as failure:
             if "OutOfMemory" not in str(failure) or name == names[-1]:
