@@ -22,7 +22,8 @@ def run(check: Check) -> Result:
     if not re.search(r"^\s+bench\b", known, re.MULTILINE):
         raise Skip("this version has no command `bench`")
     numbers: dict[str, Any] = {}
-    told, wrong = [], []
+    told: list[str] = []
+    wrong: list[str] = []
     config = ROOT / "train_configs" / ("llama3_8b.toml" if check.cuda else "debug_model.toml")
     for ranks in RANKS if check.cuda else (check.ngpu,):
         if numbers and check.left < LEAST:
@@ -47,7 +48,9 @@ def run(check: Check) -> Result:
         rows = numbers[str(ranks)].get("rows", [])
         seconds = time.monotonic() - started
         told.append(f"{ranks} ranks ({seconds:.0f} s): {', '.join(filter(None, map(_words, rows)))}")
-        wrong += [f"{ranks} ranks: {row['name']}: {row['status']}" for row in rows if _failed(row)]
+        wrong += [
+            f"{ranks} ranks: {row['name']}: {row.get('note') or row.get('status')}" for row in rows if _failed(row)
+        ]
         Result(False, "; ".join([*wrong, *told, "the next did not end"]), numbers).write(check.result)
     return Result(bool(numbers) and not wrong, "; ".join([*wrong, *told]), numbers)
 

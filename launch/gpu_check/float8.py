@@ -75,7 +75,7 @@ def on_rank(check: Check, rank: int) -> dict[str, Any]:
         config=Float8LinearConfig(enable_fsdp_float8_all_gather=True),
         module_filter_fn=lambda module, name: "output" not in name,
     )
-    mesh = init_device_mesh("cuda", (check.ngpu,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(check.device, (check.ngpu,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, Layer):
