@@ -53,6 +53,7 @@ def main() -> int:
 def check(stages: list[Stage], device: str, ngpu: int, budget: float, file: Path, out: Path) -> int:
     """Run `stages` and print a row for each as it ends; returns 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     report: dict[str, Any] = {"device": device, "ngpu": ngpu, "budget": budget, "seconds": 0.0, "stages": []}
     outcomes: list[Outcome] = []

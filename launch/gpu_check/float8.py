@@ -57,7 +57,7 @@ def run(check: Check) -> Result:
     }
     config = ROOT / "train_configs" / "llama3_8b.toml"
     try:
-        one = trainer_with("float8", settings, check, check.out, config, check.left - 5)
+        one = trainer_with("float8", settings, check, check.out / "train", config, check.left - 5)
     except RunFailed as failure:
         if wrong or not REFUSED.search(str(failure)):
             raise

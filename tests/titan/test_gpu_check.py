@@ -28,12 +28,11 @@ def call(folder: Path, *words: str, **environment: str) -> tuple[int, dict[str, 
 
 
 def test_on_the_cpu(tmp_path: Path) -> None:
-    stages = "environment,kernels,oracle,trace"
+    stages = "environment,oracle,trace"
     status, rows, printed = call(tmp_path, "--only", stages)
     assert status == 0, printed
     assert list(rows) == stages.split(",")
-    assert [row["status"] for row in rows.values()] == ["PASS", "SKIPPED", "PASS", "PASS"], printed
-    assert "needs a GPU" in rows["kernels"]["line"]
+    assert {row["status"] for row in rows.values()} == {"PASS"}, printed
     assert max(rows["oracle"]["numbers"]["errors"].values()) < 1e-5
     assert len(rows["oracle"]["numbers"]["bits"]) == 11
     assert rows["trace"]["numbers"]["steps"] == 3
@@ -44,9 +43,9 @@ def test_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_slow_stages_on_the_cpu(tmp_path: Path) -> None:
-    status, rows, printed = call(tmp_path, "--only", "steady,captured,bench,train,float8")
+    status, rows, printed = call(tmp_path, "--only", "kernels,steady,captured,bench,train,float8")
     assert status == 0, printed
-    assert all("needs a GPU" in rows[name]["line"] for name in ("steady", "captured", "float8"))
+    assert all("needs a GPU" in rows[name]["line"] for name in ("kernels", "steady", "captured", "float8"))
     assert rows["train"]["status"] == "PASS"
     assert len(rows["train"]["numbers"]["AdamMini"]["losses"]) == 8
     assert rows["train"]["numbers"]["AdamMini"]["peak_active_gib"] > 0
