@@ -21,7 +21,7 @@ STAGES = (
     Stage("steady", limit=90, least=20),
     Stage("captured", limit=60, least=15),
     Stage("bench", limit=100, least=30),
-    Stage("train", limit=160, least=60),
+    Stage("train", limit=180, least=60),
     Stage("trace", limit=60, least=20),
     Stage("float8", limit=60, least=30),
 )
@@ -53,6 +53,7 @@ def main() -> int:
 def check(stages: list[Stage], device: str, ngpu: int, budget: float, file: Path, out: Path) -> int:
     """Run `stages` and print a row for each as it ends; returns 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     report: dict[str, Any] = {"device": device, "ngpu": ngpu, "budget": budget, "seconds": 0.0, "stages": []}
     outcomes: list[Outcome] = []

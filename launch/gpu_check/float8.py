@@ -4,22 +4,25 @@ First `fully_shard` with float8 all-gather on all ranks, one rank too, where tor
 rank the result is held against plain tensors with equal gradients. Then five steps of torchtitan's trainer.
 """
 
+import importlib
 import importlib.util
 import re
 from typing import Any
 
 import torch
 from decoder import Decoder, Layer, Sizes, loss_of
-from runs import ROOT, train
+from runs import ROOT, RunFailed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gpu_check.stage import Check, Result, Skip, engine_of, need_cuda, on_ranks
-from gpu_check.train import data_of, settings_of
+from gpu_check.train import data_of, need_packages, settings_of, trainer_with
 from titan_adam_mini import AdamMini
 
 STEPS = 5
+REFUSED = re.compile(r"NotImplementedError|ImportError|ModuleNotFoundError|Failed to swap")
+"""What a run says that torchtitan or torchao would not start; anything else is a failure."""
 SIZES = Sizes(vocab=512, dim=256, layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden=512, tokens=64)
 HEADS = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
 
@@ -27,8 +30,13 @@ HEADS = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
 def run(check: Check) -> Result:
     """Passes if the wrappers are updated as plain tensors are, and torchtitan's run ends with finite losses."""
     need_cuda(check, "float8")
+    need_packages()
     if importlib.util.find_spec("torchao") is None:
         raise Skip("torchao is not installed")
+    try:
+        importlib.import_module("torchao.float8")
+    except Exception as error:  # its compiled parts may be another torch's
+        raise Skip(f"torchao cannot be imported: {type(error).__name__}: {error}"[:200]) from error
     if torch.cuda.get_device_capability(0) < (8, 9):
         raise Skip("float8 needs a GPU of compute capability 8.9")
     ranks = on_ranks(check, on_rank)
@@ -41,15 +49,20 @@ def run(check: Check) -> Result:
     settings = {
         **settings_of(data_of(check, 512, STEPS), check, 512, STEPS),
         "model.flavor": "check_0.5B",
-        "model.converters": "float8",
+        "model.converters": "quantize.linear.float8",
         "quantize.linear.float8.enable_fsdp_float8_all_gather": True,
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
         "optimizer.name": "AdamMini",
         "compile.enable": False,
     }
     config = ROOT / "train_configs" / "llama3_8b.toml"
-    limit = check.left - 5
-    one = train("float8", settings, ranks=check.ngpu, out=check.out, config=config, time_limit=limit, on_step=_silent)
+    try:
+        one = trainer_with("float8", settings, check, check.out / "train", config, check.left - 5)
+    except RunFailed as failure:
+        if wrong or not REFUSED.search(str(failure)):
+            raise
+        said = " | ".join(str(failure).splitlines()[:3])
+        return Result(True, f"{told}; torchtitan refuses its own float8: {said}"[:400], numbers)
     losses = list(one.losses.values())
     gathered = next((found[1] for line in one.lines if (found := re.search(r"float8_all_gather=(\w+)", line))), "?")
     numbers["torchtitan"] = {"losses": losses, "all_gather": gathered}
@@ -70,7 +83,7 @@ def on_rank(check: Check, rank: int) -> dict[str, Any]:
         config=Float8LinearConfig(enable_fsdp_float8_all_gather=True),
         module_filter_fn=lambda module, name: "output" not in name,
     )
-    mesh = init_device_mesh("cuda", (check.ngpu,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(check.device, (check.ngpu,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, Layer):
@@ -89,7 +102,7 @@ def on_rank(check: Check, rank: int) -> dict[str, Any]:
     for _ in range(STEPS):
         loss = loss_of(model(text[:, :-1]).float(), text[:, 1:])
         loss.backward()
-        answer["losses"].append(float(loss))
+        answer["losses"].append(float(loss.detach()))
         for name, param in model.named_parameters():
             assert param.grad is not None
             twins[name].grad = _plain(_local(param.grad)).clone()
@@ -114,7 +127,3 @@ def _plain(tensor: Any) -> torch.Tensor:
     """The tensor inside torchao's wrapper."""
     inner: torch.Tensor = getattr(tensor, "_tensor", tensor)
     return inner
-
-
-def _silent(run: Any, step: int) -> None:
-    """Steps must be there."""

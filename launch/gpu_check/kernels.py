@@ -17,7 +17,19 @@ def run(check: Check) -> Result:
     if not folder.is_dir():
         raise Skip("there is no tests/kernels")
     stacks = ["-o", f"faulthandler_timeout={max(10, check.left - 10):.0f}"]  # where it hangs, if it does
-    command = [sys.executable, "-m", "pytest", str(folder), "-q", "--maxfail=8", "-p", "no:cacheprovider", *stacks]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(folder),
+        "-q",
+        "--maxfail=8",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        *stacks,
+    ]
     environment = {**os.environ, "TITAN_ADAM_MINI_TEST_DEVICE": check.device}
     process = subprocess.Popen(
         [*command, "--durations=5", "--tb=short"],

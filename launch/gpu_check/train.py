@@ -1,8 +1,10 @@
-"""torchtitan's own trainer with AdamW and with AdamMini: one seed, real text, the largest Llama 3 that fits.
+"""torchtitan's own trainer with AdamW and with AdamMini, from one seed, on real text.
 
-On a CPU the debug model for a few steps, and no word about memory.
+The model is the largest Llama 3 of `sizes` that the device takes; on a CPU the debug model, for a few steps, and memory
+is not judged.
 """
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -13,17 +15,19 @@ import torch
 from runs import ROOT, Run, RunFailed, train
 
 from gpu_check.sizes import fitting
-from gpu_check.stage import Check, Result
+from gpu_check.stage import Check, Result, Skip
 
 SEQ_LEN = 2048
 STEPS, FEWER = 50, 30
 WORSE = 0.10
+NEEDED = ("torchtitan", "tokenizers", "datasets", "torchdata", "tyro")
 _NORM = re.compile(r"step:\s*(\d+)\s+loss:.*?grad_norm:\s*([-+0-9.einfa]+)")
 _PEAK = re.compile(r"peak active: ([\d.]+)GiB reserved: ([\d.]+)GiB")
 
 
 def run(check: Check) -> Result:
     """Passes if both end with finite losses close to each other, and AdamMini with the lower peak."""
+    need_packages()
     out = check.out / "train"
     small = not check.cuda
     seq_len = 64 if small else SEQ_LEN
@@ -32,14 +36,13 @@ def run(check: Check) -> Result:
     print(f"corpus built, {check.left:.0f} s left", flush=True)
     common = {**settings_of(data, check, seq_len, steps), "debug.seed": 0}
     config = ROOT / "train_configs" / ("debug_model.toml" if small else "llama3_8b.toml")
-    options: dict[str, Any] = {"ranks": check.ngpu, "out": out, "config": config, "on_step": _silent}
     names = ["adam_mini_debug"] if small else ["check_" + one.name for one in _fitting(check.ngpu)]
 
     numbers: dict[str, Any] = {"steps": steps, "seq_len": seq_len, "refused": []}
     for name in names:
         try:
             settings = {**common, "model.flavor": name, "optimizer.name": "AdamW"}
-            adamw = train("adamw", settings, time_limit=(check.left - 5) * 0.55, **options)
+            adamw = trainer_with("adamw", settings, check, out, config, (check.left - 5) * 0.6)
             break
         except RunFailed as failure:
             if "OutOfMemory" not in str(failure) or name == names[-1]:
@@ -50,7 +53,7 @@ def run(check: Check) -> Result:
     told = f"{name}, {steps} steps of {check.ngpu} x {seq_len} tokens"
     Result(False, f"{told}: AdamW {words(numbers['AdamW'])}; AdamMini did not end", numbers).write(check.result)
     settings = {**common, "model.flavor": name, "optimizer.name": "AdamMini"}
-    mini = train("adam_mini", settings, time_limit=check.left - 5, **options)
+    mini = trainer_with("adam_mini", settings, check, out, config, check.left - 5)
     numbers["AdamMini"] = said(mini)
     numbers["engine"] = next((found[1] for line in mini.lines if (found := re.search(r"engine (.*?); \d", line))), "")
     wrong = faults(numbers["AdamW"], numbers["AdamMini"], steps, check.cuda)
@@ -58,6 +61,19 @@ def run(check: Check) -> Result:
         wrong.append(f"engine {numbers['engine'] or 'unknown'}")
     line = f"{told}: AdamW {words(numbers['AdamW'])}; AdamMini {words(numbers['AdamMini'])}"
     return Result(not wrong, f"{'; '.join([*wrong, line])}", numbers)
+
+
+def need_packages() -> None:
+    """Skip where torchtitan, or what it and the corpus import, is missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skip(f"{', '.join(missing)} not installed")
+
+
+def trainer_with(name: str, settings: dict[str, Any], check: Check, out: Path, config: Path, limit: float) -> Run:
+    """A run of torchtitan's trainer; steps must be there."""
+    env = {"TRAIN_FILE": "gpu_check.trainer"}
+    return train(name, settings, ranks=check.ngpu, out=out, config=config, env=env, on_step=_silent, time_limit=limit)
 
 
 def data_of(check: Check, seq_len: int, steps: int) -> Path:
