@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from .competitors import BASELINE, chosen
 from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
 from .part import Part, allocated
 
-WIDTH = 170
+WIDTH = 180
 
 
 @dataclass
@@ -214,8 +215,8 @@ def _caption(facts: dict[str, Any]) -> list[str]:
         f"{facts['copy_bytes_per_second'] / 1e9:,.1f} GB/s read and written",
         f"In turns, after {WARM_UP} steps of warm-up: {facts['turns']}.",
         "Collectives are counted with the bytes that this rank puts into them, and not timed: no other rank is there.",
-        "AdamMini steps the run's own DTensors, the others plain local tensors, their best case, unless the name says "
-        "otherwise.",
+        "AdamMini (float32, bfloat16, int8: of its momentum) steps the run's own DTensors; the others, unless the name "
+        "says otherwise, plain local tensors, their best case.",
         "% of copy_: bytes that a step must move (parameters and state read and written, gradients read) over its "
         "time, as a share of what copy_ moves.",
         facts["command"],
@@ -223,7 +224,7 @@ def _caption(facts: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("optimizer")
     headings = ("median ms", "10-90 %", "ns/param", f"x {BASELINE}", "state B/param", "% of copy_", "launches")
     for heading in (*headings, "collectives"):
