@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("torchtitan", reason="the command needs the extra: pip install -e '.[titan]'")
 
 import torch
+from ranks import forkserver
 from torchtitan.models.llama3 import Transformer
 
+from titan_adam_mini import child
 from titan_adam_mini.bench import command, measure
 from titan_adam_mini.cli import _config_in_place, main
 from titan_adam_mini.titan.flavor import debug_args
@@ -29,7 +31,9 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module", autouse=True)
 def bare(patch: pytest.MonkeyPatch) -> None:
-    """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have."""
+    """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have; children
+    are forked from a server that has the slow imports behind it."""
+    patch.setattr(child, "get_context", lambda _: forkserver())
     patch.setitem(measure.COPY_BYTES, "cpu", 2**16)
     patch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CONFIG_FILE", "NGPU"):

@@ -1,11 +1,13 @@
 """The parts of the measurement, without torchtitan: bytes, collectives, turns, failures."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_adam_mini import Partition
@@ -35,6 +37,25 @@ def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 def tensors() -> Iterator[Tensors]:
     with allocated(part((8, 16), (4, 8)), 1, 0, CPU) as tensors:
         yield tensors
+
+
+def test_plain_tensors_and_dtensors_are_the_same_memory() -> None:
+    """Rows of 5 over 4 ranks: the last has none of them, and the plain tensors leave that parameter out."""
+    shapes, locals_ = ((5, 4), (8, 3)), ((0, 4), (2, 3))
+    held = tuple(
+        Held(f"w{n}", shape, (shape[1], 1), local, torch.float32, 0, (Shard(0),))
+        for n, (shape, local) in enumerate(zip(shapes, locals_, strict=True))
+    )
+    one = replace(part(), held=held, meshes=(([0, 1, 2, 3], ("fsdp",)),))
+    assert (one.numel, one.bytes, one.sharded) == (6, 24, True)
+    with allocated(one, 4, 3, CPU) as tensors:
+        (_, empty), (name, whole) = tensors.sharded
+        assert empty.shape == (5, 4) and empty.to_local().shape == (0, 4) and whole.shape == (8, 3)
+        assert [name for name, _ in tensors.local] == [name] == ["w1"]
+        plain = tensors.local[0][1]
+        assert plain.data_ptr() == whole.to_local().data_ptr()
+        assert plain.grad.data_ptr() == whole.grad.to_local().data_ptr() and plain.grad.abs().sum() > 0
+    assert not dist.is_initialized()
 
 
 def run(competitors: list[Competitor], tensors: Tensors, repeats: int = 4) -> Measured:
@@ -83,7 +104,7 @@ def test_collectives_are_counted_and_the_functions_put_back() -> None:
         with Collectives() as seen:
             dist.all_reduce(torch.zeros(5))
             dist.all_reduce(tensor=torch.zeros(3, dtype=torch.float64), async_op=True).wait()
-            dist.all_gather_into_tensor(torch.zeros(8), torch.zeros(2))
+            dist.all_gather([torch.zeros(2) for _ in range(4)], torch.zeros(2))
     finally:
         dist.destroy_process_group()
     assert (seen.count, seen.bytes) == (3, 5 * 4 + 3 * 8 + 8 * 4)
