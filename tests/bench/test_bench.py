@@ -77,7 +77,13 @@ def test_the_caption_names_everything(two: dict[int, dict[str, Any]]) -> None:
     assert seen["command"].startswith(f"titan-adam-mini bench {CONFIG} --ngpu 2 --rank 1 --repeats 2 --threads 1")
     assert seen["copy_bytes_per_second"] > 0 and len(seen["copy_ms"]) == 2
     said = "\n".join(command._caption(seen))
-    for words in ("rank 1 of 2", f"{seen['parameters']:,} parameters in 39 tensors", seen["device"], "not timed"):
+    for words in (
+        "rank 1 of 2",
+        f"{seen['parameters']:,} parameters in 39 tensors",
+        seen["device"],
+        "not timed",
+        "own DTensors",
+    ):
         assert words in said
 
 
@@ -111,7 +117,7 @@ def test_every_row_says_what_was_seen(two: dict[int, dict[str, Any]]) -> None:
                 assert row["ns_per_parameter"] == pytest.approx(row["median_ms"] * 1e6 / seen["parameters"])
                 moved = 12 * seen["parameters"] + 2 * row["state_bytes"]
                 share = moved / (row["median_ms"] / 1e3) / seen["copy_bytes_per_second"]
-                assert row["bandwidth"] == pytest.approx(share) and row["launches"] is None
+                assert row["share_of_copy"] == pytest.approx(share) and row["launches"] is None
         assert rows["AdamW fused"]["ratio"] == 1
 
 
@@ -146,6 +152,7 @@ def test_one_rank_has_plain_tensors(tmp_path: Path) -> None:
     seen = bench(tmp_path, str(CONFIG), "--ngpu", "1", "--dtype", "bfloat16", "--only", "AdamW,AdamMini,authors")
     assert seen["parameters"] == held(1, 0) and seen["dtypes"] == ["bfloat16"]
     assert "AdamW fused on DTensors" not in seen["rows"]
+    assert "all step plain tensors" in "\n".join(command._caption(seen))
     assert 4 <= seen["rows"]["AdamW fused"]["state_bytes_per_parameter"] < 4.01, (
         "AdamW's state has the parameter's type"
     )
