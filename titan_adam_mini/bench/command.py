@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,11 @@ from .competitors import BASELINE, chosen
 from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
 from .part import Part, allocated
 
-WIDTH = 170
+WIDTH = 180
+DTENSORS = (
+    "It steps the run's own DTensors; the others, unless the name says otherwise, plain local tensors, their best case."
+)
+PLAIN = "Nothing is sharded: all step plain tensors."
 
 
 @dataclass
@@ -139,6 +144,7 @@ class Bench:
             "layers": part.layers,
             "parameters": part.numel,
             "tensors": len(held),
+            "sharded": part.sharded,
             "dtypes": sorted({str(one.dtype).removeprefix("torch.") for one in held}),
             "repeats": self.repeats,
             "turns": measured.turns,
@@ -184,7 +190,15 @@ def _version(package: str) -> str:
 def _row(result: Result, part: Part, measured: Measured) -> dict[str, Any]:
     """A result with the figures that follow from it; those that were not seen are None."""
     row: dict[str, Any] = asdict(result)
-    derived = ("p10_ms", "median_ms", "p90_ms", "ns_per_parameter", "ratio", "state_bytes_per_parameter", "bandwidth")
+    derived = (
+        "p10_ms",
+        "median_ms",
+        "p90_ms",
+        "ns_per_parameter",
+        "ratio",
+        "state_bytes_per_parameter",
+        "share_of_copy",
+    )
     row.update(dict.fromkeys(derived))
     if result.status != "measured":
         return row
@@ -197,7 +211,7 @@ def _row(result: Result, part: Part, measured: Measured) -> dict[str, Any]:
         ns_per_parameter=median * 1e6 / part.numel,
         ratio=median / baseline.spread()[1] if baseline.status == "measured" else None,
         state_bytes_per_parameter=result.state_bytes / part.numel,
-        bandwidth=bytes_moved(part.bytes, part.bytes, result.state_bytes) / (median / 1e3) / measured.bandwidth,
+        share_of_copy=bytes_moved(part.bytes, part.bytes, result.state_bytes) / (median / 1e3) / measured.bandwidth,
     )
     return row
 
@@ -214,8 +228,7 @@ def _caption(facts: dict[str, Any]) -> list[str]:
         f"{facts['copy_bytes_per_second'] / 1e9:,.1f} GB/s read and written",
         f"In turns, after {WARM_UP} steps of warm-up: {facts['turns']}.",
         "Collectives are counted with the bytes that this rank puts into them, and not timed: no other rank is there.",
-        "AdamMini steps the run's own DTensors, the others plain local tensors, their best case, unless the name says "
-        "otherwise.",
+        "AdamMini's rows name the type of its momentum. " + (DTENSORS if facts["sharded"] else PLAIN),
         "% of copy_: bytes that a step must move (parameters and state read and written, gradients read) over its "
         "time, as a share of what copy_ moves.",
         facts["command"],
@@ -223,7 +236,7 @@ def _caption(facts: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("optimizer")
     headings = ("median ms", "10-90 %", "ns/param", f"x {BASELINE}", "state B/param", "% of copy_", "launches")
     for heading in (*headings, "collectives"):
@@ -245,7 +258,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['ns_per_parameter']:.4f}",
             ratio,
             f"{row['state_bytes_per_parameter']:.3f}",
-            f"{100 * row['bandwidth']:.0f}",
+            f"{100 * row['share_of_copy']:.0f}",
             launches,
             sent,
             row["note"],

@@ -27,7 +27,10 @@ from .part import Part, Tensors
 WARM_UP = 3
 BLOCK_ROUNDS = 4
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast"),
+    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all", "all_to_all_single"),
+)
 
 
 @dataclass
@@ -132,7 +135,8 @@ def _tensors_in(value: Any) -> Iterable[Tensor]:
 
 
 class Collectives(AbstractContextManager["Collectives"]):
-    """`with Collectives() as seen: ...` counts the calls of torch.distributed's collectives, and their bytes."""
+    """`with Collectives() as seen: ...` counts the calls of torch.distributed's collectives, and their bytes: those of
+    the larger side, what goes in or what comes out."""
 
     def __init__(self) -> None:
         self.count = self.bytes = 0
@@ -149,8 +153,8 @@ class Collectives(AbstractContextManager["Collectives"]):
 
     def _called(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.count += 1
-        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
-        self.bytes += max((one.numel() * one.element_size() for one in tensors), default=0)
+        sides = [one if isinstance(one, list) else [one] for one in (*args, *kwargs.values())]
+        self.bytes += max(sum(one.nbytes for one in side if isinstance(one, Tensor)) for side in sides)
         return function(*args, **kwargs)
 
 
