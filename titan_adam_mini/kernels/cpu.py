@@ -169,8 +169,9 @@ def _work(dtype: torch.dtype, *arguments: Any) -> None:
     buffers = _own.__dict__.get(dtype)
     if buffers is None:
         like = LIKE[dtype]
-        room = np.empty(loops.BUFFERS * loops.ROOM, np.float64)  # of 8 bytes at most
-        places = [room.ctypes.data + place * 8 * loops.ROOM for place in range(loops.BUFFERS)]
+        # Some cache lines apart: a processor takes addresses for equal when their last bits are.
+        room = np.empty(loops.BUFFERS * (loops.ROOM + 72), np.float64)
+        places = [room.ctypes.data + place * 8 * (loops.ROOM + 72) for place in range(loops.BUFFERS)]
         buffers = _own.__dict__[dtype] = (np.asarray([*places, like.itemsize]), like, room)
     loops.run(*arguments, *buffers[:2])
 

@@ -26,6 +26,7 @@ from .machine import (
     compiled,
     entry,
     from_bits,
+    inlined,
     mix,
     nearby,
     nearest,
@@ -73,7 +74,7 @@ def _stamp() -> int:
 # Tiles: `lines` lines of `size` neighbours, moved between a tensor and a buffer in which they lie side by side.
 
 
-@compiled
+@inlined
 def _read(buffer: Any, source: Any, lines: int, size: int, line: int, step: int) -> None:
     if step == 1:
         for one in range(lines):
@@ -102,7 +103,7 @@ def _load(buffer: Any, address: int, start: int, kind: int, lines: int, size: in
         _read(buffer, pointer(address + start, np.int8), lines, size, line, step)
 
 
-@compiled
+@inlined
 def _write(buffer: Any, target: Any, lines: int, size: int, line: int, step: int) -> None:
     if step == 1 or (size == 1 and line == 1):
         for one in range(lines):
@@ -163,7 +164,7 @@ def _quantize(buffer: Any, scales: Any, number: int) -> None:
 # Sums
 
 
-@compiled
+@inlined
 def _piece(start: Any, size: int, like: Any) -> Any:
     """Sum of squares of up to PIECE neighbours."""
     even = size // LANES * LANES
@@ -173,10 +174,9 @@ def _piece(start: Any, size: int, like: Any) -> Any:
     return total
 
 
-@compiled
+@inlined
 def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
     """Write the sums of squares of `number` own lines from `first` on to `target`, one per line of the reach."""
-    apart()
     inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
     line_step, step = row[t.GRAD_INNER], row[t.GRAD_WIDTH]
     sums, buffer, total = pointer(target, like), pointer(work[GRADS], like), pointer(work[TOTALS], np.float64)
@@ -202,10 +202,9 @@ def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native
         line += lines
 
 
-@compiled
+@inlined
 def _element_sums(row: Any, first: int, number: int, target: int, kind: int, work: Any, like: Any) -> None:
     """`_line_sums` of lines of one element."""
-    apart()
     inner, line_step, one = row[t.INNER], row[t.GRAD_INNER], np.int64(1)
     sums, buffer = pointer(target, like), pointer(work[GRADS], like)
     line = first
@@ -221,6 +220,7 @@ def _element_sums(row: Any, first: int, number: int, target: int, kind: int, wor
 
 @compiled
 def _sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
+    apart()
     if row[t.WIDTH] == 1:
         _element_sums(row, first, number, target, kind, work, like)
     else:
@@ -230,7 +230,7 @@ def _sums(row: Any, first: int, number: int, target: int, kind: int, native: int
 # Moments
 
 
-@compiled
+@inlined
 def _span(row: Any, block: int, tile: int) -> Any:
     """The first sum of a block and the first behind it, `tile` apart or as STARTS has it."""
     if tile > 0:
@@ -257,7 +257,7 @@ def _scale(row: Any, numbers: Any, block: int, total: float, like: Any) -> Any:
     )
 
 
-@compiled
+@inlined
 def _folded(row: Any, block: int, tile: int, like: Any) -> float:
     start, stop = _span(row, block, tile)
     sums = pointer(row[t.SUMS], like)
@@ -308,42 +308,53 @@ def _store_random(row: Any, numbers: Any, outer: int, place: int, at: int, lines
 
 
 @compiled
+def _taken(
+    buffer: int, tensor: int, start: int, kind: int, native: int, lines: int, size: int, line: int, step: int, like: Any
+) -> int:
+    """The address of a tile's values: in the tensor if they lie there as they are needed, else in the filled buffer."""
+    apart()
+    if kind == native and ((lines == 1 and step == 1) or (size == 1 and line == 1)):
+        return tensor + like.itemsize * start
+    _load(pointer(buffer, like), tensor, start, kind, lines, size, line, step)
+    return buffer
+
+
+@inlined
 def _update_tile(
-    row: Any, numbers: Any, line: int, at: int, lines: int, size: int, kinds: Any, work: Any, like: Any
+    row: Any, numbers: Any, line: int, at: int, lines: int, size: int, kinds: Any, native: int, work: Any, like: Any
 ) -> None:
     """Update a tile through buffers; `work[SCALES]` has the scale of every line."""
-    apart()
     inner = row[t.INNER]
     outer, place = line // inner, line % inner
-    param, grad, exp_avg = pointer(work[PARAMS], like), pointer(work[GRADS], like), pointer(work[AVERAGES], like)
-    scales = pointer(work[SCALES], like)
-    p = outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1] + at * row[t.PARAM_OUTER + 2]
-    g = outer * row[t.GRAD_OUTER] + place * row[t.GRAD_OUTER + 1] + at * row[t.GRAD_OUTER + 2]
-    m = outer * row[t.EXP_AVG_OUTER] + place * row[t.EXP_AVG_OUTER + 1] + at * row[t.EXP_AVG_OUTER + 2]
-    _load(param, row[t.PARAM], p, kinds[0], lines, size, row[t.PARAM_OUTER + 1], row[t.PARAM_OUTER + 2])
-    _load(grad, row[t.GRAD], g, kinds[1], lines, size, row[t.GRAD_OUTER + 1], row[t.GRAD_OUTER + 2])
-    _load(exp_avg, row[t.EXP_AVG], m, kinds[2], lines, size, row[t.EXP_AVG_OUTER + 1], row[t.EXP_AVG_OUTER + 2])
-    runs = (line * row[t.WIDTH] + at) // RUN  # int8 lines are rows: see `Compiled._reason`
+    p_line, g_line, m_line = row[t.PARAM_OUTER + 1], row[t.GRAD_OUTER + 1], row[t.EXP_AVG_OUTER + 1]
+    p_step, g_step, m_step = row[t.PARAM_OUTER + 2], row[t.GRAD_OUTER + 2], row[t.EXP_AVG_OUTER + 2]
+    p = outer * row[t.PARAM_OUTER] + place * p_line + at * p_step
+    g = outer * row[t.GRAD_OUTER] + place * g_line + at * g_step
+    m = outer * row[t.EXP_AVG_OUTER] + place * m_line + at * m_step
+    param = _taken(work[PARAMS], row[t.PARAM], p, kinds[0], native, lines, size, p_line, p_step, like)
+    grad = _taken(work[GRADS], row[t.GRAD], g, kinds[1], native, lines, size, g_line, g_step, like)
+    exp_avg = _taken(work[AVERAGES], row[t.EXP_AVG], m, kinds[2], native, lines, size, m_line, m_step, like)
+    item, scales = work[ITEM], pointer(work[SCALES], like)
+    runs = row[t.EXP_AVG_SCALE] + F32_BYTES * ((line * row[t.WIDTH] + at) // RUN)  # of rows: see `Compiled._reason`
+    every = F32_BYTES * (row[t.WIDTH] // RUN)
     for one in range(lines if kinds[2] == INT8 else 0):
-        run = pointer(row[t.EXP_AVG_SCALE] + F32_BYTES * (runs + one * (row[t.WIDTH] // RUN)), np.float32)
-        _dequantize(pointer(work[AVERAGES] + work[ITEM] * one * size, like), run, size)
+        _dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
     if size == 1:
-        _update_elements(param, grad, exp_avg, lines, numbers, scales, like)
+        values, average = pointer(param, like), pointer(exp_avg, like)
+        _update_elements(values, pointer(grad, like), average, lines, numbers, scales, like)
     else:
         for one in range(lines):
-            skip = work[ITEM] * one * size
-            p_line, g_line, m_line = work[PARAMS] + skip, work[GRADS] + skip, work[AVERAGES] + skip
-            _update(
-                pointer(p_line, like), pointer(g_line, like), pointer(m_line, like), size, numbers, scales[one], like
-            )
+            skip = item * one * size
+            values, average = pointer(param + skip, like), pointer(exp_avg + skip, like)
+            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], like)
     for one in range(lines if kinds[2] == INT8 else 0):
-        run = pointer(row[t.EXP_AVG_SCALE] + F32_BYTES * (runs + one * (row[t.WIDTH] // RUN)), np.float32)
-        _quantize(pointer(work[AVERAGES] + work[ITEM] * one * size, like), run, size)
-    _store(exp_avg, row[t.EXP_AVG], m, kinds[2], lines, size, row[t.EXP_AVG_OUTER + 1], row[t.EXP_AVG_OUTER + 2])
+        _quantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
+    if exp_avg == work[AVERAGES]:
+        _store(pointer(exp_avg, like), row[t.EXP_AVG], m, kinds[2], lines, size, m_line, m_step)
     if kinds[0] == BFLOAT16 and row[t.SEED] >= 0:
-        _store_random(row, numbers, outer, place, at, lines, size, param)
-    else:
-        _store(param, row[t.PARAM], p, kinds[0], lines, size, row[t.PARAM_OUTER + 1], row[t.PARAM_OUTER + 2])
+        _store_random(row, numbers, outer, place, at, lines, size, pointer(param, like))
+    elif param == work[PARAMS]:
+        _store(pointer(param, like), row[t.PARAM], p, kinds[0], lines, size, p_line, p_step)
 
 
 @compiled
@@ -395,11 +406,11 @@ def _update_lines(
             _update(pointer(p, like), pointer(g, like), pointer(m, like), width, numbers, scales[0], like)
         else:
             for at in range(0, width, longest):
-                _update_tile(row, numbers, line, at, lines, min(longest, width - at), kinds, work, like)
+                _update_tile(row, numbers, line, at, lines, min(longest, width - at), kinds, native, work, like)
         line += lines
 
 
-@compiled
+@inlined
 def _whole(row: Any, numbers: Any, first: int, number: int, kinds: Any, native: int, work: Any, like: Any) -> None:
     """Everything for `number` blocks that this rank alone holds: the second read of a gradient is from the cache."""
     item = work[ITEM]

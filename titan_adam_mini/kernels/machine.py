@@ -17,6 +17,8 @@ MASK, GOLDEN, MIX1, MIX2 = rounding.MASK, rounding.GOLDEN, rounding.FIRST, round
 
 compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """For functions that only compiled ones call."""
+inlined = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
+"""For those with few callers: numba compiles a function anew in each that calls it, which takes its time."""
 
 
 def entry(function: Any) -> Any:
