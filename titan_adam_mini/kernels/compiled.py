@@ -82,6 +82,8 @@ class Compiled:
                 if reason is not None:
                     self._left[work.name] = new[work.name] = reason
             served = reason is None and (work.grad is None or work.grad.dtype in self.dtypes)
+            if work.exp_avg_scale is not None:
+                served = served and work.exp_avg.data_ptr() % 16 == 0  # read many at a time
             (mine if served else rest).append(work)
         for reason in dict.fromkeys(new.values()):
             names = [name for name, why in new.items() if why == reason]

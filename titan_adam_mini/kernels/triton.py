@@ -2,8 +2,9 @@
 
 A list of programs says which tile of which parameter is whose; addresses and hyper-parameters are read from tables on
 the device. Nothing waits for the host: numbers of steps, bias corrections and missing gradients are dealt with where
-the data are. Five launches per combination of dtypes (one line per block, sums, fold, update, and what prepares them),
-four more where blocks straddle, and some of them twice where there are transposed tensors.
+the data are. A step has at most 14 launches per combination of dtypes, however many tensors there are: what prepares
+them, one line per block, sums, fold, update; all but the second again where blocks straddle; and lines of up to 64
+elements apart from the others. Transposed tensors have launches of their own.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ class _Programs:
         self.hyper_values = np.empty((0, 8))
         self.hyper = torch.empty((0, 8), dtype=torch.float64, device=device)
         self.scalars = torch.empty((self.number, triton_kernels.SCALARS), dtype=torch.float32, device=device)
-        found: dict[str, dict[int, list[np.ndarray]]] = {"one_line": {}, "many": {}, "fold": {}}
+        found: dict[str, dict[tuple[int, bool], list[np.ndarray]]] = {"one_line": {}, "many": {}, "fold": {}}
         for number, (row, lines, alone) in enumerate(zip(own.rows, own.lines, own.one_line, strict=True)):
             outer, inner, width = lines.sizes
             if width and outer * inner:
                 unit = _unit(row)
-                part = _triples(number, outer, inner, triton_kernels.tile_of(width, unit, runs, TILE))
-                found["one_line" if alone else "many"].setdefault(unit, []).append(part)
+                part = _triples(number, outer, inner, triton_kernels.lines_of_program(width, unit, runs, TILE))
+                narrow = width <= triton_kernels.NARROW
+                found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
             if not alone:
                 each = triton_kernels.FOLDED if lines.fold == 1 else 1
-                found["fold"].setdefault(1, []).append(_triples(number, 1, lines.blocks, each))
+                found["fold"].setdefault((1, False), []).append(_triples(number, 1, lines.blocks, each))
         self.lists = {
-            name: {unit: torch.from_numpy(np.concatenate(parts)).to(device) for unit, parts in units.items()}
-            for name, units in found.items()
+            name: {kind: torch.from_numpy(np.concatenate(parts)).to(device) for kind, parts in kinds.items()}
+            for name, kinds in found.items()
         }
 
 
@@ -126,11 +128,11 @@ class TritonEngine(Compiled):
         self._launch(triton_kernels.line_sums, here, name, **types)
 
     def _launch(self, kernel: Any, here: _Programs, name: str, *args: Tensor, **constants: Any) -> None:
-        """One launch, and one more where there are transposed tensors."""
+        """One launch for narrow lines and one for others, as far as there are any."""
         with _device(here.rows.device):
-            for unit, programs in here.lists[name].items():
+            for (unit, narrow), programs in here.lists[name].items():
                 self.launches += 1
-                shape = {} if name == "fold" else {"UNIT": unit, "TILE": TILE}
+                shape = {} if name == "fold" else {"UNIT": unit, "NARROW": narrow, "TILE": TILE}
                 kernel[(len(programs),)](
                     here.rows, *args, programs, **constants, **shape, num_warps=WARPS, enable_fp_fusion=False
                 )

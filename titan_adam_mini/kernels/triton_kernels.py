@@ -172,7 +172,9 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
     column = run.to(tl.int64)[:, None] * _RUN + tl.arange(0, _RUN).to(tl.int64)[None, :]
     number = outer * tl.load(row + _INNER) + line
     scales = tl.load(row + _EXP_AVG_SCALE).to(tl.pointer_type(tl.float32)) + number * (width // _RUN) + run
-    where = tl.load(row + _EXP_AVG).to(tl.pointer_type(tl.int8)) + number * width + column
+    # Without the hints a thread would read one byte at a time.
+    values = tl.multiple_of(tl.load(row + _EXP_AVG).to(tl.pointer_type(tl.int8)), 16)
+    where = values + tl.multiple_of(number * width, 16) + column
     at_g = tl.load(row + _GRAD).to(tl.pointer_type(G)) + column
     at_g += outer * tl.load(row + _GRAD_OUTER) + line * tl.load(row + _GRAD_OUTER + 1)
     at_p = tl.load(row + _PARAM).to(tl.pointer_type(P)) + column
@@ -265,12 +267,16 @@ def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr,
     _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
 
 
-# The three kernels of lines. One launch serves lines of every length: the tile depends on the length, see `tile_of`.
+# The three kernels of lines. NARROW ones are for lines of up to 64 elements, norms and biases above all: in one kernel
+# with the others they would cost it registers, and a quarter of its speed.
+
+NARROW = 64
+_NARROW = tl.constexpr(NARROW)
 
 
 @triton.jit
 def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                    UNIT: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                    UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -281,20 +287,18 @@ def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M
         _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
     elif UNIT == 0:
         _whole(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT)
+    elif not NARROW:
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
     elif width == 1:
         _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT)
-    elif width <= 64:
-        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 64, 64, UNIT)
-    elif width <= 256:
-        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 256, 256, UNIT)
-    elif width <= 1024:
-        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 1024, 1024, UNIT)
     else:
-        _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
+        _whole(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT)
 
 
 @triton.jit
-def line_sums(rows, programs, G: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+def line_sums(
+    rows, programs, G: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr
+):
     """One sum of squares per line."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
@@ -304,21 +308,17 @@ def line_sums(rows, programs, G: tl.constexpr, M: tl.constexpr, UNIT: tl.constex
         _own_sums(row, outer, first, width, G, 1, TILE // 2, UNIT)
     elif UNIT == 0:
         _own_sums(row, outer, first, width, G, 64, 64, UNIT)
+    elif not NARROW:
+        _own_sums(row, outer, first, width, G, 1, TILE, UNIT)
     elif width == 1:
         _own_sums(row, outer, first, width, G, TILE // 2, 1, UNIT)
-    elif width <= 64:
-        _own_sums(row, outer, first, width, G, TILE // 64, 64, UNIT)
-    elif width <= 256:
-        _own_sums(row, outer, first, width, G, TILE // 256, 256, UNIT)
-    elif width <= 1024:
-        _own_sums(row, outer, first, width, G, TILE // 1024, 1024, UNIT)
     else:
-        _own_sums(row, outer, first, width, G, 1, TILE, UNIT)
+        _own_sums(row, outer, first, width, G, TILE // _NARROW, _NARROW, UNIT)
 
 
 @triton.jit
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                 UNIT: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                 UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Momentum and parameter of lines whose block's scale is known."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -329,19 +329,15 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
     elif UNIT == 0:
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT)
+    elif not NARROW:
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
     elif width == 1:
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT)
-    elif width <= 64:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 64, 64, UNIT)
-    elif width <= 256:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 256, 256, UNIT)
-    elif width <= 1024:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 1024, 1024, UNIT)
     else:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT)
 
 
-def tile_of(width: int, unit: int, runs: bool, tile: int) -> int:
+def lines_of_program(width: int, unit: int, runs: bool, tile: int) -> int:
     """Lines per program in the kernels above; `runs`: with int8 momentum, where a tile is part of one line."""
     if runs:
         return 1
@@ -349,7 +345,7 @@ def tile_of(width: int, unit: int, runs: bool, tile: int) -> int:
         return 64
     if width == 1:
         return tile // 2
-    return tile // next((columns for columns in (64, 256, 1024) if width <= columns), tile)
+    return tile // NARROW if width <= NARROW else 1
 
 
 @triton.jit

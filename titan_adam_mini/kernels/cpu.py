@@ -1,0 +1,185 @@
+"""The fast engine for CPUs: compiled loops over all tensors of a call, shared out among a few threads.
+
+A call is a list of *units* of about UNIT elements (some lines or blocks of one parameter), worked through in at most
+three phases: sums of lines, moments of blocks, updates. Blocks that this rank holds alone and that fit into the cache
+take one pass. The units, and the order inside them, are the same whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Work, loops
+from .compiled import Compiled
+from .lines import Lines
+from .table import COLUMNS, Table, hyper_parameters
+
+UNIT = 1 << 16
+"""Elements of a unit: enough to hide what it takes to fetch one, few enough to share out evenly."""
+LARGEST = 1 << 17
+"""Elements of a block up to which sums and update take one pass: its gradient is still in the cache."""
+ALONE = 1 << 16
+"""Elements up to which other threads are not worth waking."""
+
+KINDS = {
+    torch.float32: loops.FLOAT32,
+    torch.float64: loops.FLOAT64,
+    torch.bfloat16: loops.BFLOAT16,
+    torch.int8: loops.INT8,
+}
+LIKE: dict[torch.dtype, np.ndarray] = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+NO_NUMBERS = np.zeros((1, loops.NUMBERS))
+
+Phase = tuple[np.ndarray, int]
+"""Units, and how many elements they have in all."""
+
+MOST_THREADS = 128
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+"""Of this process, by its id."""
+_own = threading.local()
+"""The buffers of each thread, per dtype."""
+_failed: dict[torch.dtype, str | None] = {}
+"""Per dtype that was compiled: None, or why it could not be."""
+
+
+class CpuEngine(Compiled):
+    """See `kernels.Engine`."""
+
+    device_type = "cpu"
+    precisions = (torch.float32, torch.float64)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        super().forget()
+        self._phases: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
+
+    def run_sums(self, table: Table, works: Sequence[Work]) -> None:
+        """See `Compiled.run_sums`."""
+        if table not in self._phases:
+            parts = [_lines(row, loops.SUM, one) for row, one in enumerate(table.lines)]
+            self._phases[table] = _joined([parts])
+        for phase in self._phases[table]:
+            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
+
+    def run_update(self, table: Table, works: Sequence[Work]) -> None:
+        """See `Compiled.run_update`."""
+        if table not in self._phases:
+            self._phases[table] = _phases(table, works)
+        numbers = np.empty((len(works), loops.NUMBERS))
+        active = np.asarray([work.grad is not None or _elsewhere(work.present) for work in works])
+        loops.prepare(table.rows, hyper_parameters(works), active, numbers)
+        for phase in self._phases[table]:
+            _spread(table, phase, numbers, works[0])
+
+    def _reason(self, work: Work, lines: Lines) -> str | None:
+        return super()._reason(work, lines) or _compiled(work.exp_avg_sq.dtype)
+
+
+def _elsewhere(present: Tensor | None) -> bool:
+    """Has another rank a gradient?"""
+    return present is not None and present.item() > 0
+
+
+def _compiled(dtype: torch.dtype) -> str | None:
+    """Compile the loops for a dtype to compute in; why it cannot be, if so."""
+    if dtype not in _failed:
+        rows, counter = np.zeros((0, COLUMNS), np.int64), np.zeros(1, np.int64)
+        units, kinds = np.zeros((0, 4), np.int64), np.zeros(3, np.int64)
+        numbers = np.zeros((0, loops.NUMBERS))
+        try:
+            loops.prepare(rows, np.zeros((0, 8)), np.zeros(0, np.bool_), numbers)
+            _work(dtype, rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
+            _failed[dtype] = None
+        except Exception as error:  # numba's many ways to fail: a step in torch's operations is better than none
+            _failed[dtype] = f"numba cannot compile its loops ({type(error).__name__}: {str(error).strip()[:300]})"
+    return _failed[dtype]
+
+
+# Units
+
+
+def _lines(row: int, kind: int, one: Lines) -> Phase:
+    return _units(row, kind, one.number, one.sizes[2])
+
+
+def _units(row: int, kind: int, number: int, elements: int) -> Phase:
+    """Units of `number` lines or blocks of `elements` elements each."""
+    each = max(1, UNIT // max(1, elements))
+    starts = np.arange(0, number, each, dtype=np.int64)
+    units = np.empty((len(starts), 4), np.int64)
+    units[:, loops.ROW], units[:, loops.KIND], units[:, loops.START] = row, kind, starts
+    units[:, loops.NUMBER] = np.minimum(each, number - starts)
+    return units, number * elements
+
+
+def _phases(table: Table, works: Sequence[Work]) -> list[Phase]:
+    """The phases of an update."""
+    sums, folds, updates = [], [], []
+    for row, (work, one) in enumerate(zip(works, table.lines, strict=True)):
+        largest = int(one.counts.max()) if one.counts.size else 0
+        if work.grad is not None and (table.one_line[row] or (work.sums is None and largest <= LARGEST)):
+            updates.append(_units(row, loops.WHOLE, one.blocks, largest))
+            continue
+        without = work.grad is None and work.sums is None
+        per_block = max(1, one.number // max(1, one.blocks))
+        folds.append(_units(row, loops.ZERO if without else loops.FOLDED, one.blocks, per_block))
+        if work.grad is not None:
+            updates.append(_lines(row, loops.UPDATE, one))
+            if work.sums is None:
+                sums.append(_lines(row, loops.SUM, one))
+    return _joined([sums, folds, updates])
+
+
+def _joined(phases: Sequence[Sequence[Phase]]) -> list[Phase]:
+    """One list of units per phase; phases without any are left out."""
+    joined = [(np.concatenate([units for units, _ in parts]), sum(n for _, n in parts)) for parts in phases if parts]
+    return [phase for phase in joined if len(phase[0])]
+
+
+# Threads
+
+
+def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: Work) -> None:
+    """Work through one phase, with as many threads as torch would use; the calling thread is one of them."""
+    units, elements = phase
+    kinds = np.asarray([KINDS[one.dtype] if one is not None else 0 for one in (work.param, work.grad, work.exp_avg)])
+    dtype = work.exp_avg_sq.dtype
+    counter = np.zeros(1, np.int64)
+    arguments = (table.rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
+    threads = min(torch.get_num_threads(), len(units), MOST_THREADS) if elements > ALONE else 1
+    helpers = [_pool().submit(_work, dtype, *arguments) for _ in range(threads - 1)]
+    _work(dtype, *arguments)
+    for helper in helpers:
+        helper.result()
+
+
+def _work(dtype: torch.dtype, *arguments: Any) -> None:
+    """What every thread does."""
+    buffers = _own.__dict__.get(dtype)
+    if buffers is None:
+        like = LIKE[dtype]
+        # Some cache lines apart: a processor takes addresses for equal when their last bits are.
+        room = np.empty(loops.BUFFERS * (loops.ROOM + 72), np.float64)
+        places = [room.ctypes.data + place * 8 * (loops.ROOM + 72) for place in range(loops.BUFFERS)]
+        buffers = _own.__dict__[dtype] = (np.asarray([*places, like.itemsize]), like, room)
+    loops.run(*arguments, *buffers[:2])
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Its threads start when they are needed; a forked child has none of its parent's."""
+    pool = _pools.get(os.getpid())
+    if pool is None:
+        _pools.clear()
+        pool = _pools[os.getpid()] = ThreadPoolExecutor(MOST_THREADS, "AdamMini")
+    return pool

@@ -1,0 +1,490 @@
+"""The compiled loops of the CPU engine: numba functions that read a `Table` and work through a list of units.
+
+Everything is reached by address, so that one compilation serves all tensors: it is made once per dtype that is computed
+in. What is stored in another dtype, or does not lie side by side, goes through small buffers that stay in the cache.
+
+The order of summation is written down here and in `machine.square_lanes`, and no fast-math lets the compiler change it:
+a line is cut into pieces of PIECE elements, a piece is added in LANES sums side by side, which are then halved, then
+its rest; pieces, and the lines of a block, are added one after the other in float64. It is a function of the length
+alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from typing import Any
+
+import numpy as np
+
+from . import int8, machine, rounding
+from . import table as t
+from .machine import (
+    LANES,
+    apart,
+    as_like,
+    compiled,
+    entry,
+    from_bits,
+    inlined,
+    mix,
+    nearby,
+    nearest,
+    pointer,
+    square_lanes,
+    take,
+    to_bits,
+    wide,
+)
+
+PIECE = 1024
+SIDE = 16
+"""Lines taken together where neighbours in memory belong to different lines: a cache line of float32."""
+ROOM, SMALL_ROOM = SIDE * PIECE, SIDE * 256
+"""Elements of a buffer, and how many of them a tile that is updated takes: three buffers then stay near."""
+COHORT = 4096
+"""Elements of the lines that are summed before they are updated."""
+
+ROW, START, NUMBER, KIND = range(4)
+"""Columns of a unit: row of the table, first line (or block) and how many, and what is to be done with them."""
+SUM, FOLDED, ZERO, UPDATE, WHOLE = range(5)
+"""Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block."""
+
+FLOAT32, FLOAT64, BFLOAT16, INT8 = range(4)
+
+ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY = range(10)
+"""Columns of the numbers of a work's step (see `prepare`)."""
+NUMBERS = 10
+
+PARAMS, GRADS, AVERAGES, SCALES, GIVEN, TOTALS, ITEM = range(7)
+"""What a thread works with: the addresses of six buffers of ROOM elements, and the bytes of an element."""
+BUFFERS = 6
+
+F32_BYTES, RUN, MASK, GOLDEN = 4, int8.RUN, rounding.MASK, rounding.GOLDEN
+
+
+def _stamp() -> int:
+    """Of all files whose constants and functions are compiled in here."""
+    try:
+        return zlib.crc32("".join(map(inspect.getsource, (t, machine, int8, rounding))).encode())
+    except OSError:  # there are no sources; numba then has no cache either
+        return 0
+
+
+# Tiles: `lines` lines of `size` neighbours, moved between a tensor and a buffer in which they lie side by side.
+
+
+@inlined
+def _read(buffer: Any, source: Any, lines: int, size: int, line: int, step: int) -> None:
+    if step == 1:
+        for one in range(lines):
+            for at in range(size):
+                buffer[one * size + at] = wide(source[one * line + at])
+    elif size == 1 and line == 1:
+        for one in range(lines):
+            buffer[one] = wide(source[one])
+    else:
+        for at in range(size):
+            for one in range(lines):
+                buffer[one * size + at] = wide(source[one * line + at * step])
+
+
+@compiled
+def _load(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
+    """Fill a buffer from the tensor at `address`, from its element `start` on."""
+    apart()
+    if kind == FLOAT32:
+        _read(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
+    elif kind == FLOAT64:
+        _read(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
+    elif kind == BFLOAT16:
+        _read(buffer, pointer(address + 2 * start, np.uint16), lines, size, line, step)
+    else:
+        _read(buffer, pointer(address + start, np.int8), lines, size, line, step)
+
+
+@inlined
+def _write(buffer: Any, target: Any, lines: int, size: int, line: int, step: int) -> None:
+    if step == 1 or (size == 1 and line == 1):
+        for one in range(lines):
+            for at in range(size):
+                target[one * line + at] = buffer[one * size + at]
+    else:
+        for at in range(size):
+            for one in range(lines):
+                target[one * line + at * step] = buffer[one * size + at]
+
+
+@compiled
+def _store(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
+    """The inverse of `_load`; bfloat16 rounds to nearest."""
+    apart()
+    if kind == FLOAT32:
+        _write(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
+    elif kind == FLOAT64:
+        _write(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
+    elif kind == BFLOAT16:
+        target = pointer(address + 2 * start, np.uint16)
+        for one in range(lines):
+            for at in range(size):
+                target[one * line + at * step] = nearest(buffer[one * size + at])
+    else:
+        _write(buffer, pointer(address + start, np.int8), lines, size, line, step)
+
+
+@compiled
+def _dequantize(buffer: Any, scales: Any, number: int) -> None:
+    """Multiply every run of a buffer that holds int8 values with its scale."""
+    apart()
+    for run in range(number // RUN):
+        scale = scales[run]
+        for at in range(run * RUN, run * RUN + RUN):
+            buffer[at] = np.float32(np.float32(buffer[at]) * scale)
+
+
+@compiled
+def _quantize(buffer: Any, scales: Any, number: int) -> None:
+    """See `int8.quantize`; the values stay in the buffer."""
+    apart()
+    limit, far = np.float32(127), np.float32(12582912)  # 3 * 2^22: adding it leaves no room for a fraction
+    for run in range(number // RUN):
+        largest = np.uint32(0)
+        for at in range(run * RUN, run * RUN + RUN):
+            # As integers, absolute values compare in the same order, with NaN above infinity.
+            largest = max(largest, np.uint32(to_bits(np.float32(buffer[at])) & np.uint32(0x7FFFFFFF)))
+        absmax = from_bits(largest)
+        scales[run] = np.float32(absmax / limit)
+        inverse = np.float32(np.float32(np.float32(1) / absmax) * limit) if absmax > np.float32(0) else np.float32(0)
+        for at in range(run * RUN, run * RUN + RUN):
+            value = np.float32(np.float32(buffer[at]) * inverse)
+            value = limit if value > limit else (-limit if value < -limit else value)
+            buffer[at] = np.float32(np.float32(value + far) - far) if value == value else np.float32(0)
+
+
+# Sums
+
+
+@inlined
+def _piece(start: Any, size: int, like: Any) -> Any:
+    """Sum of squares of up to PIECE neighbours."""
+    even = size // LANES * LANES
+    total = square_lanes(start, even)
+    for at in range(even, size):
+        total = as_like(total + start[at] * start[at], like)
+    return total
+
+
+@inlined
+def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
+    """Write the sums of squares of `number` own lines from `first` on to `target`, one per line of the reach."""
+    inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
+    line_step, step = row[t.GRAD_INNER], row[t.GRAD_WIDTH]
+    sums, buffer, total = pointer(target, like), pointer(work[GRADS], like), pointer(work[TOTALS], np.float64)
+    most = 1 if step == 1 and width > 1 else SIDE
+    line = first
+    while line < first + number:
+        outer, place = line // inner, line % inner
+        lines = min(most, first + number - line, inner - place)
+        start = outer * row[t.GRAD_OUTER] + place * line_step
+        base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
+        for one in range(lines):
+            total[one] = 0.0
+        for at in range(0, width, PIECE):
+            size = min(PIECE, width - at)
+            if kind == native and step == 1:
+                total[0] += _piece(pointer(row[t.GRAD] + item * (start + at), like), size, like)
+            else:
+                _load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
+                for one in range(lines):
+                    total[one] += _piece(pointer(work[GRADS] + item * one * size, like), size, like)
+        for one in range(lines):
+            sums[base + one] = as_like(total[one], like)
+        line += lines
+
+
+@inlined
+def _element_sums(row: Any, first: int, number: int, target: int, kind: int, work: Any, like: Any) -> None:
+    """`_line_sums` of lines of one element."""
+    inner, line_step, one = row[t.INNER], row[t.GRAD_INNER], np.int64(1)
+    sums, buffer = pointer(target, like), pointer(work[GRADS], like)
+    line = first
+    while line < first + number:
+        outer, place = line // inner, line % inner
+        lines = min(ROOM, first + number - line, inner - place)
+        _load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, one, line_step, one)
+        base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
+        for at in range(lines):
+            sums[base + at] = buffer[at] * buffer[at]
+        line += lines
+
+
+@compiled
+def _sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
+    apart()
+    if row[t.WIDTH] == 1:
+        _element_sums(row, first, number, target, kind, work, like)
+    else:
+        _line_sums(row, first, number, target, kind, native, work, like)
+
+
+# Moments
+
+
+@inlined
+def _span(row: Any, block: int, tile: int) -> Any:
+    """The first sum of a block and the first behind it, `tile` apart or as STARTS has it."""
+    if tile > 0:
+        return block * tile, block * tile + tile
+    starts = pointer(row[t.STARTS], np.int32)
+    return np.int64(starts[block]), np.int64(starts[block + 1])
+
+
+@compiled
+def _scale(row: Any, numbers: Any, block: int, total: float, like: Any) -> Any:
+    """Advance the second moment of a block; what its momentum is to be multiplied with."""
+    apart()
+    count = row[t.COUNT]
+    if count == 0:
+        count = pointer(row[t.COUNTS], np.int64)[block]
+    moments = pointer(row[t.EXP_AVG_SQ], like)
+    mean = as_like(total, like) / as_like(count, like)
+    moment = as_like(moments[block] * as_like(numbers[KEEP2], like) + mean * as_like(numbers[NEW2], like), like)
+    moments[block] = moment
+    root = as_like(np.sqrt(moment / as_like(numbers[ROOT], like)), like)
+    # torch divides a number by a tensor in this way; so do we, to have the reference's bits but for the sums.
+    return as_like(
+        as_like(as_like(1.0, like) / (root + as_like(numbers[SMALL], like)), like) * as_like(numbers[RATE], like), like
+    )
+
+
+@inlined
+def _folded(row: Any, block: int, tile: int, like: Any) -> float:
+    start, stop = _span(row, block, tile)
+    sums = pointer(row[t.SUMS], like)
+    total = 0.0
+    for at in range(start, stop):
+        total += sums[at]
+    return total
+
+
+# Updates
+
+
+@compiled
+def _update(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scale: Any, like: Any) -> None:
+    """One block's momentum and parameters, lying side by side."""
+    apart()
+    keep, new, shrink = as_like(numbers[KEEP1], like), as_like(numbers[NEW1], like), as_like(numbers[SHRINK], like)
+    for at in range(number):
+        average = exp_avg[at] * keep + grad[at] * new
+        exp_avg[at] = average
+        param[at] = param[at] * shrink - average * scale
+
+
+@compiled
+def _update_elements(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scales: Any, like: Any) -> None:
+    """`_update` with a scale for every element."""
+    apart()
+    keep, new, shrink = as_like(numbers[KEEP1], like), as_like(numbers[NEW1], like), as_like(numbers[SHRINK], like)
+    for at in range(number):
+        average = exp_avg[at] * keep + grad[at] * new
+        exp_avg[at] = average
+        param[at] = param[at] * shrink - average * scales[at]
+
+
+@compiled
+def _store_random(row: Any, numbers: Any, outer: int, place: int, at: int, lines: int, size: int, buffer: Any) -> None:
+    """Round a tile of parameters at random; it begins at the own line (outer, place) and `at` inside of it."""
+    apart()
+    key = np.uint64(np.int64(numbers[KEY]))
+    target = pointer(row[t.PARAM], np.uint16)
+    start = outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1] + at * row[t.PARAM_OUTER + 2]
+    index = row[t.INDEX] + outer * row[t.INDEX + 1] + place * row[t.INDEX + 2] + at * row[t.INDEX + 3]
+    for one in range(lines):
+        for more in range(size):
+            number = index + one * row[t.INDEX + 2] + more * row[t.INDEX + 3]
+            where = start + one * row[t.PARAM_OUTER + 1] + more * row[t.PARAM_OUTER + 2]
+            target[where] = nearby(buffer[one * size + more], number, key)
+
+
+@compiled
+def _taken(
+    buffer: int, tensor: int, start: int, kind: int, native: int, lines: int, size: int, line: int, step: int, like: Any
+) -> int:
+    """The address of a tile's values: in the tensor if they lie there as they are needed, else in the filled buffer."""
+    apart()
+    if kind == native and ((lines == 1 and step == 1) or (size == 1 and line == 1)):
+        return tensor + like.itemsize * start
+    _load(pointer(buffer, like), tensor, start, kind, lines, size, line, step)
+    return buffer
+
+
+@inlined
+def _update_tile(
+    row: Any, numbers: Any, line: int, at: int, lines: int, size: int, kinds: Any, native: int, work: Any, like: Any
+) -> None:
+    """Update a tile through buffers; `work[SCALES]` has the scale of every line."""
+    inner = row[t.INNER]
+    outer, place = line // inner, line % inner
+    p_line, g_line, m_line = row[t.PARAM_OUTER + 1], row[t.GRAD_OUTER + 1], row[t.EXP_AVG_OUTER + 1]
+    p_step, g_step, m_step = row[t.PARAM_OUTER + 2], row[t.GRAD_OUTER + 2], row[t.EXP_AVG_OUTER + 2]
+    p = outer * row[t.PARAM_OUTER] + place * p_line + at * p_step
+    g = outer * row[t.GRAD_OUTER] + place * g_line + at * g_step
+    m = outer * row[t.EXP_AVG_OUTER] + place * m_line + at * m_step
+    param = _taken(work[PARAMS], row[t.PARAM], p, kinds[0], native, lines, size, p_line, p_step, like)
+    grad = _taken(work[GRADS], row[t.GRAD], g, kinds[1], native, lines, size, g_line, g_step, like)
+    exp_avg = _taken(work[AVERAGES], row[t.EXP_AVG], m, kinds[2], native, lines, size, m_line, m_step, like)
+    item, scales = work[ITEM], pointer(work[SCALES], like)
+    runs = row[t.EXP_AVG_SCALE] + F32_BYTES * ((line * row[t.WIDTH] + at) // RUN)  # of rows: see `Compiled._reason`
+    every = F32_BYTES * (row[t.WIDTH] // RUN)
+    for one in range(lines if kinds[2] == INT8 else 0):
+        _dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
+    if size == 1:
+        values, average = pointer(param, like), pointer(exp_avg, like)
+        _update_elements(values, pointer(grad, like), average, lines, numbers, scales, like)
+    else:
+        for one in range(lines):
+            skip = item * one * size
+            values, average = pointer(param + skip, like), pointer(exp_avg + skip, like)
+            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], like)
+    for one in range(lines if kinds[2] == INT8 else 0):
+        _quantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
+    if exp_avg == work[AVERAGES]:
+        _store(pointer(exp_avg, like), row[t.EXP_AVG], m, kinds[2], lines, size, m_line, m_step)
+    if kinds[0] == BFLOAT16 and row[t.SEED] >= 0:
+        _store_random(row, numbers, outer, place, at, lines, size, pointer(param, like))
+    elif param == work[PARAMS]:
+        _store(pointer(param, like), row[t.PARAM], p, kinds[0], lines, size, p_line, p_step)
+
+
+@compiled
+def _update_lines(
+    row: Any,
+    numbers: Any,
+    first: int,
+    number: int,
+    given: int,
+    every: int,
+    kinds: Any,
+    native: int,
+    work: Any,
+    like: Any,
+) -> None:
+    """Update `number` own lines from `first` on.
+
+    The scale of a line is `given[every * (line - first)]`, or where `given` is 0 that of its block.
+    """
+    apart()
+    inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
+    scales, of_block, of_line = (
+        pointer(work[SCALES], like),
+        pointer(row[t.SCALE], like),
+        pointer(row[t.BLOCK_OF_LINE], np.int32),
+    )
+    steps = row[t.PARAM_OUTER + 2] == 1 and row[t.GRAD_OUTER + 2] == 1 and row[t.EXP_AVG_OUTER + 2] == 1
+    direct = steps and width > 1 and kinds[0] == native and kinds[1] == native and kinds[2] == native
+    if width == 1:
+        most, longest = SMALL_ROOM, 1
+    elif row[t.PARAM_OUTER + 2] == 1 or kinds[2] == INT8:
+        most, longest = 1, SMALL_ROOM
+    else:
+        most, longest = SIDE, SMALL_ROOM // SIDE
+    line = first
+    while line < first + number:
+        outer, place = line // inner, line % inner
+        lines = min(most, first + number - line, inner - place)
+        base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
+        for one in range(lines):
+            if given:
+                scales[one] = pointer(given, like)[every * (line - first + one)]
+            else:
+                scales[one] = of_block[(base + one) // row[t.TILE] if row[t.TILE] else np.int64(of_line[base + one])]
+        if direct:
+            p = row[t.PARAM] + item * (outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1])
+            g = row[t.GRAD] + item * (outer * row[t.GRAD_OUTER] + place * row[t.GRAD_OUTER + 1])
+            m = row[t.EXP_AVG] + item * (outer * row[t.EXP_AVG_OUTER] + place * row[t.EXP_AVG_OUTER + 1])
+            _update(pointer(p, like), pointer(g, like), pointer(m, like), width, numbers, scales[0], like)
+        else:
+            for at in range(0, width, longest):
+                _update_tile(row, numbers, line, at, lines, min(longest, width - at), kinds, native, work, like)
+        line += lines
+
+
+@inlined
+def _whole(row: Any, numbers: Any, first: int, number: int, kinds: Any, native: int, work: Any, like: Any) -> None:
+    """Everything for `number` blocks that this rank alone holds: the second read of a gradient is from the cache."""
+    item = work[ITEM]
+    if row[t.TILE] != 1:
+        scale = pointer(work[GIVEN], like)
+        for block in range(first, first + number):
+            start, stop = _span(row, block, row[t.TILE])
+            _sums(row, start, stop - start, row[t.OWN_SUMS], kinds[1], native, work, like)
+            scale[0] = _scale(row, numbers, block, _folded(row, block, row[t.TILE], like), like)
+            _update_lines(row, numbers, start, stop - start, work[GIVEN], np.int64(0), kinds, native, work, like)
+        return
+    scales = pointer(work[GIVEN], like)
+    together = min(ROOM, max(SIDE if row[t.GRAD_WIDTH] != 1 else 1, COHORT // row[t.WIDTH]))
+    for start in range(first, first + number, together):
+        lines = min(together, first + number - start)
+        _sums(row, start, lines, work[GIVEN] - item * start, kinds[1], native, work, like)
+        for one in range(lines):
+            scales[one] = _scale(row, numbers, start + one, np.float64(scales[one]), like)
+        _update_lines(row, numbers, start, lines, work[GIVEN], np.int64(1), kinds, native, work, like)
+
+
+# What Python calls
+
+
+def _entries(stamp: int) -> tuple[Any, Any]:
+    """`prepare` and `run`, closed over `stamp`.
+
+    numba's cache on disk looks at this file and at what an entry is closed over, not at other files' constants.
+    """
+
+    def prepare(rows: Any, hyper: Any, active: Any, numbers: Any) -> None:
+        """Advance the step of every active work, and put what its blocks have in common into `numbers`."""
+        for number in range(len(rows) if stamp >= 0 else 0):
+            row, values, own = rows[number], hyper[rows[number, t.GROUP]], numbers[number]
+            own[ACTIVE] = active[number]
+            if not active[number]:
+                continue
+            steps = pointer(row[t.STEP], np.float32)
+            steps[0] += np.float32(1)
+            step = np.float64(steps[0])
+            own[RATE], own[ROOT] = values[t.LR] / (1 - values[t.BETA1] ** step), 1 - values[t.BETA2] ** step
+            own[KEEP1], own[NEW1] = (
+                values[t.BETA1],
+                (values[t.BETA1] - 1 if values[t.MAXIMIZE] else 1 - values[t.BETA1]),
+            )
+            own[KEEP2], own[NEW2], own[SMALL] = values[t.BETA2], 1 - values[t.BETA2], values[t.EPS]
+            own[SHRINK] = 1 - values[t.LR] * values[t.WEIGHT_DECAY] if row[t.DECAY] else 1.0
+            own[KEY] = mix((np.uint64(row[t.SEED]) + np.uint64(step) * np.uint64(GOLDEN)) & np.uint64(MASK))
+
+    def run(rows: Any, units: Any, counter: int, numbers: Any, kinds: Any, native: int, work: Any, like: Any) -> None:
+        """Take units of one phase until none is left; several threads may do so at once, each with its own `work`."""
+        while stamp >= 0:
+            at = take(counter)
+            if at >= len(units):
+                break
+            first, number, kind = units[at, START], units[at, NUMBER], units[at, KIND]
+            row, own = rows[units[at, ROW]], numbers[units[at, ROW]]
+            if kind == SUM:
+                _sums(row, first, number, row[t.OWN_SUMS], kinds[1], native, work, like)
+            elif own[ACTIVE] == 0:
+                continue
+            elif kind == WHOLE:
+                _whole(row, own, first, number, kinds, native, work, like)
+            elif kind == UPDATE:
+                _update_lines(row, own, first, number, np.int64(0), np.int64(0), kinds, native, work, like)
+            else:
+                scales = pointer(row[t.SCALE], like)
+                for block in range(first, first + number):
+                    total = 0.0 if kind == ZERO else _folded(row, block, row[t.FOLD], like)
+                    scale = _scale(row, own, block, total, like)
+                    if row[t.GRAD]:
+                        scales[block] = scale
+
+    return entry(prepare), entry(run)
+
+
+prepare, run = _entries(_stamp())

@@ -1,0 +1,156 @@
+"""What compiled loops need of the machine: addresses as pointers, vectors, bfloat16, a counter for several threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import rounding
+
+LANES = 32
+MASK, GOLDEN, MIX1, MIX2 = rounding.MASK, rounding.GOLDEN, rounding.FIRST, rounding.SECOND
+
+compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that only compiled ones call."""
+inlined = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
+"""For those with few callers: numba compiles a function anew in each that calls it, which takes its time."""
+
+
+def entry(function: Any) -> Any:
+    """Compile what Python calls, and keep the result on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+def element(like: Any) -> Any:
+    """The element type of an array or of a class such as np.float32, as numba sees them."""
+    return like.dtype if isinstance(like, types.Array) else like.instance_type
+
+
+@intrinsic
+def pointer(typing: Any, address: Any, like: Any) -> Any:
+    """A pointer to elements like `like`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(element(like))(types.int64, like), code
+
+
+@intrinsic
+def as_like(typing: Any, value: Any, like: Any) -> Any:
+    """A number as one like `like`: numba computes float32 with float64 in float64."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[0], value, signature.return_type)
+
+    return element(like)(value, like), code
+
+
+@intrinsic
+def apart(typing: Any) -> Any:
+    """Keep the function that says so in one piece: copies of it would only take long to compile."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.none(), code
+
+
+def bit_cast(source: Any, target: Any) -> Any:
+    @intrinsic
+    def cast(typing: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return target(source), code
+
+    return cast
+
+
+to_bits = bit_cast(types.float32, types.uint32)
+from_bits = bit_cast(types.uint32, types.float32)
+
+
+@intrinsic
+def take(typing: Any, address: Any) -> Any:
+    """The next number of a counter that threads share."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def square_lanes(typing: Any, start: Any, number: Any) -> Any:
+    """Sum of squares of `number` neighbours, a multiple of LANES: LANES sums side by side, halved until one is left."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(context.get_value_type(start.dtype), LANES)
+        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * LANES))
+        step = ir.Constant(ir.IntType(64), LANES)
+        with cgutils.for_range_slice(builder, ir.Constant(ir.IntType(64), 0), args[1], step) as (index, _):
+            place = builder.bitcast(builder.gep(args[0], [index]), vector.as_pointer())
+            values = builder.load(place, align=start.dtype.bitwidth // 8)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(values, values)), total)
+        result, width = builder.load(total), LANES
+        while width > 1:
+            width //= 2
+            halves = [
+                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(at, at + width))) for at in (0, width)
+            ]
+            low, high = (builder.shuffle_vector(result, result, half) for half in halves)
+            result = builder.fadd(low, high)
+        return builder.extract_element(result, ir.Constant(ir.IntType(32), 0))
+
+    return start.dtype(start, types.int64), code
+
+
+@intrinsic
+def wide(typing: Any, value: Any) -> Any:
+    """What is stored, as a number: 16 bits are a bfloat16."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if value != types.uint16:
+            return args[0]
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return (types.float32 if value == types.uint16 else value)(value), code
+
+
+@compiled
+def nearest(value: Any) -> Any:
+    """A float as the 16 bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = to_bits(np.float32(value))
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC0))
+
+
+@compiled
+def mix(x: Any) -> Any:
+    """See `rounding.mix`."""
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(MIX1)) & np.uint64(MASK)
+    x = ((x ^ (x >> np.uint64(15))) * np.uint64(MIX2)) & np.uint64(MASK)
+    return x ^ (x >> np.uint64(16))
+
+
+@compiled
+def nearby(value: Any, index: Any, key: Any) -> Any:
+    """A float as the 16 bits of a neighbouring bfloat16 (see `rounding.stochastic`)."""
+    index = np.uint64(index)
+    low, high = index & np.uint64(MASK), index >> np.uint64(32)
+    noise = mix(low ^ key ^ mix(high + np.uint64(GOLDEN))) & np.uint64(0xFFFF)
+    bits = to_bits(np.float32(value))
+    finite = (bits & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)
+    return np.uint16((bits + np.uint32(noise)) >> np.uint32(16)) if finite else nearest(value)
