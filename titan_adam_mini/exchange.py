@@ -72,6 +72,7 @@ class Exchange:
             self._buffers.append(_Buffer(plan, data, self.groups[plan.group], self._device(plan.group)))
         for buffer in self._buffers:
             buffer.chain(self._buffers, [item.plan for item in self.items])
+        self._specs: list[Any] = [None for _ in self.items]
         self._partial: dict[Group, list[tuple[int, int]]] | None = None
 
     @property
@@ -139,15 +140,26 @@ class Exchange:
         Raises ValueError, naming the parameter, for a gradient that cannot update it.
         """
         grads: list[Tensor | None] = []
-        for item in self.items:
-            try:
-                grads.append(None if item.param.grad is None else local_gradient(item.param, item.param.grad))
-            except ValueError as error:
-                raise ValueError(f"AdamMini cannot use the gradient of {item.name!r}: {error}") from None
+        unusual = []
+        for index, item in enumerate(self.items):
+            grad = item.param.grad
+            if grad is None:
+                grads.append(None)
+            elif getattr(grad, "_spec", None) is self._specs[index] is not None:
+                grads.append(local(grad))  # placed as the last one was, which was placed as its parameter is
+            else:
+                unusual.append(index)
+                try:
+                    grads.append(local_gradient(item.param, grad))
+                except ValueError as error:
+                    raise ValueError(f"AdamMini cannot use the gradient of {item.name!r}: {error}") from None
+                if isinstance(grad, DTensor) and grad.placements == item.param.placements:
+                    self._specs[index] = grad._spec
         if self._partial is None:
             self._partial = self._agree_on_partial()
         planned = {member for members in (self._partial or {}).values() for member in members}
-        for index, item in enumerate(self.items):
+        for index in unusual:
+            item = self.items[index]
             for axis in item.axes:
                 if self._known(index, axis) == PARTIAL and (index, axis.index) not in planned:
                     raise ValueError(

@@ -173,12 +173,13 @@ class AdamMini(Optimizer):
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
         self._works: list[Work] = []
-        self._key: list[tuple[int, bool, torch.device]] = []
+        self._key: list[Any] = []
 
-    def _current_key(self) -> list[tuple[int, bool, torch.device]]:
-        return [
-            (id(param), param.requires_grad, param.device) for group in self.param_groups for param in group["params"]
-        ]
+    def _current_key(self) -> list[Any]:
+        """What the plan stands and falls with; compared in every step, so it is short."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        key: list[Any] = [(id(param), param.requires_grad) for param in params]
+        return [*key, *map(id, self.param_groups), *(param.device for param in params[:1])]
 
     def _planned(self) -> Exchange:
         """The exchange of the tensors that are in the groups now; collective when it has to be planned."""
@@ -266,10 +267,12 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.init_state()
-        exchange = self._planned()
+        exchange = self._exchange
+        if exchange is None or len(self.state) != len(exchange.items) or self._current_key() != self._key:
+            self.init_state()
+            exchange = self._planned()
         with torch.profiler.record_function("AdamMini.exchange"):
-            works = self._current_works(exchange.gradients())
+            works = self._current_works(exchange, exchange.gradients())
             exchange.start(works, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
             # Whoever needs no other rank goes first, while the sums travel.
@@ -279,11 +282,12 @@ class AdamMini(Optimizer):
             self.engine.update(
                 [work for work in works if work.sums is not None or (work.grad is None and work.present is not None)]
             )
+        for work in works:
+            work.grad = None  # whoever drops the gradients wants their memory back
         return loss
 
-    def _current_works(self, grads: Sequence[Tensor | None]) -> list[Work]:
+    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
         """What the engine gets of every parameter: local tensors, taken anew."""
-        exchange = self._planned()
         if not self._works:
             for index, (item, (name, _, group)) in enumerate(zip(exchange.items, self._named(), strict=True)):
                 own, complete, present = exchange.places(index)
@@ -326,7 +330,8 @@ class AdamMini(Optimizer):
         self.init_state()
         exchange = self._planned()
         # As roots, because the exchange squares what it sums.
-        works = self._current_works([local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items])
+        roots = [local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items]
+        works = self._current_works(exchange, roots)
         plain = Tensorwise("foreach", vectorized)
         exchange.start(works, plain)
         exchange.finish()

@@ -197,6 +197,9 @@ def shard_of(param: Tensor) -> Shard:
     return shard
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor with this rank's data, taken anew: unwrapped from DTensor, waited for, out of its subclass.
 
@@ -204,11 +207,13 @@ def local(tensor: Tensor) -> Tensor:
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
+    if type(tensor) in _PLAIN:  # nearly always, and this is asked of every tensor in every step
+        return tensor
     wait: Any = getattr(tensor, "wait", None)
     if wait is not None:
         tensor = wait()
     # Wrappers such as torchao's float8 weights keep the data in one inner tensor; their own data_ptr is 0.
-    while type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+    while type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         if len(names) != 1:
             raise ValueError(f"a {type(tensor).__name__} holds {len(names)} tensors: cannot be updated in place")

@@ -53,6 +53,7 @@ class Compiled:
         alone = [work for work in mine if self._line(work).summable]
         for table, members in self._by_dtypes("sums", alone):
             self.run_sums(table, members)
+            table.release()
 
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
@@ -62,6 +63,7 @@ class Compiled:
         mine = [work for work in mine if work.grad is not None or work.sums is not None]
         for table, members in self._by_dtypes("update", mine):
             self.run_update(table, members)
+            table.release()
         self.plain.update(rest + idle)
 
     def _line(self, work: Work) -> Lines:

@@ -55,8 +55,6 @@ from .lines import Lines
     EXP_AVG_WIDTH,
 ) = range(38)
 COLUMNS = 38
-CHANGING = SUMS + 1
-"""Columns that hold addresses of tensors that others may replace."""
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, LOG_BETA1, LOG_BETA2 = range(8)
 """Columns of the table of hyper-parameters, float64, one row per group."""
@@ -76,7 +74,7 @@ class Table:
         self.lines = list(lines)
         self.one_line = [work.sums is None and one.tile == 1 for work, one in zip(works, lines, strict=True)]
         self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
-        self._strides: list[list[tuple[int, ...]]] = [[(), (), ()] for _ in works]
+        self._strides: list[tuple[tuple[int, ...], ...]] = [() for _ in works]
         self._arrays: dict[tuple[bytes, str], Tensor] = {}
         self._copies: list[Tensor] = []
         device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
@@ -116,48 +114,47 @@ class Table:
             self._arrays[key] = torch.from_numpy(values.copy()).to(device)
         return self._arrays[key].data_ptr()
 
+    def release(self) -> None:
+        """Let go of gradients that had to be copied."""
+        self._copies = []
+
     def refresh(self, works: Sequence[Work]) -> bool:
         """Take all addresses and strides anew; True if any of them changed."""
-        self._copies = []
         before = self.rows.copy()
-        addresses = []
-        for number, work in enumerate(works):
-            grad = work.grad
-            if grad is not None:
-                self._stride(number, 0, work.param)
-                self._stride(number, 2, work.exp_avg)
-                runs = work.exp_avg_scale is not None and not grad.is_contiguous()
-                if runs or not self._stride(number, 1, grad):
-                    grad = torch.empty_like(work.param, dtype=grad.dtype).copy_(grad)
-                    self._copies.append(grad)
-                    self._stride(number, 1, grad)
-            scale, present, own, sums = work.exp_avg_scale, work.present, work.own_sums, work.sums
-            addresses.append(
-                (
-                    work.param.data_ptr(),
-                    0 if grad is None else grad.data_ptr(),
-                    work.exp_avg.data_ptr(),
-                    0 if scale is None else scale.data_ptr(),
-                    work.exp_avg_sq.data_ptr(),
-                    work.step.data_ptr(),
-                    0 if present is None or grad is not None else present.data_ptr(),
-                    self.rows[number, OWN_SUMS] if own is None else own.data_ptr(),
-                    self.rows[number, SUMS] if sums is None else sums.data_ptr(),
-                )
-            )
-        self.rows[:, :CHANGING] = addresses
+        grads = [work.grad for work in works]
+        if grads[0] is not None:
+            for number, work in enumerate(works):
+                assert work.grad is not None
+                if self._strides[number] != (work.param.stride(), work.grad.stride(), work.exp_avg.stride()):
+                    grads[number] = self._note_strides(number, work)
+        own, complete = self.rows[:, OWN_SUMS].tolist(), self.rows[:, SUMS].tolist()
+        addresses: list[list[int]] = [
+            [work.param.data_ptr() for work in works],
+            [0 if grad is None else grad.data_ptr() for grad in grads],
+            [work.exp_avg.data_ptr() for work in works],
+            [0 if work.exp_avg_scale is None else work.exp_avg_scale.data_ptr() for work in works],
+            [work.exp_avg_sq.data_ptr() for work in works],
+            [work.step.data_ptr() for work in works],
+            [0 if work.present is None or work.grad is not None else work.present.data_ptr() for work in works],
+            [it if work.own_sums is None else work.own_sums.data_ptr() for it, work in zip(own, works, strict=True)],
+            [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
+        ]
+        self.rows[:, :SCALE] = np.asarray(addresses, dtype=np.int64).T
         return not np.array_equal(before, self.rows)
 
-    def _stride(self, number: int, which: int, tensor: Tensor) -> bool:
-        """Note the strides of param, gradient or momentum along the lines; False where they are not regular."""
-        if tensor.stride() == self._strides[number][which]:
-            return True
-        strides = self.lines[number].strides(tensor)
-        if strides is None:
-            return False
-        self._strides[number][which] = tensor.stride()
-        self.rows[number, PARAM_OUTER + 3 * which : PARAM_OUTER + 3 * which + 3] = strides
-        return True
+    def _note_strides(self, number: int, work: Work) -> Tensor:
+        """Note the strides of param, gradient and momentum along the lines; returns the gradient, a copy if need be."""
+        grad, lines = work.grad, self.lines[number]
+        assert grad is not None
+        self._strides[number] = (work.param.stride(), grad.stride(), work.exp_avg.stride())
+        irregular = lines.strides(grad) is None or (work.exp_avg_scale is not None and not grad.is_contiguous())
+        if irregular:
+            grad = torch.empty_like(work.param, dtype=grad.dtype).copy_(grad)
+            self._copies.append(grad)
+            self._strides[number] = ()  # copied anew in the next step
+        along = [lines.strides(tensor) for tensor in (work.param, grad, work.exp_avg)]
+        self.rows[number, PARAM_OUTER:COLUMNS] = [stride for strides in along for stride in strides or ()]
+        return grad
 
 
 def hyper_parameters(works: Sequence[Work]) -> np.ndarray:
