@@ -9,6 +9,7 @@ seeds, and beside it how far float32 momentum differs from itself over the seeds
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,8 @@ def main() -> None:
         settings, env = KINDS[name]
         label = f"{name.replace(', ', '-')}-{seed}"
         settings = {**common, **settings, "debug.seed": seed}
-        env = {"PYTHONPATH": f"{ROOT}:{sys.path[0]}", "PYTORCH_ALLOC_CONF": "", **env}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = {"PYTHONPATH": path, "PYTORCH_ALLOC_CONF": "", "OMP_NUM_THREADS": "1", **env}
         config = ROOT / "train_configs" / "debug_model.toml"
         one = train(label, settings, ranks=1, out=args.out, config=config, env=env, time_limit=1800)
         print(f"{label}: {one.validation[args.steps]:.4f}", flush=True)
