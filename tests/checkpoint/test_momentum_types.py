@@ -67,6 +67,7 @@ def converted(source: Path, target: Path, to: str, mesh: str, dtype: torch.dtype
     [
         ("FSDP2 3, runs", torch.float32),
         ("FSDP2 3, runs", torch.bfloat16),
+        ("TP 2, runs", torch.float32),  # parts along the columns, of one run each
         ("TP 2, cut runs", torch.float32),  # where no AdamMini would keep it so: parts become whole again
     ],
 )
@@ -91,7 +92,7 @@ def test_adamw_becomes_every_type_and_back(tmp_path: Path, mesh: str, params: to
 
 def test_parts_stay_parts_where_runs_allow_it(tmp_path: Path) -> None:
     """So that no rank has to read a whole tensor; a part that is cut inside a run becomes one with the others."""
-    for mesh, parts in (("FSDP2 3, runs", 3), ("TP 2, cut runs", 1)):
+    for mesh, parts in (("FSDP2 3, runs", 3), ("TP 2, runs", 2), ("TP 2, cut runs", 1)):
         source = saved(tmp_path / mesh, "AdamW", mesh)
         converted(source, tmp_path / mesh / "new", "adam_mini", mesh, torch.int8)
         tensors = Stored(tmp_path / mesh / "new").tensors

@@ -64,6 +64,16 @@ def test_knobs_reach_the_optimizer(model: Transformer, parallel_dims: SimpleName
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("rounding", [True, False])
+def test_int8_and_rounding_reach_it_too(parallel_dims: SimpleNamespace, rounding: bool) -> None:
+    args = TransformerModelArgs(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=16, multiple_of=8)
+    knobs = SimpleNamespace(momentum_dtype="int8", stochastic_rounding=rounding)
+    (optimizer,) = build_optimizers([Transformer(args)], settings(adam_mini=knobs), parallel_dims)
+    assert optimizer.stochastic_rounding is rounding
+    kept = {tuple(param.shape): state["exp_avg"].dtype for param, state in optimizer.state.items()}
+    assert kept[16, 128] == torch.int8 and kept[(128,)] == torch.float32
+
+
 def test_frozen_parameters_are_left_out(model: Transformer, parallel_dims: SimpleNamespace) -> None:
     model.tok_embeddings.weight.requires_grad_(False)
     (optimizer,) = build_optimizers([model], settings(), parallel_dims)

@@ -53,6 +53,21 @@ def test_command_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["", "float32", "bfloat16", "int8"])
+def test_types_of_momentum(tmp_path: Path, name: str) -> None:
+    section = f'[optimizer.adam_mini]\nmomentum_dtype = "{name}"\nstochastic_rounding = true\n'
+    for config in (
+        parse(tmp_path, section),
+        parse(
+            tmp_path,
+            "",
+            *("--optimizer.adam_mini.momentum_dtype", name, "--optimizer.adam_mini.stochastic_rounding"),
+        ),
+    ):
+        knobs = read_knobs(config.optimizer)
+        assert knobs == Knobs(momentum_dtype=getattr(torch, name) if name else None, stochastic_rounding=True)
+
+
 def test_command_line_without_toml() -> None:
     config = ConfigManager().parse_args(
         ["--job.custom_config_module", MODULE, "--optimizer.adam_mini.undecayed", "", "--optimizer.name", "AdamMini"]
@@ -109,7 +124,9 @@ def test_without_the_config_module_defaults_are_used() -> None:
         ({"value_blocks": ["neuron"]}, ["value_blocks", '"neuron" or "tensor"']),
         ({"momentum_dtype": "int4"}, ["momentum_dtype = 'int4'", "bfloat16"]),
         ({"momentum_dtype": 16}, ["momentum_dtype = 16", "bfloat16"]),
+        ({"momentum_dtype": "int8 "}, ["momentum_dtype = 'int8 '", '"int8"']),
         ({"momentum": "float32"}, ["'momentum'", "momentum_dtype"]),
+        ({"stochastic_rounding": "yes"}, ["stochastic_rounding = 'yes'", "true or false"]),
     ],
 )
 def test_wrong_values_are_refused_in_words(section: dict[str, Any], said: list[str]) -> None:

@@ -112,6 +112,8 @@ class Conversion:
         for name in names:
             blocks = self.blocks[name]
             size, grid = self._size(name, EXP_AVG), self._size(name, EXP_AVG_SQ)
+            if self.dtypes(name)[0] == torch.int8:
+                self._size(name, EXP_AVG_SCALE)
             if size != blocks.shape:
                 raise ValueError(f"{name} is {size} in {stored.path} and {blocks.shape} in the configuration's model")
             if self.to == "adamw" and grid != blocks.layout.grid_shape:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..layout import Tiles
 
-CHUNK = 1 << 18
-"""Elements worked on at a time: temporaries stay this small, and on a CPU in the cache."""
+CHUNK, GPU_CHUNK = 1 << 18, 1 << 24
+"""Elements worked on at a time: temporaries stay this small; on a CPU in the cache, on a GPU worth a launch."""
 
 
 def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +71,7 @@ def _chunks(x: Tensor) -> Iterator[slice | tuple[()]]:
         yield ()
         return
     rows = x.shape[0]
-    step = max(1, CHUNK * rows // max(1, x.numel()))
+    step = max(1, (CHUNK if x.device.type == "cpu" else GPU_CHUNK) * rows // max(1, x.numel()))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
