@@ -278,7 +278,8 @@ class AdamMini(Optimizer):
             # Whoever needs no other rank goes first, while the sums travel.
             alone = [work for work in works if work.grad is not None and work.sums is None]
             self.engine.update(alone)
-            exchange.finish()
+            with torch.profiler.record_function("AdamMini.wait"):
+                exchange.finish()
             self.engine.update(
                 [work for work in works if work.sums is not None or (work.grad is None and work.present is not None)]
             )

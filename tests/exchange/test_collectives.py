@@ -7,10 +7,13 @@ there are any, and one of sums per group where blocks straddle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from collectives import Collectives
 from ranks import run
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,6 +73,44 @@ def test_the_stated_collectives_whatever_the_depth_and_the_groups(name: str) -> 
             assert all(numel == 2 for _, _, numel in calls[0]), "the check of the plan is two numbers"
         sizes.append(sum(numel for _, _, numel in results[0][2]))
     assert sizes[0] == sizes[1] and (sizes[2] > 2 * sizes[0] or not EXPECTED[name][2]), "one buffer, that grows"
+
+
+def order(rank: int, world: int) -> list[str]:
+    """What one step does, in order, on a mesh that cuts a head and no row."""
+    mesh = init_device_mesh("cpu", (world,))
+    shapes = {"wq.weight": (3 * 4, 5), "w1.weight": (8, 5)}
+    params = {
+        name: torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(0)]))
+        for name, shape in shapes.items()
+    }
+    optimizer = AdamMini(params.items(), n_heads=3)
+    optimizer.init_state()
+    done: list[str] = []
+    engine, exchange = optimizer.engine, optimizer._exchange
+    update, square_sums, finish, all_reduce = engine.update, engine.square_sums, exchange.finish, dist.all_reduce
+
+    def told(words: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            names = [work.name for work in args[0]] if args and isinstance(args[0], list) else []
+            done.append(" ".join([words, *names]))
+            return function(*args, **kwargs)
+
+        return call
+
+    engine.update, engine.square_sums = told("update", update), told("sums", square_sums)
+    exchange.finish, dist.all_reduce = told("wait", finish), told("send", all_reduce)
+    try:
+        for param in params.values():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    finally:
+        dist.all_reduce = all_reduce
+    return done
+
+
+def test_other_blocks_are_updated_while_the_sums_travel() -> None:
+    want = ["sums wq.weight", "send", "update w1.weight", "wait", "update wq.weight"]
+    assert run(order, 2) == [want, want]
 
 
 def nothing_straddles(rank: int, world: int) -> list[int]:

@@ -228,6 +228,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
+QUEUED = 4
+"""Steps that a GPU is given in a row, as training queues its work: one's preparation runs beside another's kernels."""
+
+
 def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         started = time.perf_counter()
@@ -236,10 +240,11 @@ def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     before.record()
-    step()
+    for _ in range(QUEUED):
+        step()
     after.record()
     torch.cuda.synchronize(device)
-    return float(before.elapsed_time(after))
+    return float(before.elapsed_time(after)) / QUEUED
 
 
 def _launches(step: Callable[[], Any], device: torch.device) -> int | None:
@@ -285,7 +290,8 @@ def measure(
     with _current(device), _no_collection():
         short = _prepare_all(lanes, part, device)
         if not short:
-            turns = f"all states held at once, {repeats} rounds of one step each"
+            each = f"{QUEUED} steps in a row" if device.type == "cuda" else "one step"
+            turns = f"all states held at once, {repeats} rounds of {each} each"
             for number in range(repeats):
                 for lane in _rotated(lanes, number):
                     lane.step()
