@@ -34,6 +34,7 @@ from .machine import (
     square_lanes,
     take,
     to_bits,
+    update_lanes,
     wide,
 )
 
@@ -42,7 +43,7 @@ SIDE = 16
 """Lines taken together where neighbours in memory belong to different lines: a cache line of float32."""
 ROOM, SMALL_ROOM = SIDE * PIECE, SIDE * 256
 """Elements of a buffer, and how many of them a tile that is updated takes: three buffers then stay near."""
-COHORT = 4096
+COHORT = 8192
 """Elements of the lines that are summed before they are updated."""
 
 ROW, START, NUMBER, KIND = range(4)
@@ -271,11 +272,13 @@ def _folded(row: Any, block: int, tile: int, like: Any) -> float:
 
 
 @compiled
-def _update(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scale: Any, like: Any) -> None:
+def _update(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scale: Any, ahead: int, like: Any) -> None:
     """One block's momentum and parameters, lying side by side."""
     apart()
     keep, new, shrink = as_like(numbers[KEEP1], like), as_like(numbers[NEW1], like), as_like(numbers[SHRINK], like)
-    for at in range(number):
+    even = number // LANES * LANES
+    update_lanes(param, grad, exp_avg, even, keep, new, shrink, scale, ahead)
+    for at in range(even, number):
         average = exp_avg[at] * keep + grad[at] * new
         exp_avg[at] = average
         param[at] = param[at] * shrink - average * scale
@@ -346,7 +349,7 @@ def _update_tile(
         for one in range(lines):
             skip = item * one * size
             values, average = pointer(param + skip, like), pointer(exp_avg + skip, like)
-            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], like)
+            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], size, like)
     for one in range(lines if kinds[2] == INT8 else 0):
         _quantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
     if exp_avg == work[AVERAGES]:
@@ -403,7 +406,16 @@ def _update_lines(
             p = row[t.PARAM] + item * (outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1])
             g = row[t.GRAD] + item * (outer * row[t.GRAD_OUTER] + place * row[t.GRAD_OUTER + 1])
             m = row[t.EXP_AVG] + item * (outer * row[t.EXP_AVG_OUTER] + place * row[t.EXP_AVG_OUTER + 1])
-            _update(pointer(p, like), pointer(g, like), pointer(m, like), width, numbers, scales[0], like)
+            _update(
+                pointer(p, like),
+                pointer(g, like),
+                pointer(m, like),
+                width,
+                numbers,
+                scales[0],
+                max(width, every * number * width),
+                like,
+            )
         else:
             for at in range(0, width, longest):
                 _update_tile(row, numbers, line, at, lines, min(longest, width - at), kinds, native, work, like)
