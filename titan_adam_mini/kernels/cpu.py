@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work, loops
+from . import Work, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
 from .table import COLUMNS, Table, hyper_parameters
@@ -31,10 +31,10 @@ ALONE = 1 << 16
 """Elements up to which other threads are not worth waking."""
 
 KINDS = {
-    torch.float32: loops.FLOAT32,
-    torch.float64: loops.FLOAT64,
-    torch.bfloat16: loops.BFLOAT16,
-    torch.int8: loops.INT8,
+    torch.float32: tiles.FLOAT32,
+    torch.float64: tiles.FLOAT64,
+    torch.bfloat16: tiles.BFLOAT16,
+    torch.int8: tiles.INT8,
 }
 LIKE: dict[torch.dtype, np.ndarray] = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 NO_NUMBERS = np.zeros((1, loops.NUMBERS))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import int8, machine, rounding
+from . import int8, machine, rounding, tiles
 from . import table as t
 from .machine import (
     LANES,
@@ -25,32 +25,28 @@ from .machine import (
     as_like,
     compiled,
     entry,
-    from_bits,
     inlined,
     mix,
     nearby,
-    nearest,
     pointer,
     square_lanes,
     take,
-    to_bits,
-    wide,
+    update_lanes,
 )
+from .tiles import BFLOAT16, INT8, RUN, dequantize, load, quantize, store
 
 PIECE = 1024
 SIDE = 16
 """Lines taken together where neighbours in memory belong to different lines: a cache line of float32."""
 ROOM, SMALL_ROOM = SIDE * PIECE, SIDE * 256
 """Elements of a buffer, and how many of them a tile that is updated takes: three buffers then stay near."""
-COHORT = 4096
+COHORT = 8192
 """Elements of the lines that are summed before they are updated."""
 
 ROW, START, NUMBER, KIND = range(4)
 """Columns of a unit: row of the table, first line (or block) and how many, and what is to be done with them."""
 SUM, FOLDED, ZERO, UPDATE, WHOLE = range(5)
 """Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block."""
-
-FLOAT32, FLOAT64, BFLOAT16, INT8 = range(4)
 
 ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY = range(10)
 """Columns of the numbers of a work's step (see `prepare`)."""
@@ -60,105 +56,15 @@ PARAMS, GRADS, AVERAGES, SCALES, GIVEN, TOTALS, ITEM = range(7)
 """What a thread works with: the addresses of six buffers of ROOM elements, and the bytes of an element."""
 BUFFERS = 6
 
-F32_BYTES, RUN, MASK, GOLDEN = 4, int8.RUN, rounding.MASK, rounding.GOLDEN
+F32_BYTES, MASK, GOLDEN = 4, rounding.MASK, rounding.GOLDEN
 
 
 def _stamp() -> int:
     """Of all files whose constants and functions are compiled in here."""
     try:
-        return zlib.crc32("".join(map(inspect.getsource, (t, machine, int8, rounding))).encode())
+        return zlib.crc32("".join(map(inspect.getsource, (t, machine, tiles, int8, rounding))).encode())
     except OSError:  # there are no sources; numba then has no cache either
         return 0
-
-
-# Tiles: `lines` lines of `size` neighbours, moved between a tensor and a buffer in which they lie side by side.
-
-
-@inlined
-def _read(buffer: Any, source: Any, lines: int, size: int, line: int, step: int) -> None:
-    if step == 1:
-        for one in range(lines):
-            for at in range(size):
-                buffer[one * size + at] = wide(source[one * line + at])
-    elif size == 1 and line == 1:
-        for one in range(lines):
-            buffer[one] = wide(source[one])
-    else:
-        for at in range(size):
-            for one in range(lines):
-                buffer[one * size + at] = wide(source[one * line + at * step])
-
-
-@compiled
-def _load(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
-    """Fill a buffer from the tensor at `address`, from its element `start` on."""
-    apart()
-    if kind == FLOAT32:
-        _read(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
-    elif kind == FLOAT64:
-        _read(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
-    elif kind == BFLOAT16:
-        _read(buffer, pointer(address + 2 * start, np.uint16), lines, size, line, step)
-    else:
-        _read(buffer, pointer(address + start, np.int8), lines, size, line, step)
-
-
-@inlined
-def _write(buffer: Any, target: Any, lines: int, size: int, line: int, step: int) -> None:
-    if step == 1 or (size == 1 and line == 1):
-        for one in range(lines):
-            for at in range(size):
-                target[one * line + at] = buffer[one * size + at]
-    else:
-        for at in range(size):
-            for one in range(lines):
-                target[one * line + at * step] = buffer[one * size + at]
-
-
-@compiled
-def _store(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
-    """The inverse of `_load`; bfloat16 rounds to nearest."""
-    apart()
-    if kind == FLOAT32:
-        _write(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
-    elif kind == FLOAT64:
-        _write(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
-    elif kind == BFLOAT16:
-        target = pointer(address + 2 * start, np.uint16)
-        for one in range(lines):
-            for at in range(size):
-                target[one * line + at * step] = nearest(buffer[one * size + at])
-    else:
-        _write(buffer, pointer(address + start, np.int8), lines, size, line, step)
-
-
-@compiled
-def _dequantize(buffer: Any, scales: Any, number: int) -> None:
-    """Multiply every run of a buffer that holds int8 values with its scale."""
-    apart()
-    for run in range(number // RUN):
-        scale = scales[run]
-        for at in range(run * RUN, run * RUN + RUN):
-            buffer[at] = np.float32(np.float32(buffer[at]) * scale)
-
-
-@compiled
-def _quantize(buffer: Any, scales: Any, number: int) -> None:
-    """See `int8.quantize`; the values stay in the buffer."""
-    apart()
-    limit, far = np.float32(127), np.float32(12582912)  # 3 * 2^22: adding it leaves no room for a fraction
-    for run in range(number // RUN):
-        largest = np.uint32(0)
-        for at in range(run * RUN, run * RUN + RUN):
-            # As integers, absolute values compare in the same order, with NaN above infinity.
-            largest = max(largest, np.uint32(to_bits(np.float32(buffer[at])) & np.uint32(0x7FFFFFFF)))
-        absmax = from_bits(largest)
-        scales[run] = np.float32(absmax / limit)
-        inverse = np.float32(np.float32(np.float32(1) / absmax) * limit) if absmax > np.float32(0) else np.float32(0)
-        for at in range(run * RUN, run * RUN + RUN):
-            value = np.float32(np.float32(buffer[at]) * inverse)
-            value = limit if value > limit else (-limit if value < -limit else value)
-            buffer[at] = np.float32(np.float32(value + far) - far) if value == value else np.float32(0)
 
 
 # Sums
@@ -194,7 +100,7 @@ def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native
             if kind == native and step == 1:
                 total[0] += _piece(pointer(row[t.GRAD] + item * (start + at), like), size, like)
             else:
-                _load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
+                load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
                 for one in range(lines):
                     total[one] += _piece(pointer(work[GRADS] + item * one * size, like), size, like)
         for one in range(lines):
@@ -211,7 +117,7 @@ def _element_sums(row: Any, first: int, number: int, target: int, kind: int, wor
     while line < first + number:
         outer, place = line // inner, line % inner
         lines = min(ROOM, first + number - line, inner - place)
-        _load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, one, line_step, one)
+        load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, one, line_step, one)
         base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
         for at in range(lines):
             sums[base + at] = buffer[at] * buffer[at]
@@ -271,11 +177,13 @@ def _folded(row: Any, block: int, tile: int, like: Any) -> float:
 
 
 @compiled
-def _update(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scale: Any, like: Any) -> None:
+def _update(param: Any, grad: Any, exp_avg: Any, number: int, numbers: Any, scale: Any, ahead: int, like: Any) -> None:
     """One block's momentum and parameters, lying side by side."""
     apart()
     keep, new, shrink = as_like(numbers[KEEP1], like), as_like(numbers[NEW1], like), as_like(numbers[SHRINK], like)
-    for at in range(number):
+    even = number // LANES * LANES
+    update_lanes(param, grad, exp_avg, even, keep, new, shrink, scale, ahead)
+    for at in range(even, number):
         average = exp_avg[at] * keep + grad[at] * new
         exp_avg[at] = average
         param[at] = param[at] * shrink - average * scale
@@ -315,7 +223,7 @@ def _taken(
     apart()
     if kind == native and ((lines == 1 and step == 1) or (size == 1 and line == 1)):
         return tensor + like.itemsize * start
-    _load(pointer(buffer, like), tensor, start, kind, lines, size, line, step)
+    load(pointer(buffer, like), tensor, start, kind, lines, size, line, step)
     return buffer
 
 
@@ -338,7 +246,7 @@ def _update_tile(
     runs = row[t.EXP_AVG_SCALE] + F32_BYTES * ((line * row[t.WIDTH] + at) // RUN)  # of rows: see `Compiled._reason`
     every = F32_BYTES * (row[t.WIDTH] // RUN)
     for one in range(lines if kinds[2] == INT8 else 0):
-        _dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
+        dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
     if size == 1:
         values, average = pointer(param, like), pointer(exp_avg, like)
         _update_elements(values, pointer(grad, like), average, lines, numbers, scales, like)
@@ -346,15 +254,15 @@ def _update_tile(
         for one in range(lines):
             skip = item * one * size
             values, average = pointer(param + skip, like), pointer(exp_avg + skip, like)
-            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], like)
+            _update(values, pointer(grad + skip, like), average, size, numbers, scales[one], size, like)
     for one in range(lines if kinds[2] == INT8 else 0):
-        _quantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
+        quantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
     if exp_avg == work[AVERAGES]:
-        _store(pointer(exp_avg, like), row[t.EXP_AVG], m, kinds[2], lines, size, m_line, m_step)
+        store(pointer(exp_avg, like), row[t.EXP_AVG], m, kinds[2], lines, size, m_line, m_step)
     if kinds[0] == BFLOAT16 and row[t.SEED] >= 0:
         _store_random(row, numbers, outer, place, at, lines, size, pointer(param, like))
     elif param == work[PARAMS]:
-        _store(pointer(param, like), row[t.PARAM], p, kinds[0], lines, size, p_line, p_step)
+        store(pointer(param, like), row[t.PARAM], p, kinds[0], lines, size, p_line, p_step)
 
 
 @compiled
@@ -403,7 +311,16 @@ def _update_lines(
             p = row[t.PARAM] + item * (outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1])
             g = row[t.GRAD] + item * (outer * row[t.GRAD_OUTER] + place * row[t.GRAD_OUTER + 1])
             m = row[t.EXP_AVG] + item * (outer * row[t.EXP_AVG_OUTER] + place * row[t.EXP_AVG_OUTER + 1])
-            _update(pointer(p, like), pointer(g, like), pointer(m, like), width, numbers, scales[0], like)
+            _update(
+                pointer(p, like),
+                pointer(g, like),
+                pointer(m, like),
+                width,
+                numbers,
+                scales[0],
+                max(width, every * number * width),
+                like,
+            )
         else:
             for at in range(0, width, longest):
                 _update_tile(row, numbers, line, at, lines, min(longest, width - at), kinds, native, work, like)

@@ -117,6 +117,53 @@ def square_lanes(typing: Any, start: Any, number: Any) -> Any:
 
 
 @intrinsic
+def update_lanes(
+    typing: Any,
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    number: Any,
+    keep: Any,
+    new: Any,
+    shrink: Any,
+    scale: Any,
+    ahead: Any,
+) -> Any:
+    """The update of `number` neighbours, a multiple of LANES, with one scale; asks for the gradients `ahead` of them.
+
+    Those are what is summed next: they come while parameters and momentum are waited for.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes_, whole = param.dtype.bitwidth // 8, ir.IntType(64)
+        vector = ir.VectorType(context.get_value_type(param.dtype), LANES)
+        flag, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, flag, flag, flag])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+
+        def spread(one: Any) -> Any:
+            first = builder.insert_element(ir.Constant(vector, ir.Undefined), one, flag(0))
+            return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(flag, LANES), [0] * LANES))
+
+        keeps, news, shrinks, scales = map(spread, args[4:8])
+        with cgutils.for_range_slice(builder, whole(0), args[3], whole(LANES)) as (index, _):
+            p, g, m = (builder.bitcast(builder.gep(one, [index]), vector.as_pointer()) for one in args[:3])
+            ahead = builder.gep(args[1], [builder.add(index, args[8])])
+            for line in range(0, LANES, 64 // bytes_):
+                builder.call(
+                    fetch, [builder.bitcast(builder.gep(ahead, [whole(line)]), place), flag(0), flag(3), flag(1)]
+                )
+            average = builder.fmul(builder.load(m, align=bytes_), keeps)
+            average = builder.fadd(average, builder.fmul(builder.load(g, align=bytes_), news))
+            builder.store(average, m, align=bytes_)
+            value = builder.fmul(builder.load(p, align=bytes_), shrinks)
+            builder.store(builder.fsub(value, builder.fmul(average, scales)), p, align=bytes_)
+        return context.get_dummy_value()
+
+    return types.none(param, grad, exp_avg, types.int64, *[param.dtype] * 4, types.int64), code
+
+
+@intrinsic
 def wide(typing: Any, value: Any) -> Any:
     """What is stored, as a number: 16 bits are a bfloat16."""
 

@@ -1,0 +1,210 @@
+"""Every engine against the reference over several steps, on shapes, strides and dtypes of every kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels.played import ENGINES, GROUP, LAYOUTS, Played, engine_of, gradients, reference_engine, step
+from torch import Tensor
+
+from titan_adam_mini.kernels.compiled import Compiled
+from titan_adam_mini.layout import BlockLayout
+
+STEPS = 4
+LEFT = {"no columns"}
+"""What compiled engines leave to torch's operations whatever the dtype."""
+
+
+def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[Played, Played]:
+    """The same parameters for an engine and for the reference."""
+    return Played(layouts, engine_of(engine), **options), Played(layouts, reference_engine(), **options)
+
+
+def moved(two: tuple[Played, Played], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
+    grads = gradients({work.name: work.plan.layout for work in two[0].works}, number, dtype)
+    if spoil is not None:
+        spoil(grads)
+    for played in two:
+        played.give(grads)
+        step([played])
+
+
+def compare(two: tuple[Played, Played], left: set[str] = LEFT) -> None:
+    got, want = two
+    if isinstance(got.engine, Compiled):
+        assert set(got.engine._left) <= left, got.engine._left
+    exact = not isinstance(got.engine, Compiled)
+    for mine, other in zip(got.works, want.works, strict=True):
+        name = mine.name
+        assert torch.equal(mine.step, other.step), name
+        assert same(mine.exp_avg, other.exp_avg), f"{name}: momentum is elementwise, the same in every bit"
+        if mine.exp_avg_scale is not None:
+            assert same(mine.exp_avg_scale, other.exp_avg_scale), name
+        if exact:
+            assert same(mine.param, other.param) and same(mine.exp_avg_sq, other.exp_avg_sq), name
+            continue
+        tight = 1e-13 if mine.exp_avg_sq.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(mine.exp_avg_sq, other.exp_avg_sq, rtol=tight, atol=0, equal_nan=True, msg=name)
+        if mine.param.dtype == torch.bfloat16:  # where two float32 differ in the last bit, they may round apart
+            assert (mine.param != other.param).logical_and(~other.param.isnan()).sum() <= 2 + mine.param.numel() // 500
+            tight = 2**-7
+        torch.testing.assert_close(mine.param, other.param, rtol=tight, atol=tight * 0.1, equal_nan=True, msg=name)
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Equal in every element, NaN to NaN."""
+    return bool(((one == two) | ((one != one) & (two != two))).all())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_all_layouts(engine: str, dtype: torch.dtype) -> None:
+    two = pair(engine, dtype=dtype)
+    for number in range(STEPS):
+        moved(two, number, dtype)
+        compare(two)
+    assert any(not torch.equal(a.param, b.param) for a, b in zip(two[0].works, pair(engine)[0].works, strict=True))
+
+
+SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long rows", "large heads")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("dtype", "momentum", "grad"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.int8, torch.float32),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float32, None, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.int8, torch.bfloat16),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float64, torch.bfloat16, torch.float32),
+        (torch.float64, torch.int8, torch.float64),
+    ],
+)
+def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | None, grad: torch.dtype) -> None:
+    two = pair(engine, SMALL, dtype=dtype, momentum=momentum)
+    # int8 runs lie along the rows; where the lines are something else, torch's operations are left to it.
+    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    for number in range(STEPS):
+        moved(two, number, grad)
+        compare(two, left)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.int8])
+def test_tensors_that_are_not_contiguous(engine: str, momentum: torch.dtype | None) -> None:
+    """Parameters stored transposed, then gradients as well; padded rows; every second element."""
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x.clone()
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)[..., : x.shape[-1]] if x.ndim > 1 else x.clone()
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, -1)[..., ::2] if x.ndim else x.clone()
+
+    flat = {name: layout for name, layout in SMALL.items() if len(layout.shape) < 3}
+    for for_params, for_grads in [
+        (transposed, transposed),
+        (transposed, torch.clone),
+        (torch.clone, transposed),
+        (padded, spread),
+        (spread, padded),
+    ]:
+        two = pair(engine, flat, momentum=momentum, store=for_params)
+        for played in two:
+            played.store = for_grads
+        for number in range(2):
+            moved(two, number, torch.float32)
+            compare(two, LEFT | {"elements", "whole", "no rows"})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_that_are_not_regular_are_copied(engine: str) -> None:
+    layouts = {"elements": BlockLayout.of((6, 5, 4), 1, 1, 1), "whole": BlockLayout.of((6, 5, 4), 1, None, None)}
+    two = pair(engine, layouts)
+    for played in two:
+        played.store = lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for number in range(3):
+        moved(two, number, torch.float32)
+        compare(two)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_groups_of_their_own_and_lr_as_a_tensor(engine: str) -> None:
+    groups = [
+        {**GROUP, "lr": torch.tensor(3e-2)},
+        {**GROUP, "betas": (0.0, 0.5), "maximize": True},
+        {**GROUP, "eps": 1e-3, "weight_decay": 0.0},
+        {**GROUP, "betas": (0.95, 0.0)},
+    ]
+    two = pair(engine, SMALL, groups=groups)
+    for number in range(STEPS):
+        groups[0]["lr"].fill_(3e-2 / (1 + number))
+        groups[1]["lr"] = 1e-2 * number
+        moved(two, number, torch.float32)
+        compare(two)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("momentum", [None, torch.int8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
+def test_what_is_not_finite_poisons_what_it_does_in_the_reference(
+    engine: str, momentum: torch.dtype | None, bad: float
+) -> None:
+    def spoil(grads: dict[str, Tensor]) -> None:
+        for grad in grads.values():
+            if grad.numel():
+                grad.view(-1)[grad.numel() * 2 // 3] = bad
+
+    two = pair(engine, SMALL, momentum=momentum)
+    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    for number in range(3):
+        moved(two, number, torch.float32, spoil if number == 1 else None)
+        compare(two, left)
+    rows = two[0].named("rows").param
+    assert int((~rows.isfinite()).any(1).sum()) == (0 if bad == 1e38 else 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_missing_gradients(engine: str) -> None:
+    """Another parameter each step has none: nothing of it moves, the others do."""
+    two = pair(engine, SMALL)
+    names = list(SMALL)
+    for number in range(6):
+        before = {work.name: work.param.clone() for work in two[0].works}
+        gone = set(names[number::3])
+
+        def spoil(grads: dict[str, Any], gone: set[str] = gone) -> None:
+            grads.update(dict.fromkeys(gone))
+
+        moved(two, number, torch.float32, spoil)
+        compare(two)
+        for work in two[0].works:
+            if work.param.numel():
+                assert torch.equal(work.param, before[work.name]) == (work.name in gone), work.name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_random_rounding_has_the_same_bits(engine: str) -> None:
+    """Where there is nothing to sum, float32 values are those of the reference, and so is every rounded bit."""
+    layouts = {"elements": LAYOUTS["elements"], "bias": LAYOUTS["bias"], "more": BlockLayout.of((40, 50), 1, 1)}
+    two = pair(engine, layouts, dtype=torch.bfloat16, momentum=torch.float32, seed=7)
+    plain = pair(engine, layouts, dtype=torch.bfloat16, momentum=torch.float32)
+    for number in range(STEPS):
+        moved(two, number, torch.bfloat16)
+        moved(plain, number, torch.bfloat16)
+    for mine, other, nearest in zip(*(played.works for played in (*two, plain[0])), strict=True):
+        differ = int((mine.param != other.param).sum())
+        assert differ <= mine.param.numel() // 2000, f"{mine.name}: {differ} of {mine.param.numel()}"
+        assert not torch.equal(mine.param, nearest.param)
+    everything = pair(engine, SMALL, dtype=torch.bfloat16, momentum=torch.bfloat16, seed=7)
+    for number in range(2):
+        moved(everything, number, torch.bfloat16)
+    compare(everything)

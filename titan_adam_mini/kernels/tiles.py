@@ -1,0 +1,105 @@
+"""Between a tensor and the buffers of the compiled loops: any dtype, any strides, int8 momentum.
+
+A tile is `lines` lines of `size` elements; `line` is the distance of its lines, `step` that of the elements of a line.
+In a buffer all of it lies side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import int8
+from .machine import apart, compiled, from_bits, inlined, nearest, pointer, to_bits, wide
+
+FLOAT32, FLOAT64, BFLOAT16, INT8 = range(4)
+"""How a tensor's elements are stored."""
+RUN = int8.RUN
+
+
+@inlined
+def _read(buffer: Any, source: Any, lines: int, size: int, line: int, step: int) -> None:
+    if step == 1:
+        for one in range(lines):
+            for at in range(size):
+                buffer[one * size + at] = wide(source[one * line + at])
+    elif size == 1 and line == 1:
+        for one in range(lines):
+            buffer[one] = wide(source[one])
+    else:
+        for at in range(size):
+            for one in range(lines):
+                buffer[one * size + at] = wide(source[one * line + at * step])
+
+
+@compiled
+def load(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
+    """Fill a buffer from the tensor at `address`, from its element `start` on."""
+    apart()
+    if kind == FLOAT32:
+        _read(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
+    elif kind == FLOAT64:
+        _read(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
+    elif kind == BFLOAT16:
+        _read(buffer, pointer(address + 2 * start, np.uint16), lines, size, line, step)
+    else:
+        _read(buffer, pointer(address + start, np.int8), lines, size, line, step)
+
+
+@inlined
+def _write(buffer: Any, target: Any, lines: int, size: int, line: int, step: int) -> None:
+    if step == 1 or (size == 1 and line == 1):
+        for one in range(lines):
+            for at in range(size):
+                target[one * line + at] = buffer[one * size + at]
+    else:
+        for at in range(size):
+            for one in range(lines):
+                target[one * line + at * step] = buffer[one * size + at]
+
+
+@compiled
+def store(buffer: Any, address: int, start: int, kind: int, lines: int, size: int, line: int, step: int) -> None:
+    """The inverse of `load`; bfloat16 rounds to nearest."""
+    apart()
+    if kind == FLOAT32:
+        _write(buffer, pointer(address + 4 * start, np.float32), lines, size, line, step)
+    elif kind == FLOAT64:
+        _write(buffer, pointer(address + 8 * start, np.float64), lines, size, line, step)
+    elif kind == BFLOAT16:
+        target = pointer(address + 2 * start, np.uint16)
+        for one in range(lines):
+            for at in range(size):
+                target[one * line + at * step] = nearest(buffer[one * size + at])
+    else:
+        _write(buffer, pointer(address + start, np.int8), lines, size, line, step)
+
+
+@compiled
+def dequantize(buffer: Any, scales: Any, number: int) -> None:
+    """Multiply every run of a buffer that holds int8 values with its scale."""
+    apart()
+    for run in range(number // RUN):
+        scale = scales[run]
+        for at in range(run * RUN, run * RUN + RUN):
+            buffer[at] = np.float32(np.float32(buffer[at]) * scale)
+
+
+@compiled
+def quantize(buffer: Any, scales: Any, number: int) -> None:
+    """See `int8.quantize`; the values stay in the buffer."""
+    apart()
+    limit, far = np.float32(127), np.float32(12582912)  # 3 * 2^22: adding it leaves no room for a fraction
+    for run in range(number // RUN):
+        largest = np.uint32(0)
+        for at in range(run * RUN, run * RUN + RUN):
+            # As integers, absolute values compare in the same order, with NaN above infinity.
+            largest = max(largest, np.uint32(to_bits(np.float32(buffer[at])) & np.uint32(0x7FFFFFFF)))
+        absmax = from_bits(largest)
+        scales[run] = np.float32(absmax / limit)
+        inverse = np.float32(np.float32(np.float32(1) / absmax) * limit) if absmax > np.float32(0) else np.float32(0)
+        for at in range(run * RUN, run * RUN + RUN):
+            value = np.float32(np.float32(buffer[at]) * inverse)
+            value = limit if value > limit else (-limit if value < -limit else value)
+            buffer[at] = np.float32(np.float32(value + far) - far) if value == value else np.float32(0)
