@@ -27,8 +27,16 @@ from .tensorwise import Tensorwise
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
-TILE, WARPS = 2048, 8
-"""Elements that a program works on at a time, and its warps: the fastest of those tried on an H100."""
+def _tile(param: torch.dtype, exp_avg: torch.dtype) -> tuple[int, int]:
+    """Elements that a program works on at a time, and its warps: the fastest of six tried on an H100 for each.
+
+    int8 momentum takes half of the elements, as whole runs.
+    """
+    if exp_avg == torch.int8:
+        return 2048, 8 if param == torch.float32 else 4
+    return (2048, 8) if param == exp_avg == torch.float32 else (1024, 8)
+
+
 STRIDES = slice(table.PARAM_OUTER, table.COLUMNS)
 _STARTS = (table.PARAM_OUTER, table.GRAD_OUTER, table.EXP_AVG_OUTER)
 
@@ -36,9 +44,10 @@ _STARTS = (table.PARAM_OUTER, table.GRAD_OUTER, table.EXP_AVG_OUTER)
 class _Programs:
     """A table's copy on the device, and who does which tile."""
 
-    def __init__(self, own: Table, runs: bool) -> None:
+    def __init__(self, own: Table, param: torch.dtype, exp_avg: torch.dtype) -> None:
         device = own.scratch.device
         self.table = own
+        self.tile, self.warps = _tile(param, exp_avg)
         self.number = len(own.rows)
         self.values = np.empty(0, dtype=np.int64)
         self.strides = own.rows[:, STRIDES].copy()
@@ -51,7 +60,9 @@ class _Programs:
             outer, inner, width = lines.sizes
             if width and outer * inner:
                 unit = _unit(row)
-                part = _triples(number, outer, inner, triton_kernels.lines_of_program(width, unit, runs, TILE))
+                part = _triples(
+                    number, outer, inner, triton_kernels.lines_of_program(width, unit, exp_avg == torch.int8, self.tile)
+                )
                 narrow = width <= triton_kernels.NARROW
                 found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
             if not alone:
@@ -132,9 +143,9 @@ class TritonEngine(Compiled):
         with _device(here.rows.device):
             for (unit, narrow), programs in here.lists[name].items():
                 self.launches += 1
-                shape = {} if name == "fold" else {"UNIT": unit, "NARROW": narrow, "TILE": TILE}
+                shape = {} if name == "fold" else {"UNIT": unit, "NARROW": narrow, "TILE": here.tile}
                 kernel[(len(programs),)](
-                    here.rows, *args, programs, **constants, **shape, num_warps=WARPS, enable_fp_fusion=False
+                    here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
                 )
 
     def _here(self, table: Table, works: Sequence[Work]) -> _Programs:
@@ -143,7 +154,7 @@ class TritonEngine(Compiled):
         if here is not None and here.table is table and np.array_equal(here.values, rows):
             return here
         if here is None or here.table is not table or not np.array_equal(here.strides, rows[:, STRIDES]):
-            here = self._programs[id(table)] = _Programs(table, works[0].exp_avg_scale is not None)
+            here = self._programs[id(table)] = _Programs(table, works[0].param.dtype, works[0].exp_avg.dtype)
         here.values = rows.copy()
         self._copy(here.values, here.rows)
         return here
