@@ -76,11 +76,10 @@ def lines_of(plan: BlockPlan) -> Lines | str:
     tile, starts = _tile(plan, numbering)
     if tile is None:
         return "its blocks are not runs of rows"
-    if (
-        any(own[dim] != reach[dim] for dim in outer[1:])
-        and prod(reach_shape[dim] for dim in outer) > reach_shape[outer[0]]
-    ):
-        return "its rows are cut along several dims"
+    for group in (outer, inner):
+        longer = [dim for dim in group if reach_shape[dim] > 1]
+        if any(own[dim] != reach[dim] for dim in longer[1:]):
+            return "its rows are cut in the middle"
     blocks = prod(plan.grid_shape)
     if blocks != (len(starts) - 1 if len(starts) else -(-prod(reach_shape[dim] for dim in numbering) // max(tile, 1))):
         return "its rows are cut into several blocks"

@@ -15,7 +15,7 @@ from .machine import apart, compiled, from_bits, inlined, nearest, pointer, to_b
 
 FLOAT32, FLOAT64, BFLOAT16, INT8 = range(4)
 """How a tensor's elements are stored."""
-RUN = int8.RUN
+RUN, TINY = int8.RUN, int8.TINY
 
 
 @inlined
@@ -90,6 +90,7 @@ def dequantize(buffer: Any, scales: Any, number: int) -> None:
 def quantize(buffer: Any, scales: Any, number: int) -> None:
     """See `int8.quantize`; the values stay in the buffer."""
     apart()
+    tiny = np.float32(TINY)
     limit, far = np.float32(127), np.float32(12582912)  # 3 * 2^22: adding it leaves no room for a fraction
     for run in range(number // RUN):
         largest = np.uint32(0)
@@ -97,9 +98,8 @@ def quantize(buffer: Any, scales: Any, number: int) -> None:
             # As integers, absolute values compare in the same order, with NaN above infinity.
             largest = max(largest, np.uint32(to_bits(np.float32(buffer[at])) & np.uint32(0x7FFFFFFF)))
         absmax = from_bits(largest)
-        scales[run] = np.float32(absmax / limit)
-        inverse = np.float32(np.float32(np.float32(1) / absmax) * limit) if absmax > np.float32(0) else np.float32(0)
+        scales[run] = np.float32(0) if absmax < tiny else np.float32(absmax / limit)
+        inverse = np.float32(limit / absmax) if absmax >= tiny else np.float32(0)
         for at in range(run * RUN, run * RUN + RUN):
             value = np.float32(np.float32(buffer[at]) * inverse)
-            value = limit if value > limit else (-limit if value < -limit else value)
             buffer[at] = np.float32(np.float32(value + far) - far) if value == value else np.float32(0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import Work, table, triton_kernels
 from .compiled import Compiled
+from .lines import Lines
 from .table import Table, hyper_parameters
 from .tensorwise import Tensorwise
 
@@ -106,6 +107,11 @@ class TritonEngine(Compiled):
         super().forget()
         self._programs: dict[int, _Programs] = {}
         self._kept: list[Tensor] = []
+
+    def _reason(self, work: Work, lines: Lines) -> str | None:
+        if work.exp_avg_scale is not None and not (work.param.is_contiguous() and work.exp_avg.is_contiguous()):
+            return "its int8 momentum is not contiguous"
+        return super()._reason(work, lines)
 
     def run_sums(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_sums`."""
