@@ -126,7 +126,7 @@ class Case:
         return place(full, self.mesh, self.placements[key]).to_local()
 
 
-def against_oracle(rank: int, world: int, name: str, foreach: bool) -> float:
+def against_oracle(rank: int, world: int, name: str, foreach: bool | None) -> float:
     case = Case(name, torch.float64, foreach=foreach)
     layouts = {key: blocks.layout for key, blocks in case.partition.assign(case.shapes).items()}
     oracle = Oracle(case.full, layouts)
@@ -146,12 +146,14 @@ def against_oracle(rank: int, world: int, name: str, foreach: bool) -> float:
 def test_equals_the_oracle_on_every_mesh(name: str) -> None:
     """20 steps, changing gradients, moving learning rate, two decays, clipping: within 1e-12 in float64."""
     size = torch.Size(MESHES[name][0]).numel()
-    errors = run(against_oracle, size, name, True)
+    errors = run(against_oracle, size, name, None)
     print(f"{name}: largest relative error {max(errors):.1e}")
     assert max(errors) < 1e-12
 
 
-def bits(rank: int, world: int, name: str, dtype: torch.dtype, foreach: bool) -> dict[str, tuple[Tensor, Tensor]]:
+def bits(
+    rank: int, world: int, name: str, dtype: torch.dtype, foreach: bool | None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Parameters and second moments in full after 20 steps, put together from the shards."""
     case = Case(name, dtype, foreach=foreach)
     for number in range(20):
@@ -163,17 +165,18 @@ def bits(rank: int, world: int, name: str, dtype: torch.dtype, foreach: bool) ->
     }
 
 
+@pytest.mark.parametrize("foreach", [None, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fsdp_and_hsdp_of_any_size_give_the_bits_of_one_device(dtype: torch.dtype) -> None:
-    want = run(bits, 1, "FSDP2 over 1", dtype, True)[0]
+def test_fsdp_and_hsdp_of_any_size_give_the_bits_of_one_device(dtype: torch.dtype, foreach: bool | None) -> None:
+    want = run(bits, 1, "FSDP2 over 1", dtype, foreach)[0]
     for name in ("FSDP2 over 2", "FSDP2 over 3", "FSDP2 over 4", "FSDP2 over 7", "HSDP 2x2", "HSDP 2x3"):
-        for got in run(bits, torch.Size(MESHES[name][0]).numel(), name, dtype, True):
+        for got in run(bits, torch.Size(MESHES[name][0]).numel(), name, dtype, foreach):
             for key, (param, grid) in want.items():
                 assert torch.equal(got[key][0], param), (name, key)
                 assert torch.equal(got[key][1], grid), (name, key)
 
 
-def test_the_reference_engine_gives_the_same_bits() -> None:
+def test_the_reference_and_the_vectorized_engine_give_the_same_bits() -> None:
     want = run(bits, 1, "FSDP2 over 1", torch.float32, True)[0]
     got = run(bits, 3, "FSDP2 over 3", torch.float32, False)[2]
     assert all(torch.equal(got[key][0], want[key][0]) and torch.equal(got[key][1], want[key][1]) for key in want)

@@ -8,9 +8,13 @@ import pytest
 import torch
 from kernels.played import ENGINES, GROUP, LAYOUTS, Played, engine_of, gradients, reference_engine, step
 from torch import Tensor
+from torch.distributed.tensor import Shard
 
+from titan_adam_mini.kernels import Work
 from titan_adam_mini.kernels.compiled import Compiled
 from titan_adam_mini.layout import BlockLayout
+from titan_adam_mini.plan import BlockPlan
+from titan_adam_mini.sharding import Shard as Part
 
 STEPS = 4
 LEFT = {"no columns"}
@@ -208,3 +212,21 @@ def test_random_rounding_has_the_same_bits(engine: str) -> None:
     for number in range(2):
         moved(everything, number, torch.bfloat16)
     compare(everything)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_random_rounding_of_elements_beyond_the_four_thousand_millionth(engine: str) -> None:
+    """One row of a huge tensor, in the middle of which the elements' numbers get a 33rd bit."""
+    layout = BlockLayout.of((66_000, 66_000), 1, None)
+    plan = BlockPlan.of(layout, Part.of(layout.shape, [Shard(0)], (66_000,), (2**32 // 66_000,)))
+    results = []
+    for one in (engine_of(engine), engine_of("foreach")):
+        generator = torch.Generator().manual_seed(0)
+        param, grad = (torch.randn(1, 66_000, generator=generator).bfloat16() for _ in range(2))
+        state = {"exp_avg": torch.zeros(1, 66_000), "exp_avg_sq": torch.zeros(1, 1), "step": torch.zeros(())}
+        work = Work(
+            name="w", plan=plan, param=param, grad=grad, exp_avg_scale=None, group=GROUP, decay=True, seed=1, **state
+        )
+        one.update([work])
+        results.append(param)
+    assert int((results[0] != results[1]).sum()) <= 20

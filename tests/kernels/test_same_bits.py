@@ -16,13 +16,13 @@ from titan_adam_mini.layout import BlockLayout
 ROWS = {
     "rows": LAYOUTS["rows"],
     "heads": LAYOUTS["heads"],
-    "large heads": LAYOUTS["large heads"],
     "norm": LAYOUTS["norm"],
     "bias": LAYOUTS["bias"],
     "fused": LAYOUTS["fused"],
     "experts": LAYOUTS["experts"],
     "whole experts": LAYOUTS["whole experts"],
     "long rows": LAYOUTS["long rows"],
+    "large heads": LAYOUTS["large heads"],
     "whole": LAYOUTS["whole"],
     "scalar": LAYOUTS["scalar"],
 }
@@ -40,14 +40,13 @@ def world(engine: str, ranks: int, steps: int = 3, without: int | None = None, *
     return players
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "options",
+    ("engine", "options"),
     [
-        {},
-        {"dtype": torch.bfloat16, "seed": 3},
-        {"dtype": torch.float64},
-        {"momentum": torch.int8},
+        *((engine, {}) for engine in ENGINES),
+        ("cpu", {"dtype": torch.bfloat16, "seed": 3}),
+        ("cpu", {"dtype": torch.float64}),
+        ("cpu", {"momentum": torch.int8}),
     ],
     ids=str,
 )

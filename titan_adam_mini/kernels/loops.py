@@ -29,7 +29,8 @@ from .machine import (
     mix,
     nearby,
     pointer,
-    square_lanes,
+    salt,
+    squares,
     take,
     update_lanes,
 )
@@ -48,15 +49,12 @@ ROW, START, NUMBER, KIND = range(4)
 SUM, FOLDED, ZERO, UPDATE, WHOLE = range(5)
 """Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block."""
 
-ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY = range(10)
-"""Columns of the numbers of a work's step (see `prepare`)."""
-NUMBERS = 10
+ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY, NUMBERS = range(11)
+"""Columns of the numbers of a work's step (see `prepare`), and how many there are."""
 
 PARAMS, GRADS, AVERAGES, SCALES, GIVEN, TOTALS, ITEM = range(7)
 """What a thread works with: the addresses of six buffers of ROOM elements, and the bytes of an element."""
 BUFFERS = 6
-
-F32_BYTES, MASK, GOLDEN = 4, rounding.MASK, rounding.GOLDEN
 
 
 def _stamp() -> int:
@@ -68,16 +66,6 @@ def _stamp() -> int:
 
 
 # Sums
-
-
-@inlined
-def _piece(start: Any, size: int, like: Any) -> Any:
-    """Sum of squares of up to PIECE neighbours."""
-    even = size // LANES * LANES
-    total = square_lanes(start, even)
-    for at in range(even, size):
-        total = as_like(total + start[at] * start[at], like)
-    return total
 
 
 @inlined
@@ -98,11 +86,11 @@ def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native
         for at in range(0, width, PIECE):
             size = min(PIECE, width - at)
             if kind == native and step == 1:
-                total[0] += _piece(pointer(row[t.GRAD] + item * (start + at), like), size, like)
+                total[0] += squares(pointer(row[t.GRAD] + item * (start + at), like), size, like)
             else:
                 load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
                 for one in range(lines):
-                    total[one] += _piece(pointer(work[GRADS] + item * one * size, like), size, like)
+                    total[one] += squares(pointer(work[GRADS] + item * one * size, like), size, like)
         for one in range(lines):
             sums[base + one] = as_like(total[one], like)
         line += lines
@@ -204,15 +192,20 @@ def _update_elements(param: Any, grad: Any, exp_avg: Any, number: int, numbers: 
 def _store_random(row: Any, numbers: Any, outer: int, place: int, at: int, lines: int, size: int, buffer: Any) -> None:
     """Round a tile of parameters at random; it begins at the own line (outer, place) and `at` inside of it."""
     apart()
-    key = np.uint64(np.int64(numbers[KEY]))
-    target = pointer(row[t.PARAM], np.uint16)
-    start = outer * row[t.PARAM_OUTER] + place * row[t.PARAM_OUTER + 1] + at * row[t.PARAM_OUTER + 2]
-    index = row[t.INDEX] + outer * row[t.INDEX + 1] + place * row[t.INDEX + 2] + at * row[t.INDEX + 3]
+    key, step = np.uint32(np.int64(numbers[KEY])), row[t.PARAM_OUTER + 2]
     for one in range(lines):
-        for more in range(size):
-            number = index + one * row[t.INDEX + 2] + more * row[t.INDEX + 3]
-            where = start + one * row[t.PARAM_OUTER + 1] + more * row[t.PARAM_OUTER + 2]
-            target[where] = nearby(buffer[one * size + more], number, key)
+        line = place + one
+        start = outer * row[t.PARAM_OUTER] + line * row[t.PARAM_OUTER + 1] + at * step
+        target = pointer(row[t.PARAM] + 2 * start, np.uint16)
+        first = row[t.INDEX] + outer * row[t.INDEX + 1] + line * row[t.INDEX + 2] + at * row[t.INDEX + 3]
+        salted, apart_by = salt(first, key), np.uint32(row[t.INDEX + 3])
+        same = first >> 32 == (first + (size - 1) * row[t.INDEX + 3]) >> 32
+        for more in range(size if same else 0):
+            low = np.uint32(np.uint32(first) + np.uint32(np.uint32(more) * apart_by))
+            target[more * step] = nearby(buffer[one * size + more], low, salted)
+        for more in range(0 if same else size):
+            index = first + more * row[t.INDEX + 3]
+            target[more * step] = nearby(buffer[one * size + more], np.uint32(index), salt(index, key))
 
 
 @compiled
@@ -243,8 +236,8 @@ def _update_tile(
     grad = _taken(work[GRADS], row[t.GRAD], g, kinds[1], native, lines, size, g_line, g_step, like)
     exp_avg = _taken(work[AVERAGES], row[t.EXP_AVG], m, kinds[2], native, lines, size, m_line, m_step, like)
     item, scales = work[ITEM], pointer(work[SCALES], like)
-    runs = row[t.EXP_AVG_SCALE] + F32_BYTES * ((line * row[t.WIDTH] + at) // RUN)  # of rows: see `Compiled._reason`
-    every = F32_BYTES * (row[t.WIDTH] // RUN)
+    runs = row[t.EXP_AVG_SCALE] + 4 * ((line * row[t.WIDTH] + at) // RUN)  # of rows: see `Compiled._reason`
+    every = 4 * (row[t.WIDTH] // RUN)
     for one in range(lines if kinds[2] == INT8 else 0):
         dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
     if size == 1:
@@ -369,13 +362,12 @@ def _entries(stamp: int) -> tuple[Any, Any]:
             steps[0] += np.float32(1)
             step = np.float64(steps[0])
             own[RATE], own[ROOT] = values[t.LR] / (1 - values[t.BETA1] ** step), 1 - values[t.BETA2] ** step
-            own[KEEP1], own[NEW1] = (
-                values[t.BETA1],
-                (values[t.BETA1] - 1 if values[t.MAXIMIZE] else 1 - values[t.BETA1]),
-            )
+            own[KEEP1], own[NEW1] = values[t.BETA1], 1 - values[t.BETA1]
+            if values[t.MAXIMIZE]:
+                own[NEW1] = -own[NEW1]
             own[KEEP2], own[NEW2], own[SMALL] = values[t.BETA2], 1 - values[t.BETA2], values[t.EPS]
             own[SHRINK] = 1 - values[t.LR] * values[t.WEIGHT_DECAY] if row[t.DECAY] else 1.0
-            own[KEY] = mix((np.uint64(row[t.SEED]) + np.uint64(step) * np.uint64(GOLDEN)) & np.uint64(MASK))
+            own[KEY] = mix(np.uint32(np.uint64(row[t.SEED]) + np.uint64(step) * np.uint64(rounding.GOLDEN)))
 
     def run(rows: Any, units: Any, counter: int, numbers: Any, kinds: Any, native: int, work: Any, like: Any) -> None:
         """Take units of one phase until none is left; several threads may do so at once, each with its own `work`."""

@@ -116,6 +116,16 @@ def square_lanes(typing: Any, start: Any, number: Any) -> Any:
     return start.dtype(start, types.int64), code
 
 
+@inlined
+def squares(start: Any, size: int, like: Any) -> Any:
+    """Sum of squares of `size` neighbours: what is left over after the lanes is added one by one."""
+    even = size // LANES * LANES
+    total = square_lanes(start, even)
+    for at in range(even, size):
+        total = as_like(total + start[at] * start[at], like)
+    return total
+
+
 @intrinsic
 def update_lanes(
     typing: Any,
@@ -180,24 +190,30 @@ def wide(typing: Any, value: Any) -> Any:
 def nearest(value: Any) -> Any:
     """A float as the 16 bits of the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = to_bits(np.float32(value))
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.uint16(rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC0))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+    number = np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
+    return np.uint16(rounded if number else np.uint32(0x7FC0))
 
 
 @compiled
 def mix(x: Any) -> Any:
-    """See `rounding.mix`."""
-    x = ((x ^ (x >> np.uint64(16))) * np.uint64(MIX1)) & np.uint64(MASK)
-    x = ((x ^ (x >> np.uint64(15))) * np.uint64(MIX2)) & np.uint64(MASK)
-    return x ^ (x >> np.uint64(16))
+    """See `rounding.mix`; in 32 bits, so that it is done for many at once."""
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(MIX1))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(MIX2))
+    return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 @compiled
-def nearby(value: Any, index: Any, key: Any) -> Any:
-    """A float as the 16 bits of a neighbouring bfloat16 (see `rounding.stochastic`)."""
-    index = np.uint64(index)
-    low, high = index & np.uint64(MASK), index >> np.uint64(32)
-    noise = mix(low ^ key ^ mix(high + np.uint64(GOLDEN))) & np.uint64(0xFFFF)
+def salt(index: Any, key: Any) -> Any:
+    """What is the same for all elements whose number has the same upper 32 bits."""
+    return np.uint32(key ^ mix(np.uint32(np.uint32(np.uint64(index) >> np.uint64(32)) + np.uint32(GOLDEN))))
+
+
+@compiled
+def nearby(value: Any, low: Any, salted: Any) -> Any:
+    """A float as the 16 bits of a neighbouring bfloat16 (see `rounding.stochastic`); `low` is of its number."""
+    noise = np.uint32(mix(np.uint32(low ^ salted)) & np.uint32(0xFFFF))
     bits = to_bits(np.float32(value))
-    finite = (bits & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)
-    return np.uint16((bits + np.uint32(noise)) >> np.uint32(16)) if finite else nearest(value)
+    finite = np.uint32(bits & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)
+    return np.uint16(np.uint32(bits + noise) >> np.uint32(16)) if finite else nearest(value)
