@@ -109,7 +109,7 @@ def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: t
                 line += f"; not fused: there is no fused engine for {device.type!r} tensors"
         except ImportError as error:
             line += f"; not fused: {error.name} cannot be imported ({error})"
-    if capturable and (engine is plain or device.type != "cuda"):
+    if capturable and device.type != "meta" and (device.type != "cuda" or isinstance(engine, Tensorwise)):
         raise ValueError(
             f"capturable=True needs the fused engine on CUDA, and this is {line} on {device.type!r}; leave foreach and "
             "capturable out"

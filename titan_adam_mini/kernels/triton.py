@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -47,7 +48,6 @@ class _Programs:
 
     def __init__(self, own: Table, param: torch.dtype, exp_avg: torch.dtype) -> None:
         device = own.scratch.device
-        self.table = own
         self.tile, self.warps = _tile(param, exp_avg)
         self.number = len(own.rows)
         self.values = np.empty(0, dtype=np.int64)
@@ -105,7 +105,7 @@ class TritonEngine(Compiled):
     def forget(self) -> None:
         """See `Engine.forget`."""
         super().forget()
-        self._programs: dict[int, _Programs] = {}
+        self._programs: WeakKeyDictionary[Table, _Programs] = WeakKeyDictionary()
         self._kept: list[Tensor] = []
 
     def _reason(self, work: Work, lines: Lines) -> str | None:
@@ -156,11 +156,11 @@ class TritonEngine(Compiled):
 
     def _here(self, table: Table, works: Sequence[Work]) -> _Programs:
         """The table's copy on the device, brought up to date if an address has changed."""
-        here, rows = self._programs.get(id(table)), table.rows
-        if here is not None and here.table is table and np.array_equal(here.values, rows):
+        here, rows = self._programs.get(table), table.rows
+        if here is not None and np.array_equal(here.values, rows):
             return here
-        if here is None or here.table is not table or not np.array_equal(here.strides, rows[:, STRIDES]):
-            here = self._programs[id(table)] = _Programs(table, works[0].param.dtype, works[0].exp_avg.dtype)
+        if here is None or not np.array_equal(here.strides, rows[:, STRIDES]):
+            here = self._programs[table] = _Programs(table, works[0].param.dtype, works[0].exp_avg.dtype)
         here.values = rows.copy()
         self._copy(here.values, here.rows)
         return here
