@@ -177,6 +177,17 @@ def test_what_is_not_finite_poisons_what_it_does_in_the_reference(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, 0x7F7FFFFF, 0x7F800000])
+def test_bfloat16_rounds_whatever_bits_there_are(engine: str, bits: int) -> None:
+    """A NaN that overflowed while it is rounded would become zero."""
+    two = pair(engine, {"rows": LAYOUTS["rows"]}, dtype=torch.bfloat16)
+    odd = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    moved(two, 0, torch.float32, lambda grads: grads["rows"][5].fill_(odd))
+    compare(two)
+    assert odd.isfinite() or not two[0].works[0].param[5].isfinite().any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_missing_gradients(engine: str) -> None:
     """Another parameter each step has none: nothing of it moves, the others do."""
     two = pair(engine, SMALL)
