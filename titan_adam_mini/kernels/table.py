@@ -118,9 +118,8 @@ class Table:
         """Let go of gradients that had to be copied."""
         self._copies = []
 
-    def refresh(self, works: Sequence[Work]) -> bool:
-        """Take all addresses and strides anew; True if any of them changed."""
-        before = self.rows.copy()
+    def refresh(self, works: Sequence[Work]) -> None:
+        """Take all addresses and strides anew."""
         grads = [work.grad for work in works]
         if grads[0] is not None:
             for number, work in enumerate(works):
@@ -140,7 +139,6 @@ class Table:
             [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
         ]
         self.rows[:, :SCALE] = np.asarray(addresses, dtype=np.int64).T
-        return not np.array_equal(before, self.rows)
 
     def _note_strides(self, number: int, work: Work) -> Tensor:
         """Note the strides of param, gradient and momentum along the lines; returns the gradient, a copy if need be."""
