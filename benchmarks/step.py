@@ -1,7 +1,7 @@
 """One step of AdamMini against AdamW fused, in pairs: `python benchmarks/step.py [--repeats 21] [--threads 2]`.
 
-On a GPU the tensors of Llama 3 8B with four layers (1.92 billion parameters), steps queued four in a row; on a CPU a Llama
-of 60 million parameters in 75 tensors. Plain tensors, random gradients; medians, and the median of the pairs' ratios.
+On a GPU the tensors of Llama 3 8B with four layers (1.92 billion parameters), steps queued four in a row; on a CPU a
+Llama of 60 million parameters in 75 tensors. Plain tensors, random gradients; medians, and the median of the ratios.
 """
 
 from __future__ import annotations
