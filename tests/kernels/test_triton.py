@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.played import LAYOUTS as EVERY
+from kernels.played import Played, gradients, reference_engine
+from kernels.played import step as one_step
 from on_device import DEVICE, Wrapper
 from torch import Tensor
 
@@ -104,6 +107,24 @@ def test_bfloat16_parameters(momentum: torch.dtype | None, at_random: bool) -> N
     """Rounded as torch rounds, or with the very same random bits; a last bit of the sums may tip a rounding."""
     options = {"dtype": torch.bfloat16, "momentum_dtype": momentum, "stochastic_rounding": at_random}
     assert_close(trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options), 0.0, share=2e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
+@pytest.mark.parametrize(("dtype", "momentum"), [(torch.float32, None), (torch.bfloat16, torch.int8)], ids=str)
+def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    layouts = {name: layout for name, layout in EVERY.items() if name not in ("long rows", "large heads")}
+    engine = triton.TritonEngine(Tensorwise("foreach", vectorized))
+    two = [Played(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
+    for number in range(2):
+        for played in two:
+            played.give(gradients(layouts, number, dtype))
+            one_step([played])
+    assert set(engine._left) <= {"no columns", "elements", "fused columns"}, engine._left
+    for mine, other in zip(two[0].works, two[1].works, strict=True):
+        assert torch.equal(mine.exp_avg, other.exp_avg), f"{mine.name}: momentum has nothing to add up"
+        torch.testing.assert_close(mine.exp_avg_sq, other.exp_avg_sq, rtol=1e-6, atol=0, msg=mine.name)
+        tight = 1e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(mine.param, other.param, rtol=tight, atol=tight / 10, msg=mine.name)
 
 
 def test_missing_gradients_leave_a_parameter_alone() -> None:
