@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from . import kernels, momentum
+from .arguments import NAMES_NEEDED, check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
 from .kernels import Work, int8, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
@@ -25,19 +26,6 @@ from .sharding import as_state, local, shard_of
 from .state import adopt_all
 
 log = logging.getLogger("titan_adam_mini")
-
-NAMES_NEEDED = (
-    "AdamMini decides how a parameter is cut into blocks by its name: pass model.named_parameters() instead of "
-    "model.parameters(), or param groups whose 'params' are (name, parameter) pairs, or that have 'param_names'"
-)
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8, torch.float16, torch.float64)
-UNSUPPORTED = {
-    "amsgrad": "AdamMini has no amsgrad variant; leave amsgrad out",
-    "differentiable": "AdamMini updates in place and cannot be differentiated through; leave differentiable out",
-    "dim": "AdamMini reads sizes from the parameters; leave dim out",
-    "model_sharding": "AdamMini finds out by itself how parameters are sharded; leave model_sharding out",
-    "verbose": "AdamMini logs through logging.getLogger('titan_adam_mini'); leave verbose out",
-}
 
 
 class AdamMini(Optimizer):
@@ -93,15 +81,8 @@ class AdamMini(Optimizer):
         seed: int = 0,
         **unsupported: Any,
     ) -> None:
-        for name, value in unsupported.items():
-            if name not in UNSUPPORTED:
-                raise TypeError(f"AdamMini got an unknown argument {name!r}")
-            if value or name not in ("amsgrad", "differentiable"):
-                raise ValueError(UNSUPPORTED[name])
-        if foreach and fused:
-            raise ValueError("foreach=True and fused=True cannot be combined; pass one of them, or neither")
-        if momentum_dtype not in MOMENTUM_DTYPES:
-            raise ValueError(f"momentum_dtype is one of {', '.join(map(str, MOMENTUM_DTYPES))}, not {momentum_dtype}")
+        refuse_unsupported(unsupported)
+        check_options(foreach, fused, momentum_dtype)
         heads = (n_heads, n_kv_heads, head_dim)
         if partition is None:
             partition = Partition.transformer(
@@ -144,7 +125,7 @@ class AdamMini(Optimizer):
                 raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
             known.add(name)
         group["params"] = params
-        _check_hyper_parameters({**self.defaults, **group})
+        check_hyper_parameters({**self.defaults, **group})
         super().add_param_group(group)
         self._names.append(names)
         if hasattr(self, "_blocks"):  # not while the first groups are added
@@ -388,18 +369,3 @@ class AdamMini(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_plan()
-
-
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Invalid lr: a tensor of shape {tuple(lr.shape)}; pass a float or a 0-d tensor")
-    for name, value, valid in (
-        ("lr", lr, float(lr) >= 0),
-        ("betas[0]", beta1, 0 <= beta1 < 1),
-        ("betas[1]", beta2, 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] > 0),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-    ):
-        if not valid:
-            raise ValueError(f"Invalid {name}: {value}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work, loops, tiles
+from . import Work, log, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
 from .table import COLUMNS, Table, hyper_parameters
@@ -97,10 +98,13 @@ def _compiled(dtype: torch.dtype) -> str | None:
         rows, counter = np.zeros((0, COLUMNS), np.int64), np.zeros(1, np.int64)
         units, kinds = np.zeros((0, 4), np.int64), np.zeros(3, np.int64)
         numbers = np.zeros((0, loops.NUMBERS))
+        started = time.perf_counter()
         try:
             loops.prepare(rows, np.zeros((0, 8)), np.zeros(0, np.bool_), numbers)
             _work(dtype, rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
             _failed[dtype] = None
+            if (seconds := time.perf_counter() - started) > 1:
+                log.info(f"AdamMini: compiled its CPU loops for {dtype} in {seconds:.0f} s; numba keeps them for later")
         except Exception as error:  # numba's many ways to fail: a step in torch's operations is better than none
             _failed[dtype] = f"numba cannot compile its loops ({type(error).__name__}: {str(error).strip()[:300]})"
     return _failed[dtype]
