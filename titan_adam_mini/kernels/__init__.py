@@ -104,7 +104,7 @@ def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: t
             elif device.type == "cuda":
                 from .triton import TritonEngine
 
-                engine, line = TritonEngine(plain, capturable), "fused (Triton)"
+                engine, line = TritonEngine(plain), "fused (Triton)"
             else:
                 line += f"; not fused: there is no fused engine for {device.type!r} tensors"
         except ImportError as error:

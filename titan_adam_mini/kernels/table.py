@@ -81,10 +81,9 @@ class Table:
         groups = list({id(work.group): None for work in works})
 
         sizes = [
-            (0 if work.sums is not None else one.number, 0 if alone else one.blocks)
+            (0, 0) if alone else (0 if work.sums is not None else one.number, one.blocks)
             for work, one, alone in zip(works, lines, self.one_line, strict=True)
         ]
-        sizes = [(0, 0) if alone else size for size, alone in zip(sizes, self.one_line, strict=True)]
         self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)
         free, width = self.scratch.data_ptr(), self.scratch.element_size()
         for row, work, one, (sums, blocks) in zip(self.rows, works, lines, sizes, strict=True):

@@ -97,9 +97,8 @@ class TritonEngine(Compiled):
     step_on_device = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
-    def __init__(self, plain: Tensorwise, capturable: bool = False) -> None:
+    def __init__(self, plain: Tensorwise) -> None:
         super().__init__(plain)
-        self.capturable = capturable
         self.launches = 0
 
     def forget(self) -> None:
