@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .kernels import Engine, Work
@@ -126,7 +127,8 @@ class Exchange:
 
     def _reduce_max(self, group: Group, values: list[int]) -> list[int]:
         device = self._device(group)
-        if device.type == "meta":  # a plan on the meta device is made to be looked at: nothing is computed
+        # A plan on the meta device, or of fake tensors, is made to be looked at: nothing is computed.
+        if device.type == "meta" or active_fake_mode() is not None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.groups[group])

@@ -105,14 +105,14 @@ def _halve(x: Tensor, dim: int) -> Tensor:
 def _tile_numbers(tiles: Tiles, device: torch.device) -> Tensor:
     """For every index of a dim the number of its tile, int64 [size]."""
     lengths = torch.tensor(tiles.lengths(), dtype=torch.int64)
-    return torch.arange(tiles.count).repeat_interleave(lengths).to(device)
+    return torch.arange(tiles.count).repeat_interleave(lengths, output_size=tiles.size).to(device)
 
 
 @cache
 def _by_length(tiles: Tiles, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
     """Per tile length: the indices of its tiles, int64 [count * length], and their numbers, int64 [count]."""
     lengths = torch.tensor(tiles.lengths(), dtype=torch.int64)
-    of_index = lengths.repeat_interleave(lengths)
+    of_index = lengths.repeat_interleave(lengths, output_size=tiles.size)
     return {
         length: (
             (of_index == length).nonzero().flatten().to(device),

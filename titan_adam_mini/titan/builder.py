@@ -97,9 +97,16 @@ def build_adam_mini(
 
 
 def optimizer_of(
-    part: torch.nn.Module, optimizer_config: Any, parallel_dims: Any, partition: Partition | None = None
+    part: torch.nn.Module,
+    optimizer_config: Any,
+    parallel_dims: Any,
+    partition: Partition | None = None,
+    momentum_dtype: torch.dtype | None = None,
 ) -> AdamMini:
-    """AdamMini for one model part, without state yet: on the meta device too, where its table can be looked at."""
+    """AdamMini for one model part, without state yet: on the meta device too, where its table can be looked at.
+
+    `momentum_dtype` stands in for the configuration's.
+    """
     implementation = optimizer_config.implementation
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
@@ -114,7 +121,7 @@ def optimizer_of(
         eps=optimizer_config.eps,
         weight_decay=optimizer_config.weight_decay,
         partition=partition or _partition_of(part, knobs, staged=parallel_dims.pp_enabled),
-        momentum_dtype=knobs.momentum_dtype,
+        momentum_dtype=momentum_dtype or knobs.momentum_dtype,
         stochastic_rounding=knobs.stochastic_rounding,
         foreach=implementation == "foreach",
         fused=implementation == "fused",

@@ -1,0 +1,247 @@
+"""One rank's training step on fake tensors: torchtitan's own model, parallelisation, loss and clipping, torch's own
+trackers, a fake process group. Nothing is allocated and nothing is sent.
+
+Takes a process for itself, because torchtitan is imported and device and attention are replaced: see `estimate.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.train_spec import get_train_spec
+
+from titan_adam_mini.memory.tracker import own_propagation, state_of, tracker_of
+from titan_adam_mini.titan.build import Built, built
+from titan_adam_mini.titan.builder import optimizer_of
+from titan_adam_mini.titan.device import prepare_model_parts
+
+STEP = "optimizer step"
+MOMENTA = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a phase at which most is held.
+
+    Attributes:
+        phase: "forward and backward" or "optimizer step".
+        held: category -> bytes; optimizer state among them.
+    """
+
+    phase: str
+    held: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all categories."""
+        return sum(self.held.values())
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What one rank holds while it trains.
+
+    Attributes:
+        model: name and flavor.
+        mesh: axis -> degree, those above one.
+        ngpu, rank: the rank that was simulated, and of how many.
+        batch, microbatches: sequences per rank and step; how many forward passes those are made in.
+        seq_len: tokens per sequence.
+        checkpointing: mode of activation checkpointing.
+        dtypes: of parameters, and of the computation.
+        peaks: optimizer -> the peak of each phase.
+        parameters: parameters of this rank, elements.
+    """
+
+    model: str
+    mesh: dict[str, int]
+    ngpu: int
+    rank: int
+    batch: int
+    microbatches: int
+    seq_len: int
+    checkpointing: str
+    dtypes: tuple[str, str]
+    parameters: int
+    peaks: dict[str, list[Peak]] = field(default_factory=dict)
+
+    def peak(self, optimizer: str) -> Peak:
+        """The larger of an optimizer's peaks."""
+        return max(self.peaks[optimizer], key=lambda peak: peak.total)
+
+
+def simulate(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str]) -> Simulated:
+    """Simulate one training step of rank `rank` of `ngpu`, for every optimizer.
+
+    Forward and backward are simulated once, because no optimizer takes part in them; its state, which is there all the
+    time, is added to what they hold.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        optimizers: "AdamW", "AdamMini" (momentum as configured), "AdamMini float32", "... bfloat16", "... int8".
+
+    Raises:
+        ValueError: the configuration cannot be built, or not be simulated, in words.
+    """
+    with built(arguments, ngpu, rank) as model, _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        config = model.config
+        for part in model.parts:
+            part.to_empty(device="cpu")
+            part.train()
+        prepare_model_parts(model.parts)
+        tracker = tracker_of(model.parts)
+        with tracker:
+            batch, microbatches = _train(model)
+            during = tracker.held("peak")
+            peaks = {}
+            for name in optimizers:
+                gc.collect()
+                peaks[name] = _step(tracker, model, name, during)
+        types = (config.training.dtype, config.training.mixed_precision_param)
+        return Simulated(
+            f"{config.model.name} {config.model.flavor}",
+            model.mesh,
+            ngpu,
+            rank,
+            batch,
+            microbatches,
+            config.training.seq_len,
+            _checkpointing(config),
+            types,
+            sum(param.numel() for part in model.parts for param in part.parameters()),
+            peaks,
+        )
+
+
+def _checkpointing(config: Any) -> str:
+    mode = config.activation_checkpoint.mode
+    return f"{mode} ({config.activation_checkpoint.selective_ac_option})" if mode == "selective" else mode
+
+
+# Forward and backward
+
+
+def _train(model: Built) -> tuple[int, int]:
+    """Forward and backward as torchtitan's trainer runs them; sequences, and passes they are made in."""
+    config, dims = model.config, model.dims
+    training = config.training
+    loss_fn = get_train_spec(config.model.name).build_loss_fn(config, parallel_dims=dims)
+    context = dist_utils.get_train_context(dims.tp_enabled and not config.parallelism.disable_loss_parallel)
+    amp = dist_utils.maybe_enable_amp(dims, training.mixed_precision_param, "cpu")
+    size = training.local_batch_size
+    ranks = dims.dp_replicate * dims.dp_shard
+    passes = max(training.global_batch_size, size * ranks) // (size * ranks)
+    shape = (size, training.seq_len // dims.cp)
+    for _ in range(min(passes, 2)):  # gradients lie there from the second pass on, and no more of them from the third
+        tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        (part,) = model.parts
+        with context():
+            with amp:
+                prediction = part(tokens)
+                loss = loss_fn(prediction, labels) / torch.tensor(1.0)
+            del prediction
+            loss.backward()
+        del loss
+    return size, passes
+
+
+# The optimizer's step
+
+
+def _step(tracker: Any, model: Built, name: str, during: dict[str, int]) -> list[Peak]:
+    """Peaks of both phases with one optimizer, whose state is made, measured and dropped again."""
+    tracker.stepping = True
+    optimizers = [_optimizer(part, model, name) for part in model.parts]
+    for optimizer in optimizers:
+        if not optimizer.state:
+            optimizer.step()  # makes AdamW's state
+        tracker.mark_state(state_of(optimizer))
+    state = tracker.held()["optimizer state"]
+    tracker.restart()
+    params = [param for part in model.parts for param in part.parameters()]
+    dims = model.dims
+    dist_utils.clip_grad_norm_(
+        params,
+        model.config.training.max_norm,
+        foreach=True,
+        pp_mesh=dims.get_optional_mesh("pp"),
+        ep_enabled=dims.ep_enabled,
+    )
+    for optimizer in optimizers:
+        optimizer.step()
+    tracker.stepping = False
+    return [
+        Peak("forward and backward", {**during, "optimizer state": during["optimizer state"] + state}),
+        Peak(STEP, tracker.held("peak")),
+    ]
+
+
+def _optimizer(part: nn.Module, model: Built, name: str) -> torch.optim.Optimizer:
+    config = model.config.optimizer
+    if name == "AdamW":
+        params = [param for param in part.parameters() if param.requires_grad]
+        fused, foreach = config.implementation == "fused", config.implementation == "foreach"
+        return torch.optim.AdamW(params, lr=config.lr, fused=fused, foreach=foreach)
+    _, _, momentum = name.partition(" ")
+    made = optimizer_of(part, config, model.dims, momentum_dtype=MOMENTA.get(momentum))
+    made.init_state()
+    if config.implementation == "fused":
+        made.engine = _Still()
+    return made
+
+
+class _Still:
+    """In the place of the fused engine, whose kernels are for real memory, and allocate none of it in a step."""
+
+    step_on_device = False
+
+    def square_sums(self, works: Sequence[Any]) -> None:
+        """Nothing."""
+
+    def update(self, works: Sequence[Any]) -> None:
+        """Nothing."""
+
+    def forget(self) -> None:
+        """Nothing."""
+
+
+# A GPU's operators
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Attention as GPUs compute it: queries, keys, values, output and a row of sums are kept for the backward pass.
+
+    On a CPU torch would choose another operator, which selective activation checkpointing does not know.
+    """
+    with patch.object(F, "scaled_dot_product_attention", _attention), own_propagation():
+        yield
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if query.shape[-1] == value.shape[-1]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    # Heads of values smaller than those of keys (MLA): flash attention does not take them.
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

@@ -1,0 +1,135 @@
+"""torch's own memory trackers, with categories in the words of this package and a peak for each phase of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+from torch.distributed._tools.mem_tracker import _TOTAL_KEY, MemTracker, _MemRefType
+from torch.distributed.fsdp import FSDPModule
+
+CATEGORIES = {
+    _FSDPRefType.SHARDED_PARAM: "parameters",
+    _FSDPRefType.SHARDED_GRAD: "gradients",
+    _FSDPRefType.OPT: "optimizer state",
+    _FSDPRefType.ACT: "activations",
+    _FSDPRefType.UNSHARDED_PARAM: "all-gather",
+    _FSDPRefType.ALL_GATHER: "all-gather",
+    _FSDPRefType.UNSHARDED_GRAD: "reduce-scatter",
+    _FSDPRefType.REDUCE_SCATTER: "reduce-scatter",
+    _FSDPRefType.TEMP: "temporaries",
+    _FSDPRefType.BUFFER: "other",
+    _FSDPRefType.INP: "other",
+    _MemRefType.PARAM: "parameters",
+    _MemRefType.GRAD: "gradients",
+    _MemRefType.OPT: "optimizer state",
+    _MemRefType.ACT: "activations",
+    _MemRefType.TEMP: "temporaries",
+    _MemRefType.BUFFER: "other",
+    _MemRefType.OTH: "other",
+}
+"""What the trackers tell apart -> category. Gathered parameters count as all-gather, and whole gradients that wait to be
+reduced as reduce-scatter: both are FSDP's, live for a layer or two, and go when there is no FSDP."""
+
+
+class _Phases:
+    """What both trackers get: one peak at a time, and temporaries of the optimizer's step that are no state.
+
+    torch's trackers count all that a step makes as optimizer state, and keep a peak of every module, which takes half of
+    the time of a simulation and is not asked for here.
+    """
+
+    stepping = False
+    _marking = False
+
+    def restart(self: Any) -> None:
+        """Forget the peak: the next one begins at what is held now."""
+        self._peak_mem_snap = self.get_tracker_snapshot()
+        self._peak_mem = {device: snap[_TOTAL_KEY] for device, snap in self._peak_mem_snap.items()}
+
+    def mark_state(self: Any, tensors: Iterable[Tensor]) -> None:
+        """Record tensors as optimizer state."""
+        self._marking = True
+        for tensor in tensors:
+            self._update_and_maybe_create_winfos(tensor, self._ref_class.OPT)
+        self._marking = False
+
+    def held(self: Any, when: str = "current") -> dict[str, int]:
+        """Bytes by category, "current" or at the "peak"."""
+        found = dict.fromkeys(CATEGORIES.values(), 0)
+        for snap in self.get_tracker_snapshot(when).values():
+            for kind, count in snap.items():
+                if kind != _TOTAL_KEY:
+                    found[CATEGORIES[kind]] += count
+        return found
+
+    def _update_and_maybe_create_winfos(self: Any, t: Tensor, reftype: Any, update_existing: bool = False) -> Any:
+        return super()._update_and_maybe_create_winfos(t, self._kind(reftype), update_existing)  # type: ignore[misc]
+
+    def _track(self: Any, reftype: Any, t: Tensor) -> None:
+        super()._track(self._kind(reftype), t)  # type: ignore[misc]
+
+    def __torch_dispatch__(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.stepping and func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # the number of the step, which steps that are not fused read, and a fake tensor does not have
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[misc]
+
+    def _kind(self: Any, reftype: Any) -> Any:
+        made_by_step = self.stepping and not self._marking and reftype in (self._ref_class.ACT, self._ref_class.OPT)
+        return self._ref_class.TEMP if made_by_step else reftype
+
+    def _update_peak_stats(self: Any, peak_state: Any) -> None:
+        for device, snap in self._curr_mem_snap.items():
+            if self._peak_mem.get(device, 0) < snap[_TOTAL_KEY]:
+                self._peak_mem[device] = snap[_TOTAL_KEY]
+                self._peak_mem_snap[device] = dict(snap)
+
+
+class _Sharded(_Phases, FSDPMemTracker):
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__(parts[0])
+        self._root_mod = nn.ModuleList(parts)
+
+    def _fsdp_state_pre_forward(self, fsdp_mod: Any, orig_fsdp_state_pre_fw: Any) -> Any:
+        inner = super()._fsdp_state_pre_forward(fsdp_mod, orig_fsdp_state_pre_fw)
+
+        def every_time(*args: Any, **kwargs: Any) -> Any:
+            if not self._mod_tracker.is_bw:  # torch's tracker takes one microbatch only
+                self.memory_tracking.pop(fsdp_mod, None)
+            return inner(*args, **kwargs)
+
+        return every_time
+
+
+class _Whole(_Phases, MemTracker):
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.track_external(*parts)
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        if not self._mod_tracker.is_bw:
+            self.memory_tracking.pop(module, None)
+        super()._pre_fw_hook(module, inputs)
+
+
+def tracker_of(parts: Sequence[nn.Module]) -> Any:
+    """The tracker that fits the parallelised parts of a model: torch's FSDPMemTracker, or MemTracker without FSDP."""
+    return _Sharded(parts) if all(isinstance(part, FSDPModule) for part in parts) else _Whole(parts)
+
+
+def own_propagation() -> Any:
+    """A context in which DTensor works out shapes under a fake mode of its own.
+
+    It does so on tensors of the global shape, which no rank holds, and the trackers leave that out only if the mode is
+    not theirs: else clipping alone would count a whole model's gradients.
+    """
+    return patch("torch.distributed.tensor._sharding_prop.detect_fake_mode", return_value=None)
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every state tensor of an optimizer."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

@@ -1,0 +1,122 @@
+"""From a torchtitan configuration to the parallelised model of one rank of N: on the meta device, without a network."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.utils import set_default_dtype
+
+from titan_adam_mini.titan.register import enable
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model as one rank has it after torchtitan's own parallelisation, parameters on the meta device.
+
+    Attributes:
+        config: torchtitan's job configuration.
+        args: the model's arguments.
+        layers: (transformer layers kept, layers of the model); None where the model does not count them.
+        dims: torchtitan's ParallelDims.
+        parts: the model parts of this rank: one, or as many as the pipeline schedule gives it.
+        schedule: the pipeline schedule; None without a pipeline.
+    """
+
+    config: Any
+    args: Any
+    layers: tuple[int, int] | None
+    dims: ParallelDims
+    parts: list[Any]
+    schedule: Any = None
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axis -> degree, those above one."""
+        degrees = {"pp": "pp", "dp_replicate": "dp_replicate", "dp_shard": "dp_shard", "cp": "cp", "tp": "tp"}
+        found = {name: getattr(self.dims, field) for name, field in {**degrees, "ep": "ep", "etp": "etp"}.items()}
+        return {name: degree for name, degree in found.items() if degree > 1}
+
+
+@contextmanager
+def built(arguments: list[str], ngpu: int, rank: int, layers: int | None = None) -> Iterator[Built]:
+    """Build the model of rank `rank` of `ngpu`; while the context lasts, collectives return at once and move nothing.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        layers: transformer layers to keep; all if None.
+
+    Raises:
+        ValueError: the configuration cannot be built at this number of ranks, in words.
+    """
+    # No accelerator is needed to build on the meta device, and none is to lose memory to this process.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK=str(rank), LOCAL_RANK="0")
+    config = ConfigManager().parse_args(arguments)
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    enable()
+    # Both leave the parameters as they are, and want an accelerator.
+    config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
+    dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
+    try:
+        try:
+            model = _build(config, ngpu, layers)
+        except ValueError:
+            raise
+        except Exception as error:
+            told = str(error).strip().splitlines() or [""]
+            raise ValueError(
+                f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told[0]}"
+            ) from None
+        yield model
+    finally:
+        dist.destroy_process_group()
+
+
+def _build(config: Any, ngpu: int, layers: int | None) -> Built:
+    spec = get_train_spec(config.model.name)
+    if config.model.flavor not in spec.model_args:
+        raise ValueError(
+            f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
+        )
+    degrees = config.parallelism
+    dims = ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=degrees.context_parallel_degree,
+        tp=degrees.tensor_parallel_degree,
+        pp=degrees.pipeline_parallel_degree,
+        ep=degrees.expert_parallel_degree,
+        etp=degrees.expert_tensor_parallel_degree,
+        world_size=ngpu,
+    )
+    dims.build_mesh()  # torchtitan makes it when it is first asked for, which on one rank may be never
+    args = spec.model_args[config.model.flavor]
+    args.update_from_config(config)
+    total = getattr(args, "n_layers", None)
+    if layers is not None:
+        if total is None:
+            raise ValueError(f"--layers cannot shorten {config.model.name}: its arguments have no n_layers")
+        if not 1 <= layers <= total:
+            raise ValueError(f"--layers {layers} is not possible: the model has {total} layers")
+        args.n_layers = layers
+    kept = None if total is None else (args.n_layers, total)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = spec.model_cls(args)
+    if not dims.pp_enabled:
+        return Built(config, args, kept, dims, [spec.parallelize_fn(model, dims, config)])
+    if spec.pipelining_fn is None:
+        raise ValueError(f"{config.model.name} cannot be cut into pipeline stages")
+    loss = spec.build_loss_fn(config, parallel_dims=dims)
+    schedule, parts, _, _ = spec.pipelining_fn(
+        model, dims, config, torch.device("meta"), args, spec.parallelize_fn, loss
+    )
+    return Built(config, args, kept, dims, parts, schedule)
