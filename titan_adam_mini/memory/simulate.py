@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
@@ -136,24 +137,65 @@ def _train(model: Built) -> tuple[int, int]:
     """Forward and backward as torchtitan's trainer runs them; sequences, and passes they are made in."""
     config, dims = model.config, model.dims
     training = config.training
-    loss_fn = get_train_spec(config.model.name).build_loss_fn(config, parallel_dims=dims)
-    context = dist_utils.get_train_context(dims.tp_enabled and not config.parallelism.disable_loss_parallel)
-    amp = dist_utils.maybe_enable_amp(dims, training.mixed_precision_param, "cpu")
     size = training.local_batch_size
     ranks = dims.dp_replicate * dims.dp_shard
     passes = max(training.global_batch_size, size * ranks) // (size * ranks)
-    shape = (size, training.seq_len // dims.cp)
+    loss_fn = get_train_spec(config.model.name).build_loss_fn(config, parallel_dims=dims)
+    context = dist_utils.get_train_context(dims.tp_enabled and not config.parallelism.disable_loss_parallel)
+    amp = dist_utils.maybe_enable_amp(dims, training.mixed_precision_param, "cpu")
     for _ in range(min(passes, 2)):  # gradients lie there from the second pass on, and no more of them from the third
-        tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-        (part,) = model.parts
         with context():
+            if model.schedule is not None:
+                _pipeline(model, loss_fn)
+                continue
+            (part,) = model.parts
+            tokens, labels = _tokens(model, size)
             with amp:
                 prediction = part(tokens)
                 loss = loss_fn(prediction, labels) / torch.tensor(1.0)
             del prediction
             loss.backward()
-        del loss
+            del loss
     return size, passes
+
+
+def _tokens(model: Built, size: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, int64 [size, tokens of a sequence on this rank]."""
+    shape = (size, model.config.training.seq_len // model.dims.cp)
+    return torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+
+
+def _pipeline(model: Built, loss_fn: Any) -> None:
+    """The actions of this rank in the pipeline's schedule, with what other ranks send made here.
+
+    A schedule that separates the gradients of inputs from those of weights is played with both where the latter are.
+    """
+    schedule, config = model.schedule, model.config
+    stages = {stage.stage_index: stage for stage in getattr(schedule, "_stages", None) or [schedule._stage]}
+    rank = next(iter(stages.values())).group_rank
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    dtype = TORCH_DTYPE_MAP[
+        config.training.mixed_precision_param if model.dims.fsdp_enabled else config.training.dtype
+    ]
+    hidden = (size, config.training.seq_len // model.dims.cp // model.dims.tp, model.args.dim)
+    actions = [one for action in schedule.pipeline_order[rank] if action for one in action.sub_actions or (action,)]
+    under_way: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for action in actions:
+        stage, key = stages[action.stage_index], (action.stage_index, action.microbatch_index)
+        if action.computation_type == FORWARD:
+            tokens, labels = _tokens(model, size)
+            given = tokens if stage.is_first else torch.zeros(hidden, dtype=dtype, requires_grad=True)
+            output = stage.forward_maybe_with_nosync(given)
+            under_way[key] = (given, loss_fn(output, labels) if stage.is_last else output)
+            del given, output
+        elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
+            given, output = under_way.pop(key)
+            grads = None if stage.is_last else (torch.zeros_like(output),)
+            inputs = {"stage_output": output, "output_grads": grads, "input_values": (given,)}
+            stage.backward_maybe_with_nosync("full", inputs)
+            del given, output, grads, inputs
+    for stage in stages.values():
+        stage.perform_reduce_grad(1)
 
 
 # The optimizer's step
