@@ -114,4 +114,4 @@ def test_the_smallest_trains(work: Path, corpus_dir: Path) -> None:
     assert said(run, r"total\s+75\s+([\d,]+)") == "89,713", "AdamMini's table"
     assert list(run.losses) == [1, 2]
     assert abs(run.losses[1] - math.log(32000)) < 1, "of a model that knows nothing"
-    assert run.losses[2] < run.losses[1] - 0.2, "and of one that has learnt which tokens there are"
+    assert run.losses[2] < run.losses[1] - 0.1, "and of one that has learnt which tokens there are"
