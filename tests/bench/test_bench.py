@@ -17,7 +17,7 @@ from torchtitan.models.llama3 import Transformer
 from titan_adam_mini import child
 from titan_adam_mini.bench import command, measure
 from titan_adam_mini.cli import _config_in_place, main
-from titan_adam_mini.titan.flavor import debug_args
+from titan_adam_mini.titan.flavor import model_args
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml"
 PEERS = ("torchao.optim", "bitsandbytes.optim", "flashoptim")
@@ -53,7 +53,7 @@ def bench(folder: Path, *words: str) -> dict[str, Any]:
 def held(ranks: int, rank: int) -> int:
     """Elements that FSDP gives to a rank, straight from the model's shapes."""
     with torch.device("meta"):
-        shapes = [param.shape for param in Transformer(debug_args()).parameters()]
+        shapes = [param.shape for param in Transformer(model_args("adam_mini_debug")).parameters()]
     pieces = (torch.empty(shape, device="meta").chunk(ranks) for shape in shapes)
     return sum(piece[rank].numel() for piece in pieces if rank < len(piece))
 

@@ -15,7 +15,7 @@ from torchtitan.protocols import train_spec
 
 import titan_adam_mini.titan
 from titan_adam_mini import AdamMini
-from titan_adam_mini.titan import flavor, register
+from titan_adam_mini.titan import register
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_registering_twice_changes_nothing() -> None:
     register.enable()
     assert titan_optimizer.build_optimizers is register.build_optimizers
     assert not hasattr(register._original, register._MARK)
-    assert llama3.llama3_args[flavor.NAME].n_heads == 5
+    assert llama3.llama3_args["adam_mini_debug"].n_heads == 5
 
 
 def test_a_reload_does_not_wrap_the_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
