@@ -57,12 +57,15 @@ class Simulated:
         model: name and flavor.
         mesh: axis -> degree, those above one.
         ngpu, rank: the rank that was simulated, and of how many.
-        batch, microbatches: sequences per rank and step; how many forward passes those are made in.
+        batch: sequences per rank and pass (torchtitan's local_batch_size).
+        passes: passes per step (gradient accumulation).
         seq_len: tokens per sequence.
         checkpointing: mode of activation checkpointing.
         dtypes: of parameters, and of the computation.
+        parameters: of this rank's model parts, whole.
+        seq_divisor: what the length of a sequence must be a multiple of.
         peaks: optimizer -> the peak of each phase.
-        parameters: parameters of this rank, elements.
+        refused: optimizer -> why it cannot be had (int8 momentum, where a mesh cuts its runs).
     """
 
     model: str
@@ -70,19 +73,34 @@ class Simulated:
     ngpu: int
     rank: int
     batch: int
-    microbatches: int
+    passes: int
     seq_len: int
     checkpointing: str
     dtypes: tuple[str, str]
     parameters: int
+    seq_divisor: int
     peaks: dict[str, list[Peak]] = field(default_factory=dict)
+
+    refused: dict[str, str] = field(default_factory=dict)
 
     def peak(self, optimizer: str) -> Peak:
         """The larger of an optimizer's peaks."""
         return max(self.peaks[optimizer], key=lambda peak: peak.total)
 
 
-def simulate(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str]) -> Simulated:
+def simulate_stages(
+    arguments: list[str], ngpu: int, rank: int | None, optimizers: Sequence[str], passes: int | None = None
+) -> list[Simulated]:
+    """`simulate` for one rank, or, if `rank` is None, for the first rank of every pipeline stage."""
+    first = simulate(arguments, ngpu, rank or 0, optimizers, passes)
+    stages = first.mesh.get("pp", 1) if rank is None else 1
+    others = [simulate(arguments, ngpu, stage * ngpu // stages, optimizers, passes) for stage in range(1, stages)]
+    return [first, *others]
+
+
+def simulate(
+    arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str], passes: int | None = None
+) -> Simulated:
     """Simulate one training step of rank `rank` of `ngpu`, for every optimizer.
 
     Forward and backward are simulated once, because no optimizer takes part in them; its state, which is there all the
@@ -91,6 +109,7 @@ def simulate(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[st
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
         optimizers: "AdamW", "AdamMini" (momentum as configured), "AdamMini float32", "... bfloat16", "... int8".
+        passes: forward passes per step (gradient accumulation); what the configuration's batch sizes give if None.
 
     Raises:
         ValueError: the configuration cannot be built, or not be simulated, in words.
@@ -103,12 +122,17 @@ def simulate(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[st
         prepare_model_parts(model.parts)
         tracker = tracker_of(model.parts)
         with tracker:
-            batch, microbatches = _train(model)
+            batch, passes = _train(model, passes)
             during = tracker.held("peak")
-            peaks = {}
+            peaks, refused = {}, {}
             for name in optimizers:
                 gc.collect()
-                peaks[name] = _step(tracker, model, name, during)
+                try:
+                    peaks[name] = _step(tracker, model, name, during)
+                except ValueError as error:
+                    if name in ("AdamW", "AdamMini"):
+                        raise
+                    refused[name] = str(error)
         types = (config.training.dtype, config.training.mixed_precision_param)
         return Simulated(
             f"{config.model.name} {config.model.flavor}",
@@ -116,12 +140,14 @@ def simulate(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[st
             ngpu,
             rank,
             batch,
-            microbatches,
+            passes,
             config.training.seq_len,
             _checkpointing(config),
             types,
             sum(param.numel() for part in model.parts for param in part.parameters()),
+            model.dims.seq_len_divisor,
             peaks,
+            refused,
         )
 
 
@@ -133,13 +159,13 @@ def _checkpointing(config: Any) -> str:
 # Forward and backward
 
 
-def _train(model: Built) -> tuple[int, int]:
+def _train(model: Built, passes: int | None) -> tuple[int, int]:
     """Forward and backward as torchtitan's trainer runs them; sequences, and passes they are made in."""
     config, dims = model.config, model.dims
     training = config.training
     size = training.local_batch_size
     ranks = dims.dp_replicate * dims.dp_shard
-    passes = max(training.global_batch_size, size * ranks) // (size * ranks)
+    passes = passes or max(training.global_batch_size, size * ranks) // (size * ranks)
     loss_fn = get_train_spec(config.model.name).build_loss_fn(config, parallel_dims=dims)
     context = dist_utils.get_train_context(dims.tp_enabled and not config.parallelism.disable_loss_parallel)
     amp = dist_utils.maybe_enable_amp(dims, training.mixed_precision_param, "cpu")
@@ -190,8 +216,8 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
             del given, output
         elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
             given, output = under_way.pop(key)
-            grads = None if stage.is_last else (torch.zeros_like(output),)
-            inputs = {"stage_output": output, "output_grads": grads, "input_values": (given,)}
+            grads = (None if stage.is_last else torch.zeros_like(output),)
+            inputs = {"stage_output": (output,), "output_grads": grads, "input_values": (given,)}
             stage.backward_maybe_with_nosync("full", inputs)
             del given, output, grads, inputs
     for stage in stages.values():

@@ -104,6 +104,18 @@ class _Sharded(_Phases, FSDPMemTracker):
 
         return every_time
 
+    def _fsdp_param_group_post_backward(self, fsdp_mod: Any, orig_fsdp_param_group_post_backward: Any) -> Any:
+        inner = super()._fsdp_param_group_post_backward(fsdp_mod, orig_fsdp_param_group_post_backward)
+
+        def with_accumulated(*args: Any, **kwargs: Any) -> None:
+            inner(*args, **kwargs)
+            group = fsdp_mod._get_fsdp_state()._fsdp_param_group
+            for one in group.fsdp_params if group else []:
+                if one.unsharded_accumulated_grad is not None:  # a pipeline reduces once, after its last microbatch
+                    self._update_and_maybe_create_winfos(one.unsharded_accumulated_grad, _FSDPRefType.UNSHARDED_GRAD)
+
+        return with_accumulated
+
 
 class _Whole(_Phases, MemTracker):
     def __init__(self, parts: Sequence[nn.Module]) -> None:

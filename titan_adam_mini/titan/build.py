@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def _build(config: Any, ngpu: int, layers: int | None) -> Built:
         world_size=ngpu,
     )
     dims.build_mesh()  # torchtitan makes it when it is first asked for, which on one rank may be never
-    args = spec.model_args[config.model.flavor]
+    args = deepcopy(spec.model_args[config.model.flavor])  # else this configuration's lengths stay in the table
     args.update_from_config(config)
     total = getattr(args, "n_layers", None)
     if layers is not None:
