@@ -26,6 +26,7 @@ from titan_adam_mini.memory.tracker import own_propagation, state_of, tracker_of
 from titan_adam_mini.titan.build import Built, built
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
+from titan_adam_mini.titan.knobs import read_knobs
 
 STEP = "optimizer step"
 MOMENTA = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -64,6 +65,8 @@ class Simulated:
         dtypes: of parameters, and of the computation.
         parameters: of this rank's model parts, whole.
         seq_divisor: what the length of a sequence must be a multiple of.
+        batch_unit: what the batch must be a multiple of.
+        configured: AdamMini with the type of momentum that the configuration asks for.
         peaks: optimizer -> the peak of each phase.
         refused: optimizer -> why it cannot be had (int8 momentum, where a mesh cuts its runs).
     """
@@ -79,6 +82,8 @@ class Simulated:
     dtypes: tuple[str, str]
     parameters: int
     seq_divisor: int
+    batch_unit: int
+    configured: str
     peaks: dict[str, list[Peak]] = field(default_factory=dict)
 
     refused: dict[str, str] = field(default_factory=dict)
@@ -146,6 +151,8 @@ def simulate(
             types,
             sum(param.numel() for part in model.parts for param in part.parameters()),
             model.dims.seq_len_divisor,
+            config.parallelism.pipeline_parallel_microbatch_size if model.dims.pp_enabled else 1,
+            _configured(config),
             peaks,
             refused,
         )
@@ -154,6 +161,11 @@ def simulate(
 def _checkpointing(config: Any) -> str:
     mode = config.activation_checkpoint.mode
     return f"{mode} ({config.activation_checkpoint.selective_ac_option})" if mode == "selective" else mode
+
+
+def _configured(config: Any) -> str:
+    momentum = read_knobs(config.optimizer).momentum_dtype or TORCH_DTYPE_MAP[config.training.dtype]
+    return f"AdamMini {str(momentum).removeprefix('torch.')}"
 
 
 # Forward and backward
