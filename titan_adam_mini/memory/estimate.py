@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -173,7 +175,7 @@ class _Search:
         others = math.prod(degree for axis, degree in mesh.items() if axis not in ("dp_shard", "ep", "etp"))
         unit = {
             BATCH: self.run.batch_unit,
-            SEQUENCE: math.lcm(self.run.seq_divisor, 256),
+            SEQUENCE: math.lcm(self.run.seq_divisor, 1024 if self.run.seq_len >= 2048 else 128),
             GPUS: math.lcm(others, mesh.get("ep", 1)),
         }
         start = {BATCH: self.run.batch, SEQUENCE: self.run.seq_len, GPUS: self.run.ngpu}
@@ -211,6 +213,9 @@ class _Search:
 
 
 def _simulate(*args: Any) -> Any:
+    # torchtitan tells about every model that it builds, and this builds dozens.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     from .simulate import simulate_stages
 
     return simulate_stages(*args)

@@ -36,36 +36,49 @@ def largest(peak: Callable[[int], int], room: int, unit: int, start: int, limit:
         peak: value -> bytes, growing.
         start: where to look first, a multiple of `unit`.
     """
-    seen: dict[int, int] = {}
-    low, high = 0, limit // unit + 1
-    guess = max(1, start // unit)
-    while high - low > 1:
-        seen[guess] = peak(guess * unit)
-        low, high = (guess, high) if seen[guess] <= room else (low, guess)
-        line = _crossing({float(number): one for number, one in seen.items()}, room)
-        guess = min(max(int(line) if line else 2 * guess, low + 1), high - 1)
+    low, high, seen = _bracket(lambda number: peak(number * unit), room, 1, max(1, start // unit), limit // unit)
     return Found(low * unit if low else None, seen.get(low), seen.get(high))
 
 
 def fewest(peak: Callable[[int], int], room: int, unit: int, start: int, limit: int) -> Found:
     """The smallest multiple of `unit`, up to `limit`, whose peak is within `room` bytes; `peak` falls."""
+    low, high, seen = _bracket(lambda number: peak(number * unit), room, -1, max(1, start // unit), limit // unit)
+    return Found(high * unit if high * unit <= limit else None, seen.get(high), seen.get(low))
+
+
+def _bracket(
+    peak: Callable[[int], int], room: int, power: int, guess: int, limit: int
+) -> tuple[int, int, dict[int, int]]:
+    """Neighbours between which the peak crosses `room`, 0 and `limit` + 1 among them; and all that was looked at.
+
+    Args:
+        power: 1 if the peak is about a + b n, -1 if it is about a + b / n.
+    """
     seen: dict[int, int] = {}
-    low, high = 0, limit // unit + 1
-    guess = max(1, start // unit)
+    low, high = 0, limit + 1
     while high - low > 1:
-        seen[guess] = peak(guess * unit)
-        low, high = (low, guess) if seen[guess] <= room else (guess, high)
-        line = _crossing({1 / number: one for number, one in seen.items()}, room)
-        # Where more GPUs do not help, the line never crosses: look at the limit at once.
-        wanted = -int(-1 / line // 1) if line and line > 0 else high - 1 if len(seen) > 1 else 2 * guess
-        guess = min(max(wanted, low + 1), high - 1)
-    fits = high * unit <= limit
-    return Found(high * unit if fits else None, seen.get(high), seen.get(low))
+        width = high - low
+        seen[guess] = peak(guess)
+        low, high = (guess, high) if (seen[guess] <= room) == (power > 0) else (low, guess)
+        ends = [end for end in (low, high) if end in seen]
+        pair = ends if len(ends) == 2 else sorted(seen, key=lambda number: abs(seen[number] - room))[:2]
+        crossing = _crossing({number**power: seen[number] for number in pair}, room)
+        if high > limit and len(seen) > 1 and not crossing:
+            guess = limit  # more does not help, or does not hurt: look at the end at once
+        elif crossing and (len(seen) < 4 or 2 * (high - low) < width):
+            guess = int(crossing**power)
+        else:
+            guess = (low + high) // 2 if high <= limit else 2 * guess
+        guess = min(max(guess, low + 1), high - 1)
+    return low, high, seen
 
 
 def _crossing(seen: dict[float, int], room: int) -> float | None:
-    """Where the line through the two points nearest to `room` reaches it; None with one point, or a flat line."""
+    """Where the line through two points reaches `room`; None with one point, a flat line, or if it never does."""
     if len(seen) < 2:
         return None
-    (one, first), (two, second) = sorted(seen.items(), key=lambda point: abs(point[1] - room))[:2]
-    return None if first == second else one + (room - first) * (two - one) / (second - first)
+    (one, first), (two, second) = seen.items()
+    if first == second:
+        return None
+    crossing = one + (room - first) * (two - one) / (second - first)
+    return crossing if crossing > 0 else None
