@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
+from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
 from titan_adam_mini.memory.tracker import own_propagation, state_of, tracker_of
@@ -29,6 +31,8 @@ from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
 
 STEP = "optimizer step"
+_TABLES = {"llama4": ("rope", "nope")}
+"""torchtitan's models whose layers choose a mask by name."""
 MOMENTA = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -121,13 +125,23 @@ def simulate(
     """
     with built(arguments, ngpu, rank) as model, _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         config = model.config
+        _refuse(model)
         for part in model.parts:
             part.to_empty(device="cpu")
             part.train()
+            for module in part.modules():
+                if hasattr(module, "use_grouped_mm"):
+                    module.use_grouped_mm = True  # torchtitan turns it off where it sees no GPU
         prepare_model_parts(model.parts)
         tracker = tracker_of(model.parts)
         with tracker:
-            batch, passes = _train(model, passes)
+            try:
+                batch, passes = _train(model, passes)
+            except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+                told = str(error).strip().splitlines() or [""]
+                raise ValueError(
+                    f"{config.model.name} {config.model.flavor} cannot be simulated: {type(error).__name__}: {told[0]}"
+                ) from error
             during = tracker.held("peak")
             peaks, refused = {}, {}
             for name in optimizers:
@@ -155,6 +169,31 @@ def simulate(
             _configured(config),
             peaks,
             refused,
+        )
+
+
+def _refuse(model: Built) -> None:
+    """Raise ValueError for what cannot be played without data, or without a GPU."""
+    config = model.config
+    if model.dims.ep_enabled:
+        raise ValueError(
+            "estimate does not simulate expert parallelism: how many tokens each rank receives depends on the data. "
+            "Set --parallelism.expert_parallel_degree 1 for a bound, or see `titan-adam-mini plan` for what is held"
+        )
+    if config.model.name == "gpt_oss":
+        raise ValueError(
+            "estimate does not simulate gpt_oss: its experts add biases token by token, in sizes that depend on the "
+            "data; see `titan-adam-mini plan` for what is held"
+        )
+    if config.training.enable_cpu_offload:
+        raise ValueError(
+            "estimate does not simulate training.enable_cpu_offload: parameters, gradients and optimizer state are then "
+            "in the host's memory; see `titan-adam-mini plan` for their bytes"
+        )
+    if config.model.converters:
+        raise ValueError(
+            f"estimate does not simulate model.converters {', '.join(config.model.converters)}, which need a GPU; leave "
+            "them out (--model.converters '') to see the model without them"
         )
 
 
@@ -189,7 +228,7 @@ def _train(model: Built, passes: int | None) -> tuple[int, int]:
             (part,) = model.parts
             tokens, labels = _tokens(model, size)
             with amp:
-                prediction = part(tokens)
+                prediction = part(tokens, **_masks(model))
                 loss = loss_fn(prediction, labels) / torch.tensor(1.0)
             del prediction
             loss.backward()
@@ -201,6 +240,15 @@ def _tokens(model: Built, size: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels, int64 [size, tokens of a sequence on this rank]."""
     shape = (size, model.config.training.seq_len // model.dims.cp)
     return torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+
+
+def _masks(model: Built) -> dict[str, Any]:
+    """What flex attention is given besides; some models take a table of masks."""
+    if getattr(model.args, "attn_type", "sdpa") == "sdpa":
+        return {}
+    mask = _NoMask()
+    names = _TABLES.get(model.config.model.name)
+    return {"attention_masks": dict.fromkeys(names, mask) if names else mask}
 
 
 def _pipeline(model: Built, loss_fn: Any) -> None:
@@ -223,7 +271,7 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
         if action.computation_type == FORWARD:
             tokens, labels = _tokens(model, size)
             given = tokens if stage.is_first else torch.zeros(hidden, dtype=dtype, requires_grad=True)
-            output = stage.forward_maybe_with_nosync(given)
+            output = stage.forward_maybe_with_nosync(given, **_masks(model))
             under_way[key] = (given, loss_fn(output, labels) if stage.is_last else output)
             del given, output
         elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
@@ -301,11 +349,17 @@ class _Still:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Attention as GPUs compute it: queries, keys, values, output and a row of sums are kept for the backward pass.
+    """Attention and experts as GPUs compute them.
 
-    On a CPU torch would choose another operator, which selective activation checkpointing does not know.
+    Attention keeps queries, keys, values, output and a row of sums for the backward pass, whichever kernel computes it;
+    on a CPU torch would choose an operator that selective activation checkpointing does not know. Experts are one
+    grouped product; which tokens they get, and so the padding between them, is not known here and not needed.
     """
-    with patch.object(F, "scaled_dot_product_attention", _attention), own_propagation():
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
+        stack.enter_context(patch.object(FlexAttentionWrapper, "forward", _flex))
+        stack.enter_context(patch("torchtitan.models.moe.utils.generate_permute_indices", _permuted))
+        stack.enter_context(own_propagation())
         yield
 
 
@@ -325,3 +379,23 @@ def _attention(
     # Heads of values smaller than those of keys (MLA): flash attention does not take them.
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _flex(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **_: Any) -> Any:
+    output = _attention(q, k, v)
+    return (output, output.new_zeros(q.shape[:-1], dtype=torch.float32)) if return_lse else output
+
+
+class _NoMask(BlockMask):
+    """In the place of a mask of blocks, which takes some kilobytes."""
+
+    def __init__(self) -> None:
+        """Without blocks."""
+
+
+def _permuted(
+    counts: Tensor, experts: int, ranks: int, length: int, alignment: int, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices, counts and offsets in the shapes of torchtitan's kernel for GPUs."""
+    per_expert = counts.new_zeros(experts, dtype=torch.int32)
+    return counts.new_zeros(length, dtype=torch.int64), per_expert, per_expert
