@@ -1,7 +1,7 @@
 """An estimate: the bytes that one more sequence takes at the peak of a training step.
 
 A step (forward, loss, backward) of torchtitan's model runs on the meta device, where tensors have sizes and no values,
-under a mode that notes every storage as it is made and freed: once with one sequence, once with two. What every storage
+under a mode that notes every storage as it is made and freed: once with two sequences, once with three. What a storage
 has grown by belongs to a sequence (weights' gradients do not grow); the most of that alive at once is the answer. One
 and two layers are run, and the rest extrapolated.
 
@@ -83,11 +83,10 @@ def _spec_and_args(config: Any) -> tuple[Any, Any]:
 
 
 def _grown(config: Any, dtype: str, layers: int) -> int:
-    """The most bytes of a second sequence that are alive at once in a step of a model with so many layers."""
-    times = 2 if config.parallelism.tensor_parallel_degree > 1 else 1
-    # The first time DTensor works out, and keeps, how operations on these shapes are sharded.
-    one, two = ([_events(config, dtype, layers, batch) for _ in range(times)][-1] for batch in (1, 2))
-    return max(accumulate(more - less for less, more in zip(one, two, strict=True)))
+    """The most bytes of one more sequence that are alive at once in a step of a model with so many layers."""
+    # With one sequence torch skips some copies, and the two runs could not be compared.
+    two, three = (_events(config, dtype, layers, batch) for batch in (2, 3))
+    return max(accumulate(more - less for less, more in zip(two, three, strict=True)))
 
 
 def _events(config: Any, dtype: str, layers: int, batch: int) -> list[int]:

@@ -79,6 +79,8 @@ class Kind:
         mesh: the mesh it lives on.
         layout: its blocks; None for a frozen parameter, which has neither gradient nor state.
         fsdp: the mesh axis along which FSDP2 shards it; None if FSDP2 does not manage it.
+        whole_gradient: is its gradient not cut where it is cut? So torch leaves that of an embedding whose rows are
+            shared out by tensor parallelism without FSDP.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +89,7 @@ class Kind:
     mesh: Mesh = ALONE
     layout: BlockLayout | None = None
     fsdp: int | None = None
+    whole_gradient: bool = False
 
     @cached_property
     def cut_axes(self) -> frozenset[int]:
@@ -287,11 +290,18 @@ class Stage:
                 state[key] += Bytes.of([(size, size) for size in tensors], times, on_device=device)
                 state[key] += Bytes.of([(STEP, STEP)], times, on_device=device and optimizer.step_on_device)
         for kinds, times in self._gradient_buffers.items():
-            exact = sum(here[kind].numel * kind.dtype.itemsize for kind in kinds)
-            padded = exact if offloaded else sum(here[kind].padded * kind.dtype.itemsize for kind in kinds)
-            gradients += Bytes.of([(exact, padded)], times, on_device=device)
+            pairs = [_gradient(kind, here[kind]) for kind in kinds]
+            exact, padded = (sum(numbers) for numbers in zip(*pairs, strict=True))
+            gradients += Bytes.of([(exact, exact if offloaded else padded)], times, on_device=device)
         buffers = Bytes.of([(size, size) for size in self.buffers])
         return Held(rank, parameters, gradients, buffers, state)
+
+
+def _gradient(kind: Kind, seen: Counts) -> tuple[int, int]:
+    """Bytes of a gradient without and with padding."""
+    if kind.whole_gradient:
+        return prod(kind.shape) * kind.dtype.itemsize, prod(kind.shape) * kind.dtype.itemsize
+    return seen.numel * kind.dtype.itemsize, seen.padded * kind.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import os
 from typing import Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
@@ -71,15 +72,18 @@ def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> S
         trained = {name: tuple(param.shape) for name, param in part.named_parameters() if param.requires_grad}
         blocks = optimizer.partition.assign(trained)
         managed = _managed(part, groups)
+        embeddings = {module.weight for module in part.modules() if isinstance(module, torch.nn.Embedding)}
         params = []
         for name, param in part.named_parameters():
             group, axis = managed.get(param, (None, None))
             own = blocks.get(name)
-            shared = {"dtype": param.dtype, "layout": own.layout if own else None, "fsdp": axis}
-            kind = Kind(tuple(param.shape), mesh=ALONE, **shared)
+            mesh, placements = ALONE, ()
             if isinstance(param, DTensor):
                 mesh = meshes.setdefault(param.device_mesh, _mesh(param.device_mesh))
-                kind = Kind(tuple(param.shape), mesh=mesh, placements=tuple(param.placements), **shared)
+                placements = tuple(param.placements)
+            whole = param in embeddings and param not in managed
+            layout = own.layout if own else None
+            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layout, axis, whole)
             params.append(Param(clean_name(name), kind, group, own))
         told.append(tuple(params))
     buffers = tuple(_bytes(local(buffer)) for part in parts for buffer in part.buffers())
