@@ -22,6 +22,7 @@ from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
 from .child import in_child
 from .memory.estimate import Estimate
+from .memory.plan import Plan
 
 
 @dataclass
@@ -116,7 +117,7 @@ def _config_in_place(words: list[str]) -> tuple[list[str], list[str]]:
     return config, [*(config[1:] or [""]), *own]
 
 
-COMMANDS = {"estimate": Estimate, "convert": Convert, "bench": Bench}
+COMMANDS = {"plan": Plan, "estimate": Estimate, "convert": Convert, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> None:

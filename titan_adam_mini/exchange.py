@@ -19,7 +19,7 @@ from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .kernels import Engine, Work
-from .plan import BlockPlan, BufferPlan, Group, ordered_groups, plan_buffers
+from .plan import BlockPlan, BufferPlan, Group, bytes_in, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, local, local_gradient
 
 MISSING, COMPLETE, PARTIAL = 0, 1, 2
@@ -332,10 +332,4 @@ class _Buffer:
 
 def bytes_exchanged(items: Sequence[Item], buffers: Sequence[BufferPlan]) -> dict[int, int]:
     """Bytes per step that each straddling parameter puts into the exchange, presence slots included."""
-    result: dict[int, int] = {}
-    for buffer in buffers:
-        wide = any(items[slot.param].dtype == torch.float64 for slot in buffer.slots)
-        for slot in buffer.slots:
-            numel = 1 + (math.prod(items[slot.param].plan.sums_shape) if slot.sums is not None else 0)
-            result[slot.param] = result.get(slot.param, 0) + numel * (8 if wide else 4)
-    return result
+    return bytes_in(buffers, [item.plan for item in items], [item.dtype.itemsize for item in items])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from .kernels import int8
 from .kernels.int8 import RUN
-from .sharding import as_state, local, shard_of
+from .sharding import Shard, as_state, local, shard_of
 
 log = logging.getLogger("titan_adam_mini")
 
@@ -34,24 +34,33 @@ def summary(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def check_runs(param: Tensor) -> None:
-    """Raise ValueError, naming dim, run and mesh axis, if a mesh cuts a run of columns of int8 momentum.
+    """Raise ValueError if a mesh cuts a run of columns of int8 momentum; see `cut_run`."""
+    names = param.device_mesh.mesh_dim_names if isinstance(param, DTensor) else None
+    if told := cut_run(shard_of(param), names):
+        raise ValueError(told)
 
-    What it says follows from the shape, the placements and the mesh, and so is the same on every rank.
+
+def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
+    """A sentence that names dim, run and mesh axis if a mesh cuts a run of columns of int8 momentum; "" if none does.
+
+    It follows from the shape, the placements and the mesh, and so is the same on every rank.
+
+    Args:
+        shard: what any rank holds.
+        names: of the mesh's axes, where they have any.
     """
-    dim = param.ndim - 1
-    shard = shard_of(param)
+    dim = len(shard.shape) - 1
     for level, cut in enumerate(shard.cuts_of(dim), 1):
-        edges = {edge for piece in shard.pieces(dim, level) for edge in piece if edge < param.shape[dim]}
+        edges = {edge for piece in shard.pieces(dim, level) for edge in piece if edge < shard.shape[dim]}
         inside = sorted(edge for edge in edges if edge % RUN)
         if inside:
-            assert isinstance(param, DTensor)
-            names = param.device_mesh.mesh_dim_names
             axis = f"{names[cut.axis]!r}" if names else f"{cut.axis}"
-            raise ValueError(
+            return (
                 f"momentum_dtype int8 has one scale per run of {RUN} columns, and mesh axis {axis} (of {cut.size}) "
-                f"cuts dim {dim}, of {param.shape[dim]} columns, at {inside[0]}, inside a run; choose another degree "
+                f"cuts dim {dim}, of {shard.shape[dim]} columns, at {inside[0]}, inside a run; choose another degree "
                 f"for that axis, one that leaves every rank a multiple of {RUN} columns, or momentum_dtype bfloat16"
             )
+    return ""
 
 
 def room(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -205,6 +205,21 @@ def plan_buffers(plans: Sequence[BlockPlan], axes: Sequence[Sequence[Axis]]) -> 
     return tuple(buffers)
 
 
+def bytes_in(buffers: Sequence[BufferPlan], plans: Sequence[BlockPlan], itemsizes: Sequence[int]) -> dict[int, int]:
+    """Bytes that each parameter has in the buffers, presence slots included; those that have none are left out.
+
+    Args:
+        plans, itemsizes: of every parameter; one buffer has the type of the widest in it.
+    """
+    result: dict[int, int] = {}
+    for buffer in buffers:
+        wide = max(itemsizes[slot.param] for slot in buffer.slots)
+        for slot in buffer.slots:
+            numel = 1 + (prod(plans[slot.param].sums_shape) if slot.sums is not None else 0)
+            result[slot.param] = result.get(slot.param, 0) + numel * wide
+    return result
+
+
 def ordered_groups(axes: Sequence[Sequence[Axis]]) -> list[Group]:
     """All groups of the parameters' meshes in one total order for all ranks: mesh order first, then ranks.
 

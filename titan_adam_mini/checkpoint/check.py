@@ -7,7 +7,7 @@ is neither the old nor the new one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from ..sharding import box_shape, shard_of
+from ..sharding import Shard, box_shape, shard_of
 from ..state import AUTHORS, CONVERT
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
 
 _SHOWN = 3
+MIXED_UP = (
+    "torch's distributed checkpoint would mix up the rows of {}: FSDP and tensor parallelism do not divide them. "
+    "Choose degrees whose product divides the number of rows, or train without checkpoints"
+)
 
 
 def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -> None:
@@ -60,7 +64,7 @@ def check_savable(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for tensors that torch's distributed checkpoint would save or load wrongly, without a word.
 
     Where FSDP cuts rows again that tensor parallelism has cut unevenly, it takes some ranks' rows for others
-    (`compute_local_shape_and_global_offset` of torch 2.13 disagrees with the local tensor); local, no collective.
+    (`_compute_local_shape_and_global_offset` of torch 2.13 disagrees with the local tensor); local, no collective.
 
     Args:
         state_dict: flat, name -> DTensor or anything else.
@@ -69,16 +73,26 @@ def check_savable(state_dict: Mapping[str, Any]) -> None:
     for name, value in state_dict.items():
         if not isinstance(value, DTensor):
             continue
-        box = shard_of(value).box()
-        sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-        theirs = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
-        if box_shape(box) != tuple(sizes) or (box != theirs and math.prod(sizes)):
+        coordinate = value.device_mesh.get_coordinate()
+        assert coordinate is not None
+        if mixes_up(shard_of(value), value.placements, value.device_mesh.shape, coordinate):
             wrong.append(f"{name} {tuple(value.shape)} as {value.placements}")
     if wrong:
-        raise ValueError(
-            f"torch's distributed checkpoint would mix up the rows of {some(wrong)}: FSDP and tensor parallelism do "
-            "not divide them. Choose degrees whose product divides the number of rows, or train without checkpoints"
-        )
+        raise ValueError(MIXED_UP.format(some(wrong)))
+
+
+def mixes_up(
+    shard: Shard, placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]
+) -> bool:
+    """Would torch's distributed checkpoint take other elements for those of the rank at `coordinate`? Pure.
+
+    Args:
+        shard: what the rank really holds, by these placements on a mesh of this shape.
+    """
+    box = shard.box()
+    sizes, offsets = _compute_local_shape_and_global_offset(shard.shape, mesh_shape, list(coordinate), placements)
+    theirs = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
+    return box_shape(box) != tuple(sizes) or (box != theirs and math.prod(sizes) > 0)
 
 
 def _is_second_moment(name: str) -> bool:

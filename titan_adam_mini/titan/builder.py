@@ -80,20 +80,30 @@ def build_adam_mini(
     Raises:
         ValueError: a setting that AdamMini cannot serve, or a model whose heads nobody names; in words, with the cure.
     """
+    check_settings(optimizer_config, fault_tolerant=ft_manager is not None and ft_manager.enabled)
+    optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
+    return AdamMiniContainer(model_parts, optimizers, read_knobs(optimizer_config))
+
+
+def check_settings(optimizer_config: Any, *, fault_tolerant: bool) -> None:
+    """Raise ValueError, in words, for settings that AdamMini cannot serve.
+
+    Args:
+        optimizer_config: torchtitan's ``[optimizer]`` section.
+        fault_tolerant: does the run use torchft?
+    """
     if optimizer_config.early_step_in_backward:
         raise ValueError(
             "optimizer.early_step_in_backward = true cannot serve AdamMini: it steps each parameter alone inside the "
             "backward pass, while a block's second moment is completed over all ranks once per step. Set "
             "optimizer.early_step_in_backward = false."
         )
-    if ft_manager is not None and ft_manager.enabled:
+    if fault_tolerant:
         raise ValueError(
             "fault_tolerance.enable = true (torchft) cannot serve AdamMini: torchft changes the set of replicas "
             "between steps, while AdamMini plans its exchange once per run. Set fault_tolerance.enable = false, or "
             "train with AdamW under torchft."
         )
-    optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
-    return AdamMiniContainer(model_parts, optimizers, read_knobs(optimizer_config))
 
 
 def optimizer_of(

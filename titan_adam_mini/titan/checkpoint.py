@@ -77,15 +77,9 @@ class AdamMiniCheckpointManager(CheckpointManager):
         check_checkpoint(stored, state_dict)
 
     def _refuse_random_start(self, step: int) -> None:
-        source = self._config.initial_load_path
-        if not (source or self._config.initial_load_in_hf):
+        told = start_of(self._config)
+        if not told:
             return
-        told = f"checkpoint.initial_load_path = {source}" if source else "checkpoint.initial_load_in_hf = true"
-        if not self.enable:
-            raise ValueError(
-                f"{told} has no effect without checkpoint.enable = true: the run would start from random weights. "
-                "Set checkpoint.enable = true, or leave the other out."
-            )
         if os.path.exists(self.folder) and step == -1 and self._find_load_step() == -1:
             raise ValueError(
                 f"{self.folder} exists but holds no whole checkpoint (a run stopped during its first save, perhaps): "
@@ -123,6 +117,23 @@ class AdamMiniCheckpointManager(CheckpointManager):
             )
             line = f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}."
             _say(logging.WARNING, line)
+
+
+def start_of(checkpoint_config: Any) -> str:
+    """The setting of ``[checkpoint]`` that names where a run starts from; "" if none does.
+
+    Raises ValueError if it has no effect.
+    """
+    source = checkpoint_config.initial_load_path
+    if not (source or checkpoint_config.initial_load_in_hf):
+        return ""
+    told = f"checkpoint.initial_load_path = {source}" if source else "checkpoint.initial_load_in_hf = true"
+    if not checkpoint_config.enable:
+        raise ValueError(
+            f"{told} has no effect without checkpoint.enable = true: the run would start from random weights. "
+            "Set checkpoint.enable = true, or leave the other out."
+        )
+    return told
 
 
 def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:

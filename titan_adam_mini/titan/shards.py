@@ -2,6 +2,9 @@
 
 import importlib
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,30 +34,15 @@ def read_part(arguments: list[str], ngpu: int, rank: int, layers: int | None) ->
     Raises:
         ValueError: the configuration cannot be built at this number of ranks, in words.
     """
-    # No accelerator is needed to build on the meta device, and none is to lose memory to this process.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK=str(rank), LOCAL_RANK="0")
-    config = ConfigManager().parse_args(arguments)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
-    enable()
-    # Both leave the parameters as they are, and want an accelerator.
-    config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
-    dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
-    try:
-        args, kept, parts, dims = _built(config, ngpu, layers)
-    except ValueError:
-        raise
-    except Exception as error:
-        told = str(error).strip().splitlines() or [""]
-        raise ValueError(
-            f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told[0]}"
-        ) from None
-    optimizers = [optimizer_of(part, config.optimizer, dims) for part in parts]
-    named = {
-        clean_name(name): param for part in parts for name, param in part.named_parameters() if param.requires_grad
-    }
-    meshes: list[Any] = []
-    held = tuple(_held(name, param, meshes) for name, param in named.items())
+    config = configured(arguments, ngpu)
+    with a_rank(rank, ngpu):
+        args, kept, parts, dims = built_or_told(config, ngpu, layers)
+        optimizers = [optimizer_of(part, config.optimizer, dims) for part in parts]
+        named = {
+            clean_name(name): param for part in parts for name, param in part.named_parameters() if param.requires_grad
+        }
+        meshes: list[Any] = []
+        held = tuple(_held(name, param, meshes) for name, param in named.items())
     geometry, group = optimizers[0].partition.geometry, optimizers[0].param_groups[0]
     return Part(
         f"{config.model.name} {config.model.flavor}",
@@ -67,13 +55,60 @@ def read_part(arguments: list[str], ngpu: int, rank: int, layers: int | None) ->
     )
 
 
-def _built(config: Any, ngpu: int, layers: int | None) -> tuple[Any, tuple[int, int] | None, list[Any], ParallelDims]:
-    """Model arguments, layers (kept, all), this rank's model parts, and torchtitan's ParallelDims."""
+def configured(arguments: list[str], ngpu: int) -> Any:
+    """torchtitan's job configuration, set up so that a model can be built from it without an accelerator."""
+    # No accelerator is needed to build on the meta device, and none is to lose memory to this process.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK="0", LOCAL_RANK="0")
+    # Patterns of tensor parallelism that belong to another pipeline stage.
+    warnings.filterwarnings("ignore", message="Parallelize plan key")
+    config = ConfigManager().parse_args(arguments)
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    enable()
+    return config
+
+
+@contextmanager
+def a_rank(rank: int, ngpu: int) -> Iterator[None]:
+    """While it lasts this process is one rank of `ngpu`, whose collectives return at once and move nothing."""
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def built_or_told(config: Any, ngpu: int, layers: int | None = None) -> Any:
+    """`_built`, with whatever torchtitan or torch refuse as a ValueError in one sentence."""
+    # None of these changes a parameter; the first two want an accelerator, the last the first.
+    config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
+    if config.activation_checkpoint.mode == "memory_budget":
+        config.activation_checkpoint.mode = "none"
+    try:
+        return _built(config, ngpu, layers)
+    except ValueError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told}"
+        ) from None
+
+
+def spec_and_args(config: Any) -> tuple[Any, Any]:
+    """torchtitan's TrainSpec and the model arguments of the flavor. Raises ValueError for an unknown one."""
     spec = get_train_spec(config.model.name)
     if config.model.flavor not in spec.model_args:
         raise ValueError(
             f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
         )
+    return spec, spec.model_args[config.model.flavor]
+
+
+def _built(config: Any, ngpu: int, layers: int | None) -> tuple[Any, tuple[int, int] | None, list[Any], ParallelDims]:
+    """Model arguments, layers (kept, all), this rank's model parts, and torchtitan's ParallelDims."""
+    spec, args = spec_and_args(config)
     degrees = config.parallelism
     dims = ParallelDims(
         dp_replicate=degrees.data_parallel_replicate_degree,
@@ -85,7 +120,6 @@ def _built(config: Any, ngpu: int, layers: int | None) -> tuple[Any, tuple[int, 
         etp=degrees.expert_tensor_parallel_degree,
         world_size=ngpu,
     )
-    args = spec.model_args[config.model.flavor]
     args.update_from_config(config)
     total = getattr(args, "n_layers", None)
     if layers is not None:

@@ -1,0 +1,235 @@
+"""What real ranks hold: torchtitan's model built, trained for a step and weighed, tensor by tensor, beside the plan.
+
+Nothing here asks the plan, or the sharding rules behind it: bytes are those of the tensors that are there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+CONFIG = Path(__file__).resolve().parents[1] / "train_configs" / "debug_model.toml"
+SEQ_LEN, BATCH = 16, 4
+MODELS = {"nasty": "llama3", "even": "llama3", "nasty_moe": "qwen3"}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw fused": {"name": "AdamW", "implementation": "fused"},
+    "adamw foreach": {"name": "AdamW", "implementation": "foreach"},
+    "adam_mini_float32": {"name": "AdamMini", "implementation": "foreach", "momentum": "float32"},
+    "adam_mini_bfloat16": {"name": "AdamMini", "implementation": "foreach", "momentum": "bfloat16"},
+    "adam_mini_int8": {"name": "AdamMini", "implementation": "foreach", "momentum": "int8"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh and a model: number of ranks, flavour, degrees by their short names, and other settings.
+
+    Attributes:
+        int8: can momentum be int8 there?
+        forward: can torch run a step there on CPUs? If not, gradients are made by hand, as their parameters are.
+    """
+
+    ranks: int
+    flavor: str
+    degrees: tuple[tuple[str, int], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+    int8: bool = True
+    forward: bool = True
+
+    @property
+    def arguments(self) -> list[str]:
+        """torchtitan's command line."""
+        words = ["--job.config_file", str(CONFIG), "--experimental.custom_import", "small_flavors"]
+        words += ["--model.name", MODELS[self.flavor], "--model.flavor", self.flavor]
+        words += ["--training.seq_len", str(SEQ_LEN), "--training.local_batch_size", str(BATCH)]
+        for name, degree in self.degrees:
+            words += [f"--parallelism.{_LONG[name]}_degree", str(degree)]
+        for name, value in self.settings:
+            words += [f"--{name}", value] if value else [f"--{name}"]
+        return words
+
+
+_LONG = {
+    "hsdp": "data_parallel_replicate",
+    "shard": "data_parallel_shard",
+    "tp": "tensor_parallel",
+    "pp": "pipeline_parallel",
+    "cp": "context_parallel",
+    "ep": "expert_parallel",
+    "etp": "expert_tensor_parallel",
+}
+_VIRTUAL = (("parallelism.pipeline_parallel_schedule", "Interleaved1F1B"),)
+CASES = {
+    "one rank": Case(1, "nasty"),
+    "FSDP2 2": Case(2, "nasty"),
+    "FSDP2 3": Case(3, "nasty"),
+    "FSDP2 4": Case(4, "nasty"),
+    "FSDP2 3, bfloat16": Case(3, "nasty", settings=(("training.dtype", "bfloat16"),)),
+    "FSDP2 3, CPU offload": Case(3, "nasty", settings=(("training.enable_cpu_offload", ""),)),
+    "DDP 2": Case(2, "nasty", (("hsdp", 2), ("shard", 1))),
+    "HSDP 2x2": Case(4, "nasty", (("hsdp", 2),)),
+    "TP 2": Case(2, "even", (("tp", 2),)),
+    "FSDP2 x TP 2x2": Case(4, "even", (("tp", 2),)),
+    "FSDP2 x TP 2x2, uneven": Case(4, "nasty", (("tp", 2),), int8=False, forward=False),
+    "CP 2": Case(2, "nasty", (("cp", 2),), forward=False),
+    "PP 2": Case(2, "nasty", (("pp", 2),)),
+    "PP 2, virtual stages": Case(2, "nasty", (("pp", 2),), _VIRTUAL),
+    "PP x FSDP2 2x2": Case(4, "nasty", (("pp", 2),)),
+    "MoE, FSDP2 3": Case(3, "nasty_moe"),
+    "MoE, EP 2": Case(2, "nasty_moe", (("ep", 2),)),
+    "MoE, FSDP2 x EP 2x2": Case(4, "nasty_moe", (("ep", 2),)),
+    "MoE, FSDP2 x EP x TP": Case(4, "nasty_moe", (("ep", 2), ("tp", 2)), int8=False, forward=False),
+}
+
+
+def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
+    """What this rank holds after a step with every optimizer, in bytes, and where `folder` is given what checkpoints of
+    each of them hold: see the keys at the end."""
+    from torchtitan.components.checkpoint import ModelWrapper
+    from torchtitan.config import ConfigManager
+
+    from titan_adam_mini.titan import build_optimizers, device
+
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", NGPU=str(world))
+    config = ConfigManager().parse_args(case.arguments)
+    importlib.import_module(config.experimental.custom_import)
+    parts, dims, step = _built(config, world)
+    device.prepare_model_parts(parts)
+    params = [param for part in parts for param in part.parameters()]
+    if case.forward:
+        step()
+    else:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+    grads = [param.grad for param in params]
+    assert all(grad is not None for grad in grads)
+    told: dict[str, Any] = {
+        "parameters": _bytes(params),
+        "parameters padded": _storages(params)[0],
+        "parameters rounded": _storages(params)[1],
+        "gradients": _bytes(grads),
+        "gradients padded": _storages(grads)[0],
+        "gradients rounded": _storages(grads)[1],
+        "buffers": _bytes([buffer for part in parts for buffer in part.buffers()]),
+        "state": {},
+        "checkpoint": {},
+        "second moments": {},
+    }
+    for key, asked in OPTIMIZERS.items():
+        if asked.get("momentum") == "int8" and not case.int8:
+            continue
+        section = copy.deepcopy(config.optimizer)
+        section.name, section.implementation = asked["name"], asked["implementation"]
+        section.adam_mini.momentum_dtype = asked.get("momentum", "")
+        optimizers = build_optimizers(parts, section, dims)
+        optimizers.step()
+        states = [one for optimizer in optimizers for one in optimizer.state.values()]
+        told["state"][key] = _bytes([value for one in states for value in one.values()])
+        told["second moments"][key] = {  # by name: stages have others, ranks of one stage the same
+            name: optimizer.state[param]["exp_avg_sq"].numel()
+            for part, optimizer in zip(parts, optimizers, strict=True)
+            for name, param in part.named_parameters()
+        }
+        if folder:
+            path = f"{folder}/{key}"
+            dcp.save({"model": ModelWrapper(parts), "optimizer": optimizers}, checkpoint_id=path)
+            found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.values()
+            told["checkpoint"][key] = sum(
+                one.size.numel() * one.properties.dtype.itemsize for one in found if hasattr(one, "chunks")
+            )
+    return told
+
+
+def _built(config: Any, world: int) -> tuple[list[Any], Any, Any]:
+    """Model parts as torchtitan's trainer has them, with random weights; ParallelDims; forward and backward."""
+    from torchtitan.config import TORCH_DTYPE_MAP
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.protocols.train_spec import get_train_spec
+    from torchtitan.tools.utils import set_default_dtype
+
+    degrees = config.parallelism
+    dims = ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=degrees.context_parallel_degree,
+        tp=degrees.tensor_parallel_degree,
+        pp=degrees.pipeline_parallel_degree,
+        ep=degrees.expert_parallel_degree,
+        etp=degrees.expert_tensor_parallel_degree,
+        world_size=world,
+    )
+    spec = get_train_spec(config.model.name)
+    args = copy.deepcopy(spec.model_args[config.model.flavor])
+    args.update_from_config(config)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = spec.model_cls(args)
+    loss = spec.build_loss_fn(config, parallel_dims=dims)
+    cpu, schedule = torch.device("cpu"), None
+    if dims.pp_enabled:
+        schedule, parts, first, last = spec.pipelining_fn(model, dims, config, cpu, args, spec.parallelize_fn, loss)
+    else:
+        with _unpinned():
+            parts = [spec.parallelize_fn(model, dims, config)]
+    for part in parts:
+        part.to_empty(device="cpu")
+        with torch.no_grad():
+            part.init_weights(buffer_device=cpu)
+    tokens = torch.randint(args.vocab_size, (BATCH, SEQ_LEN))
+
+    def step() -> None:
+        loss_parallel = dims.tp_enabled and not config.parallelism.disable_loss_parallel
+        with _on_the_cpu(), dist_utils.get_train_context(loss_parallel)():
+            if schedule is not None:
+                inputs = (tokens,) if first else ()
+                targets, losses = (tokens, []) if last else (None, None)
+                schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
+                return
+            loss(parts[0](tokens), tokens).backward()
+
+    return parts, dims, step
+
+
+@contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """Experts' tokens are ordered by a Triton kernel; torchtitan has the same for CPUs."""
+    from torchtitan.models.moe import utils
+
+    ordered = functools.partial(utils.generate_permute_indices, use_cpu=True)
+    with mock.patch.object(utils, "generate_permute_indices", ordered):
+        yield
+
+
+def _unpinned() -> Any:
+    """CPU offload without pinned memory, which is a GPU's."""
+    from torchtitan.models.llama3.infra import parallelize
+
+    policy = functools.partial(parallelize.CPUOffloadPolicy, pin_memory=False)
+    return mock.patch.object(parallelize, "CPUOffloadPolicy", policy)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(_local(one).numel() * _local(one).element_size() for one in tensors)
+
+
+def _storages(tensors: list[Any]) -> tuple[int, int]:
+    """Bytes of the storages behind the tensors, each once, and what is missing to multiples of 512."""
+    found = {one._cdata: one.nbytes() for one in (_local(tensor).untyped_storage() for tensor in tensors)}
+    return sum(found.values()), sum(-size % 512 for size in found.values())

@@ -1,0 +1,34 @@
+"""A custom import of torchtitan: ours, and tiny models whose sizes fit no number of ranks.
+
+llama3 nasty      vocabulary of 5 (four ranks: one holds nothing), 343 hidden rows, heads of 32 rows that three cut
+llama3 even       what tensor parallelism of 2 cuts into whole runs of 128 columns
+qwen3 nasty_moe   6 experts of 20 rows
+"""
+
+import torchtitan.models.llama3 as llama3
+import torchtitan.models.qwen3 as qwen3
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.qwen3.model.args import Qwen3ModelArgs
+
+import titan_adam_mini.titan  # noqa: F401
+
+llama3.llama3_args["nasty"] = TransformerModelArgs(
+    dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=5, multiple_of=7
+)
+llama3.llama3_args["even"] = TransformerModelArgs(
+    dim=256, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=32, multiple_of=256
+)
+qwen3.qwen3_args["nasty_moe"] = Qwen3ModelArgs(
+    vocab_size=37,
+    head_dim=32,
+    dim=128,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    qk_norm=True,
+    hidden_dim=96,
+    moe_enabled=True,
+    moe_inter_dim=20,
+    moe_args=MoEArgs(num_experts=6, num_shared_experts=1, top_k=2, score_func="softmax", use_grouped_mm=False),
+)

@@ -1,0 +1,311 @@
+"""From a run to everything that the plan says of it: refusals, all ranks' holdings, checkpoint size, the verdict.
+
+`facts` gives a dictionary for JSON; all numbers in it are integers, bytes where not said otherwise:
+
+    model, ngpu                  name and flavor; number of ranks
+    mesh                         name of a mesh -> axis -> size: `dense`, and `experts` where they have their own
+    parameters, frozen           elements of the whole model; of these, without gradient
+    second_moments               second-moment entries of the whole model with AdamMini
+    second_moments_adamw         and with AdamW: one per trainable element
+    configured                   the key, among those of `optimizers`, of AdamMini with the configured momentum
+    optimizers                   key -> title: `adamw`, `adam_mini_float32`, `adam_mini_bfloat16`, `adam_mini_int8`, and
+                                 `adam_mini_own` where the parameters' own type is asked for and is none of these
+    refused                      key -> why this optimizer cannot run on this mesh; its bytes are null everywhere
+    offloaded                    are parameters, gradients and state in host memory (`training.enable_cpu_offload`)?
+    step_on_device               is `step`, four bytes per parameter, on the accelerator? With `implementation` "fused"
+                                 it is (AdamMini's: where Triton can be imported), else in host memory
+    patterns                     one entry per kind of trainable parameter, numbers in names collapsed to *:
+        pattern, shape, placements, role, layout, decay
+        parameters               how many there are in the model
+        blocks                   of one of them
+        local_bytes              of all of them, each on the first rank of its pipeline stage
+        straddling               how many of them have blocks on several ranks there
+        exchanged_bytes          what that rank puts into AdamMini's exchange per step
+    ranks                        `largest`, `smallest` (by parameters, gradients, buffers and AdamW's state; of equals
+                                 the first) and `first`, rank 0:
+        rank, stage              its number, and that of its pipeline stage
+        parameters, gradients, buffers, state[key]
+                                 each {bytes, padding, rounding}: see `holdings`
+    all_ranks                    the sum of `bytes` over all ranks: parameters, gradients, buffers, state[key]
+    checkpoint                   every tensor of model and optimizer once: model, optimizer[key], total[key]. Not the
+                                 positions in the data, schedule, settings of groups, metadata and file headers
+    verdict                      about the largest rank, AdamW against `configured`:
+        saved_bytes              of optimizer state
+        sequence_bytes           an estimate of what one more sequence takes (see `activations`), or null
+        sequence_unknown         why it is null; else ""
+        further_sequences        how many of them the savings make room for, or null
+        worth_it                 a boolean: a GiB or more, or room for a sequence
+        sentence                 all this in words
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+
+from ..checkpoint.check import MIXED_UP, mixes_up, some
+from ..momentum import cut_run, dtype_of
+from ..partition import summarize
+from ..plan import BlockPlan, bytes_in, plan_buffers
+from .holdings import Held, Kind, Optimizer, Param, Run
+
+WORTH = 2**30
+"""Bytes per GPU: less than this, of the tens of GiB that a GPU has, changes no setting."""
+ADAMW = "adamw"
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def optimizers_of(run: Run) -> tuple[dict[str, Optimizer], str]:
+    """The optimizers that are compared, and the key of the configured AdamMini."""
+    optimizers = {ADAMW: Optimizer("AdamW", mini=False, step_on_device=run.fused)}
+    for name, dtype in _TYPES.items():
+        optimizers[f"adam_mini_{name}"] = Optimizer(f"AdamMini, {name} momentum", True, dtype, run.fused)
+    own = {param.kind.dtype for param in run.params.values() if param.blocks}
+    asked = run.momentum or (own.pop() if len(own) == 1 else None)
+    for key, one in optimizers.items():
+        if one.mini and one.momentum == asked:
+            return optimizers, key
+    key = "adam_mini_own"
+    return {**optimizers, key: Optimizer("AdamMini, momentum as the parameters", True, run.momentum, run.fused)}, key
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Everything the plan says; see the head of this file.
+
+    Raises:
+        ValueError: the configured momentum, or checkpoints, are not possible on this mesh.
+    """
+    optimizers, configured = optimizers_of(run)
+    reasons = {key: _refusal(run, one) for key, one in optimizers.items()}
+    refused = {key: why for key, why in reasons.items() if why}
+    if configured in refused:
+        raise ValueError(refused[configured])
+    if run.checkpoints:
+        _check_checkpoints(run)
+    counted = {key: one for key, one in optimizers.items() if key not in refused}
+    ranks, all_ranks = _ranks(run, counted)
+    trained = [param for param in run.params.values() if param.blocks]
+    total = sum(prod(param.kind.shape) for param in run.params.values())
+    checkpoint = _checkpoint(run, counted)
+    told: dict[str, Any] = {
+        "model": run.model,
+        "ngpu": run.ngpu,
+        "mesh": run.meshes,
+        "parameters": total,
+        "frozen": total - sum(prod(param.kind.shape) for param in trained),
+        "second_moments": sum(param.blocks.layout.num_blocks for param in trained if param.blocks),
+        "second_moments_adamw": sum(prod(param.kind.shape) for param in trained),
+        "configured": configured,
+        "optimizers": {key: one.title for key, one in optimizers.items()},
+        "refused": refused,
+        "offloaded": run.offloaded,
+        "step_on_device": run.fused and not run.offloaded,
+        "patterns": _patterns(run),
+        "ranks": {which: _told(run, held, optimizers) for which, held in ranks.items()},
+        "all_ranks": {**all_ranks, "state": {key: all_ranks["state"].get(key) for key in optimizers}},
+        "checkpoint": {
+            "model": run.model_checkpoint,
+            "optimizer": {key: checkpoint.get(key) for key in optimizers},
+            "total": {key: run.model_checkpoint + checkpoint[key] if key in checkpoint else None for key in optimizers},
+        },
+    }
+    return {**told, "verdict": _verdict(run, told)}
+
+
+# What cannot be
+
+
+def _refusal(run: Run, optimizer: Optimizer) -> str:
+    """Why AdamMini with this type of momentum cannot run here; "" if it can. As `AdamMini` itself would say it."""
+    for param in run.params.values():
+        kind = param.kind
+        if not (optimizer.mini and param.blocks):
+            continue
+        if dtype_of(optimizer.momentum, kind.dtype, kind.shape) == torch.int8:
+            told = cut_run(kind.shard((0,) * len(kind.mesh.sizes)), kind.mesh.names)
+            if told:
+                return f"AdamMini cannot plan {param.name!r}: {told}"
+    return ""
+
+
+def _check_checkpoints(run: Run) -> None:
+    """Raise ValueError for tensors that torch's distributed checkpoint would mix up on any rank."""
+    checked: dict[Kind, bool] = {}
+    wrong = []
+    for param in run.params.values():
+        if param.kind not in checked:
+            checked[param.kind] = _mixed_up(param.kind)
+        if checked[param.kind]:
+            wrong.append(f"{param.name} {param.kind.shape} as {param.kind.placements}")
+    if wrong:
+        raise ValueError(MIXED_UP.format(some(wrong)))
+
+
+def _mixed_up(kind: Kind) -> bool:
+    zero = kind.shard((0,) * len(kind.mesh.sizes))
+    # Where the outer cuts of every dim are even, torch is right (tests/memory): most tensors need no look at all ranks.
+    outer = [prod(cut.size for cut in zero.cuts_of(dim)[:-1]) for dim in range(len(kind.shape))]
+    if all(size % cuts == 0 for size, cuts in zip(kind.shape, outer, strict=True)):
+        return False
+    sizes = [size if axis in kind.cut_axes else 1 for axis, size in enumerate(kind.mesh.sizes)]
+    places = product(*map(range, sizes))
+    return any(mixes_up(kind.shard(place), kind.placements, kind.mesh.sizes, place) for place in places)
+
+
+# Ranks
+
+
+def _ranks(run: Run, optimizers: dict[str, Optimizer]) -> tuple[dict[str, Held], dict[str, Any]]:
+    """The largest, the smallest and the first rank, and the sums of `bytes` over all."""
+    largest = smallest = first = None
+    total, state = Counter[str](), Counter[str]()
+    for stage in run.stages:
+        for rank in stage.ranks:
+            held = stage.held(rank, optimizers, offloaded=run.offloaded)
+            first = first or held
+            largest = held if largest is None or _size(held) > _size(largest) else largest
+            smallest = held if smallest is None or _size(held) < _size(smallest) else smallest
+            for name in ("parameters", "gradients", "buffers"):
+                total[name] += getattr(held, name).bytes
+            state.update({key: one.bytes for key, one in held.state.items()})
+    assert largest and smallest and first
+    return {"largest": largest, "smallest": smallest, "first": first}, {**total, "state": dict(state)}
+
+
+def _size(held: Held) -> int:
+    return sum(one.bytes for one in (held.parameters, held.gradients, held.buffers, held.state[ADAMW]))
+
+
+def _told(run: Run, held: Held, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+    return {
+        "rank": held.rank,
+        "stage": run.stages.index(run.stage_of(held.rank)),
+        **{name: asdict(getattr(held, name)) for name in ("parameters", "gradients", "buffers")},
+        "state": {key: asdict(held.state[key]) if key in held.state else None for key in optimizers},
+    }
+
+
+def _checkpoint(run: Run, optimizers: Mapping[str, Optimizer]) -> dict[str, int]:
+    kinds = Counter(param.kind for param in run.params.values())
+    return {key: sum(one.whole(kind) * n for kind, n in kinds.items()) for key, one in optimizers.items()}
+
+
+# Patterns
+
+
+def _patterns(run: Run) -> list[dict[str, Any]]:
+    """One entry per kind of parameter; see the head of this file."""
+    rows = []
+    seen = _on_first_ranks(run)
+    by_place: dict[str, list[Param]] = {}
+    for param in run.params.values():
+        by_place.setdefault(_placed(param.kind), []).append(param)
+    for placements, params in by_place.items():
+        for row in summarize(param.blocks for param in params if param.blocks):
+            local, cut, sent = (sum(numbers) for numbers in zip(*(seen[name] for name in row.names), strict=True))
+            rows.append(
+                {
+                    "pattern": row.pattern,
+                    "parameters": len(row.names),
+                    "shape": list(row.shape),
+                    "placements": placements,
+                    "role": row.role,
+                    "blocks": row.layout.num_blocks,
+                    "layout": str(row.layout),
+                    "decay": row.decay,
+                    "local_bytes": local,
+                    "straddling": cut,
+                    "exchanged_bytes": sent,
+                }
+            )
+    order = {name: number for number, name in enumerate(run.params)}
+    firsts = {row["pattern"]: order.get(row["pattern"], 0) for row in rows}
+    return sorted(rows, key=lambda row: firsts[row["pattern"]])
+
+
+def _on_first_ranks(run: Run) -> dict[str, tuple[int, int, int]]:
+    """Parameter -> on the first rank of its stage: bytes held, whether its blocks straddle, bytes exchanged."""
+    seen: dict[str, tuple[int, int, int]] = {}
+    for stage in run.stages:
+        rank = stage.ranks[0]
+        for part in stage.parts:
+            params = [param for param in part if param.blocks]
+            plans = [_block_plan(param, rank) for param in params]
+            axes = [param.kind.mesh.axes(rank) for param in params]
+            widths = [8 if param.kind.dtype == torch.float64 else 4 for param in params]
+            sent = bytes_in(plan_buffers(plans, axes), plans, widths)
+            for number, (param, plan) in enumerate(zip(params, plans, strict=True)):
+                held = prod(stop - start for start, stop in plan.shard.box()) * param.kind.dtype.itemsize
+                seen[param.name] = (held, int(bool(plan.axes)), sent.get(number, 0))
+    return seen
+
+
+def _block_plan(param: Param, rank: int) -> BlockPlan:
+    assert param.kind.layout is not None
+    return BlockPlan.of(param.kind.layout, param.kind.shard(param.kind.mesh.coordinate(rank)))
+
+
+def _placed(kind: Kind) -> str:
+    pairs = zip(kind.mesh.names, kind.placements, strict=True)
+    return ", ".join(f"{axis} {placement}" for axis, placement in pairs) or "whole"
+
+
+# Verdict
+
+
+def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
+    configured = told["configured"]
+    state = told["ranks"]["largest"]["state"]
+    before, after = state[ADAMW]["bytes"], state[configured]["bytes"]
+    saved = before - after
+    unknown = run.sequence if isinstance(run.sequence, str) else ""
+    sequence = run.sequence if isinstance(run.sequence, int) else None
+    further = None if sequence is None or run.offloaded else max(0, saved // max(1, sequence))
+    worth = saved >= WORTH or bool(further)
+    where = "of host memory per rank" if run.offloaded else "per GPU"
+    if worth:
+        one, two = in_unit(before, after, unit=2**30, name="GiB")
+        words = f"saves {one} -> {two} GiB of optimizer state {where}"
+        if further:
+            words += f": room for local batch {run.batch + further} instead of {run.batch} (an estimate)"
+        elif sequence is not None and not run.offloaded:
+            words += (
+                f": worth it for memory, but no room for local batch {run.batch + 1}: one more sequence of "
+                f"{run.seq_len:,} tokens takes about {size(sequence)} (an estimate)"
+            )
+        else:
+            words += ": worth it for memory"
+    else:
+        words = f"saves {size(saved)} {where} at this sharding: not worth it for memory"
+    total = told["checkpoint"]["total"]
+    one, two = in_unit(total[ADAMW], total[configured], unit=10**9, name="GB")
+    words += f"; checkpoints shrink {one} -> {two} GB"
+    return {
+        "saved_bytes": saved,
+        "sequence_bytes": sequence,
+        "sequence_unknown": unknown,
+        "further_sequences": further,
+        "worth_it": worth,
+        "sentence": f"{told['optimizers'][configured]}: {words}.",
+    }
+
+
+def in_unit(*sizes: int, unit: int, name: str) -> list[str]:
+    """Numbers of bytes in one unit, with as many digits as the smallest needs."""
+    least = min(abs(one) for one in sizes) / unit
+    digits = 0 if least >= 20 else 1 if least >= 1 else 3
+    return [f"{one / unit:,.{digits}f}" for one in sizes]
+
+
+def size(number: int) -> str:
+    """A number of bytes in words."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(number) >= unit:
+            return f"{number / unit:,.{1 if number < 20 * unit else 0}f} {name}"
+    return f"{number} bytes"

@@ -1,0 +1,132 @@
+"""From a torchtitan configuration to what all ranks of N hold: one rank of every pipeline stage is built on the meta
+device, one after another, and told as data. The others of its stage differ in their coordinates only."""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
+
+from titan_adam_mini.memory.activations import sequence_bytes
+from titan_adam_mini.memory.holdings import ALONE, Kind, Mesh, Param, Run, Stage
+from titan_adam_mini.partition import clean_name
+from titan_adam_mini.sharding import local
+from titan_adam_mini.titan.builder import optimizer_of
+from titan_adam_mini.titan.knobs import read_knobs
+from titan_adam_mini.titan.refusals import check_run
+from titan_adam_mini.titan.shards import a_rank, built_or_told, configured, spec_and_args
+
+
+def read_run(arguments: list[str], ngpu: int) -> Run:
+    """What a run of AdamMini with this configuration holds, whatever the configuration's optimizer. Takes the whole
+    process: see `child.py`. Nothing is written to standard output.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        ngpu: number of ranks.
+
+    Raises:
+        ValueError: the run could not start, in words.
+    """
+    os.dup2(2, 1)
+    config = configured(arguments, ngpu)
+    spec, args = spec_and_args(config)
+    check_run(config, spec, args, ngpu)
+    pipelined = config.parallelism.pipeline_parallel_degree
+    each = ngpu // pipelined
+    stages, saved = [], dict[str, int]()
+    meshes: dict[str, dict[str, int]] = {}
+    for first in range(0, ngpu, each):
+        with a_rank(first, ngpu):
+            _, _, parts, dims = built_or_told(config, ngpu)
+            stages.append(_stage(range(first, first + each), parts, config, dims))
+            meshes = meshes or _meshes(dims)
+            for part in parts:
+                saved |= {clean_name(name): _bytes(value) for name, value in part.state_dict().items()}
+    return Run(
+        model=f"{config.model.name} {config.model.flavor}",
+        ngpu=ngpu,
+        meshes=meshes,
+        stages=tuple(stages),
+        model_checkpoint=sum(saved.values()),
+        momentum=read_knobs(config.optimizer).momentum_dtype,
+        fused=config.optimizer.implementation == "fused",
+        offloaded=config.training.enable_cpu_offload,
+        checkpoints=config.checkpoint.enable,
+        batch=config.training.local_batch_size,
+        seq_len=config.training.seq_len,
+        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled),
+    )
+
+
+def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> Stage:
+    """One pipeline stage, of which the rank that this process is has built its model parts."""
+    meshes: dict[Any, Mesh] = {}
+    groups: dict[int, int] = {}
+    told = []
+    for part in parts:
+        optimizer = optimizer_of(part, config.optimizer, dims)
+        trained = {name: tuple(param.shape) for name, param in part.named_parameters() if param.requires_grad}
+        blocks = optimizer.partition.assign(trained)
+        managed = _managed(part, groups)
+        embeddings = {module.weight for module in part.modules() if isinstance(module, torch.nn.Embedding)}
+        params = []
+        for name, param in part.named_parameters():
+            group, axis = managed.get(param, (None, None))
+            own = blocks.get(name)
+            mesh, placements = ALONE, ()
+            if isinstance(param, DTensor):
+                mesh = meshes.setdefault(param.device_mesh, _mesh(param.device_mesh))
+                placements = tuple(param.placements)
+            whole = param in embeddings and param not in managed
+            layout = own.layout if own else None
+            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layout, axis, whole)
+            params.append(Param(clean_name(name), kind, group, own))
+        told.append(tuple(params))
+    buffers = tuple(_bytes(local(buffer)) for part in parts for buffer in part.buffers())
+    return Stage(ranks, tuple(told), buffers)
+
+
+def _managed(part: Any, groups: dict[int, int]) -> dict[Any, tuple[int, int | None]]:
+    """Parameter -> (number of its FSDP group, axis of its mesh that FSDP2 shards it along); `groups` numbers them."""
+    managed = {}
+    for module in part.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13 on; one group per module before
+        for group in several if several is not None else [state._fsdp_param_group]:
+            if group is not None:
+                number = groups.setdefault(id(group), len(groups))
+                for one in group.fsdp_params:
+                    managed[one.sharded_param] = (number, one.mesh_info.shard_mesh_dim)
+    return managed
+
+
+def _mesh(mesh: Any) -> Mesh:
+    """A device mesh as data: the strides are those of its own ranks."""
+    names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+    strides = []
+    for axis, size in enumerate(mesh.shape):
+        along = mesh.mesh.movedim(axis, 0).reshape(size, -1)[:, 0].tolist()
+        strides.append(along[1] - along[0] if size > 1 else 1)
+    return Mesh(tuple(names), tuple(mesh.shape), tuple(strides))
+
+
+def _meshes(dims: ParallelDims) -> dict[str, dict[str, int]]:
+    """The meshes of torchtitan's ParallelDims: the dense parameters', and the experts' where they have their own."""
+    fsdp = dims.dp_shard * dims.cp
+    outer = {"pp": dims.pp, "dp_replicate": dims.dp_replicate}
+    meshes = {"dense": {**outer, "fsdp": fsdp, "tp": dims.tp}}
+    if dims.ep > 1:
+        efsdp = fsdp * dims.tp // (dims.ep * dims.etp)
+        meshes["experts"] = {**outer, "efsdp": efsdp, "ep": dims.ep, "etp": dims.etp}
+    return meshes
+
+
+def _bytes(tensor: Any) -> int:
+    """Of a whole tensor; 0 for anything else."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize if hasattr(tensor, "shape") else 0
