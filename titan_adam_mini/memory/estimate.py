@@ -35,8 +35,8 @@ MOMENTA = ("AdamMini float32", "AdamMini bfloat16", "AdamMini int8")
 MODES = ("none", "selective", "full")
 """Activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
 CAVEAT = (
-    "Simulated, not measured: eager (torch.compile usually needs less), without the allocator's fragmentation, the CUDA "
-    "context and NCCL. Compared with one GPU for one model (README, Memory); not validated on a GPU otherwise."
+    "Simulated, not measured: eager (torch.compile usually needs less), without the allocator's fragmentation, the "
+    "CUDA context and NCCL. Compared with one GPU for one model (README, Memory); not validated on a GPU otherwise."
 )
 
 
@@ -132,8 +132,7 @@ class Estimate:
         with ExitStack() as stack:
             threads = stack.enter_context(ThreadPoolExecutor(len(MODES)))
             searches = [
-                _Search(stack.enter_context(child()), run, arguments, mode, room, self.rank, progress)
-                for mode in MODES
+                _Search(stack.enter_context(child()), run, arguments, mode, room, self.rank, progress) for mode in MODES
             ]
             found = list(threads.map(lambda search: [search.answer(what) for what in self._varied()], searches))
         return [fit for fits in found for answers in fits for fit in answers]
@@ -232,7 +231,9 @@ def parse_bytes(text: str, flag: str) -> int:
     try:
         return int(float(found[1]) * units[found[2]])  # type: ignore[index]
     except (TypeError, ValueError, KeyError):
-        raise ValueError(f"{flag} {text!r} is no amount of memory: write it as 80GiB, with {', '.join(units)}") from None
+        raise ValueError(
+            f"{flag} {text!r} is no amount of memory: write it as 80GiB, with {', '.join(units)}"
+        ) from None
 
 
 # What is shown
@@ -264,7 +265,9 @@ def _show(console: Console, run: Simulated) -> None:
     lower = [min(run.peaks[name], key=lambda peak: peak.total) for name in names]
     table.add_row("the other phase", *(_gib(peak.total) for peak in lower))
     console.print(table)
-    console.print(f"* as configured. {'; '.join(f'{name}: {why}' for name, why in run.refused.items())}", soft_wrap=True)
+    console.print(
+        f"* as configured. {'; '.join(f'{name}: {why}' for name, why in run.refused.items())}", soft_wrap=True
+    )
 
 
 def _show_fits(console: Console, run: Simulated, fits: Sequence[Fit], budget: str, reserve: str) -> None:
@@ -301,18 +304,17 @@ def _gib(size: int) -> str:
 def _as_json(run: Simulated) -> dict[str, Any]:
     """Everything about one run; sizes are bytes."""
     facts = {key: value for key, value in asdict(run).items() if key != "peaks"}
-    peaks = {
-        name: {"peak_bytes": run.peak(name).total, "phase": run.peak(name).phase, "phases": [asdict(one) for one in two]}
-        for name, two in run.peaks.items()
-    }
-    return {**facts, "optimizers": peaks}
+    facts["optimizers"] = {}
+    for name, phases in run.peaks.items():
+        peak = run.peak(name)
+        told = {"peak_bytes": peak.total, "phase": peak.phase, "phases": [asdict(one) for one in phases]}
+        facts["optimizers"][name] = told
+    return facts
 
 
 def draw(path: Path, runs: Sequence[Simulated], budget: int | None) -> None:
     """AdamW and AdamMini side by side, for every run."""
-    bars = [
-        (f"{run.ngpu:,} GPU{'s' * (run.ngpu > 1)}\n{name}", run.peak(name).held) for run in runs for name in PAIR
-    ]
+    bars = [(f"{run.ngpu:,} GPU{'s' * (run.ngpu > 1)}\n{name}", run.peak(name).held) for run in runs for name in PAIR]
     first = runs[0]
     title = f"{first.model}: simulated peak of a training step on one GPU"
     note = (

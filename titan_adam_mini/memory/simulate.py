@@ -7,24 +7,21 @@ Takes a process for itself, because torchtitan is imported and device and attent
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
-from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
-from titan_adam_mini.memory.tracker import own_propagation, state_of, tracker_of
+from titan_adam_mini import AdamMini
+from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
+from titan_adam_mini.memory.tracker import state_of, tracker_of
 from titan_adam_mini.titan.build import Built, built
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
@@ -123,7 +120,7 @@ def simulate(
     Raises:
         ValueError: the configuration cannot be built, or not be simulated, in words.
     """
-    with built(arguments, ngpu, rank) as model, _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    with built(arguments, ngpu, rank) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         config = model.config
         _refuse(model)
         for part in model.parts:
@@ -187,13 +184,13 @@ def _refuse(model: Built) -> None:
         )
     if config.training.enable_cpu_offload:
         raise ValueError(
-            "estimate does not simulate training.enable_cpu_offload: parameters, gradients and optimizer state are then "
-            "in the host's memory; see `titan-adam-mini plan` for their bytes"
+            "estimate does not simulate training.enable_cpu_offload: parameters, gradients and optimizer state are "
+            "then in the host's memory; see `titan-adam-mini plan` for their bytes"
         )
     if config.model.converters:
         raise ValueError(
-            f"estimate does not simulate model.converters {', '.join(config.model.converters)}, which need a GPU; leave "
-            "them out (--model.converters '') to see the model without them"
+            f"estimate does not simulate model.converters {', '.join(config.model.converters)}, which need a GPU; "
+            "leave them out (--model.converters '') to see the model without them"
         )
 
 
@@ -246,7 +243,7 @@ def _masks(model: Built) -> dict[str, Any]:
     """What flex attention is given besides; some models take a table of masks."""
     if getattr(model.args, "attn_type", "sdpa") == "sdpa":
         return {}
-    mask = _NoMask()
+    mask = NoMask()
     names = _TABLES.get(model.config.model.name)
     return {"attention_masks": dict.fromkeys(names, mask) if names else mask}
 
@@ -260,9 +257,7 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
     stages = {stage.stage_index: stage for stage in getattr(schedule, "_stages", None) or [schedule._stage]}
     rank = next(iter(stages.values())).group_rank
     size = config.parallelism.pipeline_parallel_microbatch_size
-    dtype = TORCH_DTYPE_MAP[
-        config.training.mixed_precision_param if model.dims.fsdp_enabled else config.training.dtype
-    ]
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param if model.dims.fsdp_enabled else config.training.dtype]
     hidden = (size, config.training.seq_len // model.dims.cp // model.dims.tp, model.args.dim)
     actions = [one for action in schedule.pipeline_order[rank] if action for one in action.sub_actions or (action,)]
     under_way: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -292,27 +287,31 @@ def _step(tracker: Any, model: Built, name: str, during: dict[str, int]) -> list
     tracker.stepping = True
     optimizers = [_optimizer(part, model, name) for part in model.parts]
     for optimizer in optimizers:
+        if isinstance(optimizer, AdamMini) and model.config.optimizer.implementation == "fused":
+            optimizer.engine = Still()
         if not optimizer.state:
             optimizer.step()  # makes AdamW's state
         tracker.mark_state(state_of(optimizer))
     state = tracker.held()["optimizer state"]
     tracker.restart()
-    params = [param for part in model.parts for param in part.parameters()]
-    dims = model.dims
-    dist_utils.clip_grad_norm_(
-        params,
-        model.config.training.max_norm,
-        foreach=True,
-        pp_mesh=dims.get_optional_mesh("pp"),
-        ep_enabled=dims.ep_enabled,
-    )
-    for optimizer in optimizers:
-        optimizer.step()
+    _clip_and_step(model, optimizers)
     tracker.stepping = False
     return [
         Peak("forward and backward", {**during, "optimizer state": during["optimizer state"] + state}),
         Peak(STEP, tracker.held("peak")),
     ]
+
+
+def _clip_and_step(model: Built, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    dist_utils.clip_grad_norm_(
+        [param for part in model.parts for param in part.parameters()],
+        model.config.training.max_norm,
+        foreach=True,
+        pp_mesh=model.dims.get_optional_mesh("pp"),
+        ep_enabled=model.dims.ep_enabled,
+    )
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _optimizer(part: nn.Module, model: Built, name: str) -> torch.optim.Optimizer:
@@ -324,78 +323,4 @@ def _optimizer(part: nn.Module, model: Built, name: str) -> torch.optim.Optimize
     _, _, momentum = name.partition(" ")
     made = optimizer_of(part, config, model.dims, momentum_dtype=MOMENTA.get(momentum))
     made.init_state()
-    if config.implementation == "fused":
-        made.engine = _Still()
     return made
-
-
-class _Still:
-    """In the place of the fused engine, whose kernels are for real memory, and allocate none of it in a step."""
-
-    step_on_device = False
-
-    def square_sums(self, works: Sequence[Any]) -> None:
-        """Nothing."""
-
-    def update(self, works: Sequence[Any]) -> None:
-        """Nothing."""
-
-    def forget(self) -> None:
-        """Nothing."""
-
-
-# A GPU's operators
-
-
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Attention and experts as GPUs compute them.
-
-    Attention keeps queries, keys, values, output and a row of sums for the backward pass, whichever kernel computes it;
-    on a CPU torch would choose an operator that selective activation checkpointing does not know. Experts are one
-    grouped product; which tokens they get, and so the padding between them, is not known here and not needed.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
-        stack.enter_context(patch.object(FlexAttentionWrapper, "forward", _flex))
-        stack.enter_context(patch("torchtitan.models.moe.utils.generate_permute_indices", _permuted))
-        stack.enter_context(own_propagation())
-        yield
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if query.shape[-1] == value.shape[-1]:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    # Heads of values smaller than those of keys (MLA): flash attention does not take them.
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-
-def _flex(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **_: Any) -> Any:
-    output = _attention(q, k, v)
-    return (output, output.new_zeros(q.shape[:-1], dtype=torch.float32)) if return_lse else output
-
-
-class _NoMask(BlockMask):
-    """In the place of a mask of blocks, which takes some kilobytes."""
-
-    def __init__(self) -> None:
-        """Without blocks."""
-
-
-def _permuted(
-    counts: Tensor, experts: int, ranks: int, length: int, alignment: int, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, counts and offsets in the shapes of torchtitan's kernel for GPUs."""
-    per_expert = counts.new_zeros(experts, dtype=torch.int32)
-    return counts.new_zeros(length, dtype=torch.int64), per_expert, per_expert

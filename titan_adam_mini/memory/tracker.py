@@ -32,15 +32,15 @@ CATEGORIES = {
     _MemRefType.BUFFER: "other",
     _MemRefType.OTH: "other",
 }
-"""What the trackers tell apart -> category. Gathered parameters count as all-gather, and whole gradients that wait to be
-reduced as reduce-scatter: both are FSDP's, live for a layer or two, and go when there is no FSDP."""
+"""What the trackers tell apart -> category. Gathered parameters count as all-gather, and whole gradients that wait to
+be reduced as reduce-scatter: both are FSDP's, live for a layer or two, and go when there is no FSDP."""
 
 
 class _Phases:
     """What both trackers get: one peak at a time, and temporaries of the optimizer's step that are no state.
 
-    torch's trackers count all that a step makes as optimizer state, and keep a peak of every module, which takes half of
-    the time of a simulation and is not asked for here.
+    torch's trackers count all that a step makes as optimizer state, and keep a peak of every module, which takes half
+    of the time of a simulation and is not asked for here.
     """
 
     stepping = False

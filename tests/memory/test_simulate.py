@@ -1,0 +1,58 @@
+"""The simulation of a step, held against the peaks of real memory and against the plan's arithmetic."""
+
+from pathlib import Path
+
+import pytest
+from measured_step import measured
+
+from titan_adam_mini.child import in_child
+from titan_adam_mini.memory.estimate import _simulate
+
+CONFIG = str(Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml")
+SMALL = ["--job.config_file", CONFIG, "--training.seq_len", "128", "--training.local_batch_size", "4"]
+HELD_BY_FAKES = 1 << 17
+"""Bytes: scalars that the trackers see and the allocator not, and a copy of AdamMini's exchange."""
+
+INSIDE_KERNELS = 0.02
+"""What kernels allocate for themselves (RMSNorm on a CPU, a copy of its input) no simulation sees."""
+
+CASES = {
+    "one rank, autocast": (1, []),
+    "FSDP2": (4, []),
+    "FSDP2, everything recomputed": (4, ["--activation_checkpoint.mode", "full"]),
+    "FSDP2, operators recomputed": (4, ["--activation_checkpoint.mode", "selective"]),
+    "HSDP, two passes": (
+        4,
+        ["--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "32"],
+    ),
+    "FSDP2 x TP": (4, ["--parallelism.tensor_parallel_degree", "2", "--model.flavor", "llama2_39M"]),
+    "pipeline": (4, ["--parallelism.pipeline_parallel_degree", "2"]),
+    "bfloat16 parameters, int8 momentum": (
+        2,
+        [
+            "--training.dtype",
+            "bfloat16",
+            "--optimizer.adam_mini.momentum_dtype",
+            "int8",
+            "--model.flavor",
+            "llama2_39M",
+        ],
+    ),
+    "foreach": (2, ["--optimizer.implementation", "foreach"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
+    ngpu, flags = CASES[name]
+    arguments = [*SMALL, *flags]
+    (one,) = in_child(_simulate, arguments, ngpu, 0, ("AdamW", "AdamMini"), None)
+    real = in_child(measured, arguments, ngpu, 0)
+    print(name, real, {key: [peak.total for peak in peaks] for key, peaks in one.peaks.items()})
+    for optimizer in ("AdamW", "AdamMini"):
+        training, step = one.peaks[optimizer]
+        state = step.held["optimizer state"]
+        assert state == training.held["optimizer state"] == real[optimizer]["state"]
+        assert training.total - state == pytest.approx(real["forward and backward"], rel=INSIDE_KERNELS)
+        assert step.total == pytest.approx(real[optimizer]["step"], abs=HELD_BY_FAKES)
