@@ -80,7 +80,7 @@ class Estimate:
             runs = []
             for ngpu in numbers:
                 task = progress.add_task(f"simulating {ngpu:,} ranks", total=None)
-                runs.append(_largest(call(_simulate, arguments, ngpu, self.rank, (*PAIR, *MOMENTA), None)))
+                runs.append(_largest(call(_simulate_checked, arguments, ngpu, self.rank, (*PAIR, *MOMENTA))))
                 progress.remove_task(task)
             fits = self._fits(runs[-1], arguments, room, progress) if room else []
         if not console.is_terminal:
@@ -211,13 +211,24 @@ class _Search:
         return self.seen[question, value]
 
 
+def _simulate_checked(*args: Any) -> Any:
+    _quiet()
+    from .simulate import simulate_checked
+
+    return simulate_checked(*args)
+
+
 def _simulate(*args: Any) -> Any:
-    # torchtitan tells about every model that it builds, and this builds dozens.
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    _quiet()
     from .simulate import simulate_stages
 
     return simulate_stages(*args)
+
+
+def _quiet() -> None:
+    # torchtitan tells about every model that it builds, and this builds dozens.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def _largest(runs: Sequence[Simulated]) -> Simulated:

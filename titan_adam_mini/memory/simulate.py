@@ -20,12 +20,14 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
 
 from titan_adam_mini import AdamMini
+from titan_adam_mini.memory.holdings import Optimizer
 from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
 from titan_adam_mini.memory.tracker import state_of, tracker_of
 from titan_adam_mini.titan.build import Built, built
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
+from titan_adam_mini.titan.stages import read_run
 
 STEP = "optimizer step"
 _TABLES = {"llama4": ("rope", "nope")}
@@ -102,6 +104,37 @@ def simulate_stages(
     stages = first.mesh.get("pp", 1) if rank is None else 1
     others = [simulate(arguments, ngpu, stage * ngpu // stages, optimizers, passes) for stage in range(1, stages)]
     return [first, *others]
+
+
+def simulate_checked(
+    arguments: list[str], ngpu: int, rank: int | None, optimizers: Sequence[str]
+) -> list[Simulated]:
+    """`simulate_stages`, held against the plan: a run that could not start is refused before, and every optimizer's
+    state must have the bytes that the plan's arithmetic gives it.
+
+    Raises:
+        ValueError: the run could not start, or the two disagree.
+    """
+    plan = read_run(arguments, ngpu)
+    runs = simulate_stages(arguments, ngpu, rank, optimizers)
+    for run in runs:
+        counted = {name: _counted(name, plan.momentum) for name in run.peaks}
+        held = plan.stage_of(run.rank).held(run.rank, counted).state
+        for name, peaks in run.peaks.items():
+            for peak in peaks:
+                if peak.held["optimizer state"] != held[name].bytes:
+                    raise ValueError(
+                        f"the simulation of rank {run.rank} records {peak.held['optimizer state']:,} bytes of {name}'s "
+                        f"state, and the plan counts {held[name].bytes:,}: one of them is wrong, so neither is shown. "
+                        "Please report it with the configuration"
+                    )
+    return runs
+
+
+def _counted(name: str, configured: torch.dtype | None) -> Optimizer:
+    """An optimizer of the simulation as the plan counts it."""
+    mini, _, momentum = name.partition(" ")
+    return Optimizer(name, mini=mini == "AdamMini", momentum=MOMENTA.get(momentum, configured))
 
 
 def simulate(
