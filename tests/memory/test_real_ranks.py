@@ -34,7 +34,7 @@ def test_to_the_byte(name: str, tmp_path: Path) -> None:
         assert (mine.parameters.bytes, mine.gradients.bytes) == (held["parameters"], held["gradients"]), rank
         assert mine.buffers.bytes == held["buffers"]
         assert mine.parameters.bytes + mine.parameters.padding == held["parameters padded"]
-        # With CPU offload a gradient is copied out of FSDP's buffer where it comes from a GPU; here it is there already.
+        # With CPU offload a gradient is copied out of FSDP's buffer if that is on a GPU; here it stays in it.
         if case.forward and not plan.offloaded:
             assert mine.gradients.bytes + mine.gradients.padding == held["gradients padded"]
         if not plan.offloaded:

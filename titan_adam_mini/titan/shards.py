@@ -62,8 +62,11 @@ def configured(arguments: list[str], ngpu: int) -> Any:
     # Patterns of tensor parallelism that belong to another pipeline stage.
     warnings.filterwarnings("ignore", message="Parallelize plan key")
     config = ConfigManager().parse_args(arguments)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
+    if name := config.experimental.custom_import:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"experimental.custom_import = {name!r} cannot be imported: {error}") from None
     enable()
     return config
 
