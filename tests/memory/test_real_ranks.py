@@ -44,6 +44,11 @@ def test_to_the_byte(name: str, tmp_path: Path) -> None:
     assert list(told["refused"]) == ([] if case.int8 else ["adam_mini_int8"])
     for key, stored in real[0]["checkpoint"].items():
         assert told["checkpoint"]["total"][planned_as(key)] == stored, key
+    for key in real[0]["second moments"]:
+        blocks: dict[str, int] = {}
+        for held in real:
+            blocks |= held["second moments"][key]
+        assert sum(blocks.values()) == told["second_moments_adamw" if key.startswith("adamw") else "second_moments"]
     assert set(real[0]["checkpoint"]) == {key for key in OPTIMIZERS if case.int8 or "int8" not in key}
 
 

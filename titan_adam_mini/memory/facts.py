@@ -14,6 +14,7 @@
     offloaded                    are parameters, gradients and state in host memory (`training.enable_cpu_offload`)?
     step_on_device               is `step`, four bytes per parameter, on the accelerator? With `implementation` "fused"
                                  it is (AdamMini's: where Triton can be imported), else in host memory
+    notes                        sentences about what is not counted
     patterns                     one entry per kind of trainable parameter, numbers in names collapsed to *:
         pattern, shape, placements, role, layout, decay
         parameters               how many there are in the model
@@ -104,6 +105,7 @@ def facts(run: Run) -> dict[str, Any]:
         "optimizers": {key: one.title for key, one in optimizers.items()},
         "refused": refused,
         "offloaded": run.offloaded,
+        "notes": list(run.notes),
         "step_on_device": run.fused and not run.offloaded,
         "patterns": _patterns(run),
         "ranks": {which: _told(run, held, optimizers) for which, held in ranks.items()},

@@ -3,6 +3,7 @@ device, one after another, and told as data. The others of its stage differ in t
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from titan_adam_mini.memory.activations import sequence_bytes
 from titan_adam_mini.memory.holdings import ALONE, Kind, Mesh, Param, Run, Stage
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.sharding import local
-from titan_adam_mini.titan.builder import optimizer_of
+from titan_adam_mini.titan.builder import NAME, optimizer_of
 from titan_adam_mini.titan.knobs import read_knobs
 from titan_adam_mini.titan.refusals import check_run
 from titan_adam_mini.titan.shards import a_rank, built_or_told, configured, spec_and_args
@@ -59,7 +60,18 @@ def read_run(arguments: list[str], ngpu: int) -> Run:
         batch=config.training.local_batch_size,
         seq_len=config.training.seq_len,
         sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled),
+        notes=tuple(_notes(config, dims)),
     )
+
+
+def _notes(config: Any, dims: ParallelDims) -> Iterator[str]:
+    if config.model.converters:
+        names = ", ".join(config.model.converters)
+        yield f"model.converters ({names}) are not applied, since they may ask for a GPU: what they change is not seen."
+    if dims.dp_replicate_enabled and not dims.fsdp_enabled and not dims.ep_enabled:
+        yield "DDP keeps buckets, as large as the gradients once more, which are not counted."
+    if config.optimizer.name != NAME:
+        yield f"The configuration asks for {config.optimizer.name}; this is the plan of AdamMini beside AdamW."
 
 
 def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> Stage:
