@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 CONFIG = Path(__file__).resolve().parents[1] / "train_configs" / "debug_model.toml"
 SEQ_LEN, BATCH = 16, 4
-MODELS = {"nasty": "llama3", "even": "llama3", "nasty_moe": "qwen3"}
+MODELS = {"nasty": "llama3", "odd": "llama3", "even": "llama3", "nasty_moe": "qwen3"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw fused": {"name": "AdamW", "implementation": "fused"},
     "adamw foreach": {"name": "AdamW", "implementation": "foreach"},
@@ -83,11 +83,12 @@ CASES = {
     "HSDP 2x2": Case(4, "nasty", (("hsdp", 2),)),
     "TP 2": Case(2, "even", (("tp", 2),)),
     "FSDP2 x TP 2x2": Case(4, "even", (("tp", 2),)),
-    "FSDP2 x TP 2x2, uneven": Case(4, "nasty", (("tp", 2),), int8=False, forward=False),
+    "FSDP2 x TP 2x2, uneven": Case(4, "odd", (("tp", 2),), int8=False),
     "CP 2": Case(2, "nasty", (("cp", 2),), forward=False),
     "PP 2": Case(2, "nasty", (("pp", 2),)),
     "PP 2, virtual stages": Case(2, "nasty", (("pp", 2),), _VIRTUAL),
     "PP x FSDP2 2x2": Case(4, "nasty", (("pp", 2),)),
+    "FSDP2 3, a frozen embedding": Case(3, "nasty", settings=(("model.name", "frozen"),)),
     "MoE, FSDP2 3": Case(3, "nasty_moe"),
     "MoE, EP 2": Case(2, "nasty_moe", (("ep", 2),)),
     "MoE, FSDP2 x EP 2x2": Case(4, "nasty_moe", (("ep", 2),)),
@@ -114,7 +115,7 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
     else:
         for param in params:
             param.grad = torch.zeros_like(param)
-    grads = [param.grad for param in params]
+    grads = [param.grad for param in params if param.requires_grad]
     assert all(grad is not None for grad in grads)
     told: dict[str, Any] = {
         "parameters": _bytes(params),
@@ -142,6 +143,7 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
             name: optimizer.state[param]["exp_avg_sq"].numel()
             for part, optimizer in zip(parts, optimizers, strict=True)
             for name, param in part.named_parameters()
+            if param.requires_grad
         }
         if folder:
             path = f"{folder}/{key}"

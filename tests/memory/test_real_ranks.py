@@ -34,7 +34,7 @@ def test_to_the_byte(name: str, tmp_path: Path) -> None:
         assert (mine.parameters.bytes, mine.gradients.bytes) == (held["parameters"], held["gradients"]), rank
         assert mine.buffers.bytes == held["buffers"]
         assert mine.parameters.bytes + mine.parameters.padding == held["parameters padded"]
-        # With CPU offload a gradient is copied out of FSDP's buffer where it comes from a GPU; here it is there already.
+        # With CPU offload a gradient is copied out of FSDP's buffer if that is on a GPU; here it stays in it.
         if case.forward and not plan.offloaded:
             assert mine.gradients.bytes + mine.gradients.padding == held["gradients padded"]
         if not plan.offloaded:
@@ -44,6 +44,11 @@ def test_to_the_byte(name: str, tmp_path: Path) -> None:
     assert list(told["refused"]) == ([] if case.int8 else ["adam_mini_int8"])
     for key, stored in real[0]["checkpoint"].items():
         assert told["checkpoint"]["total"][planned_as(key)] == stored, key
+    for key in real[0]["second moments"]:
+        blocks: dict[str, int] = {}
+        for held in real:
+            blocks |= held["second moments"][key]
+        assert sum(blocks.values()) == told["second_moments_adamw" if key.startswith("adamw") else "second_moments"]
     assert set(real[0]["checkpoint"]) == {key for key in OPTIMIZERS if case.int8 or "int8" not in key}
 
 

@@ -213,7 +213,7 @@ class _Search:
 
 def _simulate_checked(*args: Any) -> Any:
     _quiet()
-    from .simulate import simulate_checked
+    from .agree import simulate_checked
 
     return simulate_checked(*args)
 

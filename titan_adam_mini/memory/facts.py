@@ -14,6 +14,7 @@
     offloaded                    are parameters, gradients and state in host memory (`training.enable_cpu_offload`)?
     step_on_device               is `step`, four bytes per parameter, on the accelerator? With `implementation` "fused"
                                  it is (AdamMini's: where Triton can be imported), else in host memory
+    notes                        sentences about what is not counted
     patterns                     one entry per kind of trainable parameter, numbers in names collapsed to *:
         pattern, shape, placements, role, layout, decay
         parameters               how many there are in the model
@@ -41,18 +42,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
 from math import prod
 from typing import Any
 
 import torch
 
-from ..checkpoint.check import MIXED_UP, mixes_up, some
-from ..momentum import cut_run, dtype_of
 from ..partition import summarize
 from ..plan import BlockPlan, bytes_in, plan_buffers
+from .checks import check_checkpoints, check_matrices, refusal
 from .holdings import Held, Kind, Optimizer, Param, Run
 
 WORTH = 2**30
@@ -79,15 +78,16 @@ def facts(run: Run) -> dict[str, Any]:
     """Everything the plan says; see the head of this file.
 
     Raises:
-        ValueError: the configured momentum, or checkpoints, are not possible on this mesh.
+        ValueError: the configured momentum, checkpoints, or the model itself are not possible on this mesh.
     """
     optimizers, configured = optimizers_of(run)
-    reasons = {key: _refusal(run, one) for key, one in optimizers.items()}
+    reasons = {key: refusal(run, one) for key, one in optimizers.items()}
     refused = {key: why for key, why in reasons.items() if why}
     if configured in refused:
         raise ValueError(refused[configured])
+    check_matrices(run)
     if run.checkpoints:
-        _check_checkpoints(run)
+        check_checkpoints(run)
     counted = {key: one for key, one in optimizers.items() if key not in refused}
     ranks, all_ranks = _ranks(run, counted)
     trained = [param for param in run.params.values() if param.blocks]
@@ -105,6 +105,7 @@ def facts(run: Run) -> dict[str, Any]:
         "optimizers": {key: one.title for key, one in optimizers.items()},
         "refused": refused,
         "offloaded": run.offloaded,
+        "notes": list(run.notes),
         "step_on_device": run.fused and not run.offloaded,
         "patterns": _patterns(run),
         "ranks": {which: _told(run, held, optimizers) for which, held in ranks.items()},
@@ -116,46 +117,6 @@ def facts(run: Run) -> dict[str, Any]:
         },
     }
     return {**told, "verdict": _verdict(run, told)}
-
-
-# What cannot be
-
-
-def _refusal(run: Run, optimizer: Optimizer) -> str:
-    """Why AdamMini with this type of momentum cannot run here; "" if it can. As `AdamMini` itself would say it."""
-    for param in run.params.values():
-        kind = param.kind
-        if not (optimizer.mini and param.blocks):
-            continue
-        if dtype_of(optimizer.momentum, kind.dtype, kind.shape) == torch.int8:
-            told = cut_run(kind.shard((0,) * len(kind.mesh.sizes)), kind.mesh.names)
-            if told:
-                return f"AdamMini cannot plan {param.name!r}: {told}"
-    return ""
-
-
-def _check_checkpoints(run: Run) -> None:
-    """Raise ValueError for tensors that torch's distributed checkpoint would mix up on any rank."""
-    checked: dict[Kind, bool] = {}
-    wrong = []
-    for param in run.params.values():
-        if param.kind not in checked:
-            checked[param.kind] = _mixed_up(param.kind)
-        if checked[param.kind]:
-            wrong.append(f"{param.name} {param.kind.shape} as {param.kind.placements}")
-    if wrong:
-        raise ValueError(MIXED_UP.format(some(wrong)))
-
-
-def _mixed_up(kind: Kind) -> bool:
-    zero = kind.shard((0,) * len(kind.mesh.sizes))
-    # Where the outer cuts of every dim are even, torch is right (tests/memory): most tensors need no look at all ranks.
-    outer = [prod(cut.size for cut in zero.cuts_of(dim)[:-1]) for dim in range(len(kind.shape))]
-    if all(size % cuts == 0 for size, cuts in zip(kind.shape, outer, strict=True)):
-        return False
-    sizes = [size if axis in kind.cut_axes else 1 for axis, size in enumerate(kind.mesh.sizes)]
-    places = product(*map(range, sizes))
-    return any(mixes_up(kind.shard(place), kind.placements, kind.mesh.sizes, place) for place in places)
 
 
 # Ranks
@@ -270,22 +231,20 @@ def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
     worth = saved >= WORTH or bool(further)
     where = "of host memory per rank" if run.offloaded else "per GPU"
     if worth:
-        one, two = in_unit(before, after, unit=2**30, name="GiB")
-        words = f"saves {one} -> {two} GiB of optimizer state {where}"
+        words = f"saves {_from_to(before, after)} of optimizer state {where}: "
         if further:
-            words += f": room for local batch {run.batch + further} instead of {run.batch} (an estimate)"
+            words += f"room for local batch {run.batch + further} instead of {run.batch} (an estimate)"
         elif sequence is not None and not run.offloaded:
             words += (
-                f": worth it for memory, but no room for local batch {run.batch + 1}: one more sequence of "
+                f"worth it for memory, but no room for local batch {run.batch + 1}: one more sequence of "
                 f"{run.seq_len:,} tokens takes about {size(sequence)} (an estimate)"
             )
         else:
-            words += ": worth it for memory"
+            words += "worth it for memory"
     else:
         words = f"saves {size(saved)} {where} at this sharding: not worth it for memory"
     total = told["checkpoint"]["total"]
-    one, two = in_unit(total[ADAMW], total[configured], unit=10**9, name="GB")
-    words += f"; checkpoints shrink {one} -> {two} GB"
+    words += f"; checkpoints shrink {_from_to(total[ADAMW], total[configured], _DECIMAL)}"
     return {
         "saved_bytes": saved,
         "sequence_bytes": sequence,
@@ -296,16 +255,18 @@ def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_unit(*sizes: int, unit: int, name: str) -> list[str]:
-    """Numbers of bytes in one unit, with as many digits as the smallest needs."""
-    least = min(abs(one) for one in sizes) / unit
-    digits = 0 if least >= 20 else 1 if least >= 1 else 3
-    return [f"{one / unit:,.{digits}f}" for one in sizes]
+_BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+_DECIMAL = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
+
+
+def _from_to(before: int, after: int, units: Sequence[tuple[int, str]] = _BINARY) -> str:
+    """Two numbers of bytes in words, in one unit, with digits enough for the smaller."""
+    unit, name = next(one for one in units if before >= one[0] or one[0] == 1)
+    digits = 0 if after >= 20 * unit or unit == 1 else 1 if after >= unit else 2
+    return f"{before / unit:,.{digits}f} -> {after / unit:,.{digits}f} {name}"
 
 
 def size(number: int) -> str:
     """A number of bytes in words."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(number) >= unit:
-            return f"{number / unit:,.{1 if number < 20 * unit else 0}f} {name}"
-    return f"{number} bytes"
+    unit, name = next(one for one in _BINARY if abs(number) >= one[0] or one[0] == 1)
+    return f"{number / unit:,.{0 if abs(number) >= 20 * unit or unit == 1 else 1}f} {name}"

@@ -320,6 +320,7 @@ class Run:
         checkpoints: does it save any?
         batch, seq_len: sequences per rank and step, and their length.
         sequence: estimated bytes that one more sequence takes at the peak of a step, or why nothing can be said.
+        notes: sentences about what is not counted.
     """
 
     model: str
@@ -334,6 +335,7 @@ class Run:
     batch: int
     seq_len: int
     sequence: int | str
+    notes: tuple[str, ...] = ()
 
     def stage_of(self, rank: int) -> Stage:
         """The pipeline stage of a rank."""

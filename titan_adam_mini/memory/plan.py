@@ -91,7 +91,7 @@ class Plan:
 
 
 def _read_run(*args: Any) -> Any:
-    from ..titan.stages import read_run
+    from .stages import read_run
 
     return read_run(*args)
 
@@ -195,6 +195,7 @@ def _notes(told: dict[str, Any]) -> list[str]:
         notes.append(
             "Parameters, gradients and state are in host memory, not on the GPU (training.enable_cpu_offload)."
         )
+    notes += told["notes"]
     notes += [f"{told['optimizers'][key]}: refused, because {why}" for key, why in told["refused"].items()]
     return notes
 

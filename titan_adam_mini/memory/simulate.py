@@ -7,7 +7,8 @@ Takes a process for itself, because torchtitan is imported and device and attent
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +21,12 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
 
 from titan_adam_mini import AdamMini
-from titan_adam_mini.memory.holdings import Optimizer
 from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
 from titan_adam_mini.memory.tracker import state_of, tracker_of
-from titan_adam_mini.titan.build import Built, built
+from titan_adam_mini.titan.build import Built, built, configured
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
-from titan_adam_mini.titan.stages import read_run
 
 STEP = "optimizer step"
 _TABLES = {"llama4": ("rope", "nope")}
@@ -106,37 +105,6 @@ def simulate_stages(
     return [first, *others]
 
 
-def simulate_checked(
-    arguments: list[str], ngpu: int, rank: int | None, optimizers: Sequence[str]
-) -> list[Simulated]:
-    """`simulate_stages`, held against the plan: a run that could not start is refused before, and every optimizer's
-    state must have the bytes that the plan's arithmetic gives it.
-
-    Raises:
-        ValueError: the run could not start, or the two disagree.
-    """
-    plan = read_run(arguments, ngpu)
-    runs = simulate_stages(arguments, ngpu, rank, optimizers)
-    for run in runs:
-        counted = {name: _counted(name, plan.momentum) for name in run.peaks}
-        held = plan.stage_of(run.rank).held(run.rank, counted).state
-        for name, peaks in run.peaks.items():
-            for peak in peaks:
-                if peak.held["optimizer state"] != held[name].bytes:
-                    raise ValueError(
-                        f"the simulation of rank {run.rank} records {peak.held['optimizer state']:,} bytes of {name}'s "
-                        f"state, and the plan counts {held[name].bytes:,}: one of them is wrong, so neither is shown. "
-                        "Please report it with the configuration"
-                    )
-    return runs
-
-
-def _counted(name: str, configured: torch.dtype | None) -> Optimizer:
-    """An optimizer of the simulation as the plan counts it."""
-    mini, _, momentum = name.partition(" ")
-    return Optimizer(name, mini=mini == "AdamMini", momentum=MOMENTA.get(momentum, configured))
-
-
 def simulate(
     arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str], passes: int | None = None
 ) -> Simulated:
@@ -153,25 +121,10 @@ def simulate(
     Raises:
         ValueError: the configuration cannot be built, or not be simulated, in words.
     """
-    with built(arguments, ngpu, rank) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _ready(configured(arguments, ngpu), ngpu, rank) as (model, tracker):
         config = model.config
-        _refuse(model)
-        for part in model.parts:
-            part.to_empty(device="cpu")
-            part.train()
-            for module in part.modules():
-                if hasattr(module, "use_grouped_mm"):
-                    module.use_grouped_mm = True  # torchtitan turns it off where it sees no GPU
-        prepare_model_parts(model.parts)
-        tracker = tracker_of(model.parts)
         with tracker:
-            try:
-                batch, passes = _train(model, passes)
-            except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-                told = str(error).strip().splitlines() or [""]
-                raise ValueError(
-                    f"{config.model.name} {config.model.flavor} cannot be simulated: {type(error).__name__}: {told[0]}"
-                ) from error
+            batch, passes = _told(_train, model, passes)
             during = tracker.held("peak")
             peaks, refused = {}, {}
             for name in optimizers:
@@ -200,6 +153,38 @@ def simulate(
             peaks,
             refused,
         )
+
+
+def training_peak(config: Any, ngpu: int, layers: int) -> int:
+    """Bytes that the first rank holds at most in one forward and backward pass of a model with so many layers, without
+    optimizer state; ValueError if that cannot be simulated."""
+    with _ready(config, ngpu, 0, layers) as (model, tracker), tracker:
+        _told(_train, model, 1)
+        return sum(tracker.held("peak").values())
+
+
+@contextmanager
+def _ready(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Iterator[tuple[Built, Any]]:
+    """A model whose parameters have sizes and no values, in a process that takes itself for one with a GPU."""
+    with built(config, ngpu, rank, layers) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        _refuse(model)
+        for part in model.parts:
+            part.to_empty(device="cpu")
+            part.train()
+            for module in part.modules():
+                if hasattr(module, "use_grouped_mm"):
+                    module.use_grouped_mm = True  # torchtitan turns it off where it sees no GPU
+        prepare_model_parts(model.parts)
+        yield model, tracker_of(model.parts)
+
+
+def _told(play: Any, model: Built, *args: Any) -> Any:
+    """What a function returns; whatever a model does that tensors without values cannot, as a ValueError."""
+    try:
+        return play(model, *args)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        name, told = f"{model.config.model.name} {model.config.model.flavor}", " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be simulated: {type(error).__name__}: {told or 'no reason given'}") from error
 
 
 def _refuse(model: Built) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -42,30 +43,58 @@ class Built:
     @property
     def mesh(self) -> dict[str, int]:
         """Axis -> degree, those above one."""
-        degrees = {"pp": "pp", "dp_replicate": "dp_replicate", "dp_shard": "dp_shard", "cp": "cp", "tp": "tp"}
-        found = {name: getattr(self.dims, field) for name, field in {**degrees, "ep": "ep", "etp": "etp"}.items()}
-        return {name: degree for name, degree in found.items() if degree > 1}
+        names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
+        return {name: degree for name in names if (degree := getattr(self.dims, name)) > 1}
 
 
-@contextmanager
-def built(arguments: list[str], ngpu: int, rank: int, layers: int | None = None) -> Iterator[Built]:
-    """Build the model of rank `rank` of `ngpu`; while the context lasts, collectives return at once and move nothing.
+def configured(arguments: list[str], ngpu: int) -> Any:
+    """torchtitan's job configuration, set up so that a model can be built from it without an accelerator.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
+        ngpu: number of ranks.
+    """
+    # No accelerator is needed to build on the meta device, and none is to lose memory to this process.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK="0", LOCAL_RANK="0")
+    # Patterns of tensor parallelism that belong to another pipeline stage.
+    warnings.filterwarnings("ignore", message="Parallelize plan key")
+    config = ConfigManager().parse_args(arguments)
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    enable()
+    return config
+
+
+def spec_and_args(config: Any) -> tuple[Any, Any]:
+    """torchtitan's TrainSpec, and model arguments of the flavor that may be changed. Raises ValueError for an unknown
+    one."""
+    spec = get_train_spec(config.model.name)
+    if config.model.flavor not in spec.model_args:
+        raise ValueError(
+            f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
+        )
+    return spec, deepcopy(spec.model_args[config.model.flavor])
+
+
+@contextmanager
+def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Iterator[Built]:
+    """Build the model of rank `rank` of `ngpu`.
+
+    While the context lasts this process is that rank, and collectives return at once and move nothing.
+
+    Args:
+        config: torchtitan's job configuration, from `configured`.
         layers: transformer layers to keep; all if None.
 
     Raises:
         ValueError: the configuration cannot be built at this number of ranks, in words.
     """
-    # No accelerator is needed to build on the meta device, and none is to lose memory to this process.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK=str(rank), LOCAL_RANK="0")
-    config = ConfigManager().parse_args(arguments)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
-    enable()
-    # Both leave the parameters as they are, and want an accelerator.
+    config = deepcopy(config)
+    # None of these changes a parameter; the first two want an accelerator, the last the first.
     config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
+    if config.activation_checkpoint.mode == "memory_budget":
+        config.activation_checkpoint.mode = "none"
+    os.environ["RANK"] = str(rank)
     dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
     try:
         try:
@@ -73,9 +102,9 @@ def built(arguments: list[str], ngpu: int, rank: int, layers: int | None = None)
         except ValueError:
             raise
         except Exception as error:
-            told = str(error).strip().splitlines() or [""]
+            told = " ".join(str(error).split()) or "no reason given"
             raise ValueError(
-                f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told[0]}"
+                f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told}"
             ) from None
         yield model
     finally:
@@ -83,11 +112,7 @@ def built(arguments: list[str], ngpu: int, rank: int, layers: int | None = None)
 
 
 def _build(config: Any, ngpu: int, layers: int | None) -> Built:
-    spec = get_train_spec(config.model.name)
-    if config.model.flavor not in spec.model_args:
-        raise ValueError(
-            f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
-        )
+    spec, args = spec_and_args(config)
     degrees = config.parallelism
     dims = ParallelDims(
         dp_replicate=degrees.data_parallel_replicate_degree,
@@ -100,7 +125,6 @@ def _build(config: Any, ngpu: int, layers: int | None) -> Built:
         world_size=ngpu,
     )
     dims.build_mesh()  # torchtitan makes it when it is first asked for, which on one rank may be never
-    args = deepcopy(spec.model_args[config.model.flavor])  # else this configuration's lengths stay in the table
     args.update_from_config(config)
     total = getattr(args, "n_layers", None)
     if layers is not None:

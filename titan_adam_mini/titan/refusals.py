@@ -5,6 +5,7 @@ parallelize and pipelining functions check themselves is left to them: the plan 
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torchtitan.hf_datasets import text_datasets
@@ -26,7 +27,8 @@ def check_run(config: Any, spec: Any, args: Any, ngpu: int) -> None:
     """
     check_settings(config.optimizer, fault_tolerant=config.fault_tolerance.enable)
     start_of(config.checkpoint)
-    for told in (*_mesh(config.parallelism, ngpu), *_model(config, args), *_training(config, spec, ngpu)):
+    # One by one: later ones count on what earlier ones have seen to be possible.
+    for told in chain(_mesh(config.parallelism, ngpu), _model(config, args), _training(config, spec, ngpu)):
         raise ValueError(told)
 
 

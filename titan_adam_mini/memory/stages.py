@@ -3,6 +3,7 @@ device, one after another, and told as data. The others of its stage differ in t
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from titan_adam_mini.memory.activations import sequence_bytes
 from titan_adam_mini.memory.holdings import ALONE, Kind, Mesh, Param, Run, Stage
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.sharding import local
-from titan_adam_mini.titan.builder import optimizer_of
+from titan_adam_mini.titan.build import built, configured, spec_and_args
+from titan_adam_mini.titan.builder import NAME, optimizer_of
 from titan_adam_mini.titan.knobs import read_knobs
 from titan_adam_mini.titan.refusals import check_run
-from titan_adam_mini.titan.shards import a_rank, built_or_told, configured, spec_and_args
 
 
 def read_run(arguments: list[str], ngpu: int) -> Run:
@@ -40,11 +41,11 @@ def read_run(arguments: list[str], ngpu: int) -> Run:
     stages, saved = [], dict[str, int]()
     meshes: dict[str, dict[str, int]] = {}
     for first in range(0, ngpu, each):
-        with a_rank(first, ngpu):
-            _, _, parts, dims = built_or_told(config, ngpu)
-            stages.append(_stage(range(first, first + each), parts, config, dims))
+        with built(config, ngpu, first) as model:
+            dims = model.dims
+            stages.append(_stage(range(first, first + each), model.parts, config, dims))
             meshes = meshes or _meshes(dims)
-            for part in parts:
+            for part in model.parts:
                 saved |= {clean_name(name): _bytes(value) for name, value in part.state_dict().items()}
     return Run(
         model=f"{config.model.name} {config.model.flavor}",
@@ -58,8 +59,19 @@ def read_run(arguments: list[str], ngpu: int) -> Run:
         checkpoints=config.checkpoint.enable,
         batch=config.training.local_batch_size,
         seq_len=config.training.seq_len,
-        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled),
+        sequence=sequence_bytes(config, ngpu),
+        notes=tuple(_notes(config, dims)),
     )
+
+
+def _notes(config: Any, dims: ParallelDims) -> Iterator[str]:
+    if config.model.converters:
+        names = ", ".join(config.model.converters)
+        yield f"model.converters ({names}) are not applied, since they may ask for a GPU: what they change is not seen."
+    if dims.dp_replicate_enabled and not dims.fsdp_enabled and not dims.ep_enabled:
+        yield "DDP keeps buckets, as large as the gradients once more, which are not counted."
+    if config.optimizer.name != NAME:
+        yield f"The configuration asks for {config.optimizer.name}; this is the plan of AdamMini beside AdamW."
 
 
 def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> Stage:

@@ -1,0 +1,70 @@
+"""Runs that could not start, take their first step or save on their mesh: pure, for all ranks at once.
+
+Settings that need no mesh to be seen are `titan/refusals.py`'s.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+import torch
+
+from ..checkpoint.check import MIXED_UP, mixes_up, some
+from ..momentum import cut_run, dtype_of
+from .holdings import Kind, Optimizer, Run
+
+
+def refusal(run: Run, optimizer: Optimizer) -> str:
+    """Why AdamMini with this type of momentum cannot run here; "" if it can. As `AdamMini` itself would say it."""
+    for param in run.params.values():
+        kind = param.kind
+        if not (optimizer.mini and param.blocks):
+            continue
+        if dtype_of(optimizer.momentum, kind.dtype, kind.shape) == torch.int8:
+            told = cut_run(kind.shard((0,) * len(kind.mesh.sizes)), kind.mesh.names)
+            if told:
+                return f"AdamMini cannot plan {param.name!r}: {told}"
+    return ""
+
+
+def check_checkpoints(run: Run) -> None:
+    """Raise ValueError for tensors that torch's distributed checkpoint would mix up on any rank."""
+    checked: dict[Kind, bool] = {}
+    wrong = []
+    for param in run.params.values():
+        if param.kind not in checked:
+            checked[param.kind] = _mixed_up(param.kind)
+        if checked[param.kind]:
+            wrong.append(f"{param.name} {param.kind.shape} as {param.kind.placements}")
+    if wrong:
+        raise ValueError(MIXED_UP.format(some(wrong)))
+
+
+def _mixed_up(kind: Kind) -> bool:
+    zero = kind.shard((0,) * len(kind.mesh.sizes))
+    # Where the outer cuts of every dim are even, torch is right (tests/memory): most tensors need no look at all ranks.
+    outer = [prod(cut.size for cut in zero.cuts_of(dim)[:-1]) for dim in range(len(kind.shape))]
+    if all(size % cuts == 0 for size, cuts in zip(kind.shape, outer, strict=True)):
+        return False
+    sizes = [size if axis in kind.cut_axes else 1 for axis, size in enumerate(kind.mesh.sizes)]
+    places = product(*map(range, sizes))
+    return any(mixes_up(kind.shard(place), kind.placements, kind.mesh.sizes, place) for place in places)
+
+
+def check_matrices(run: Run) -> None:
+    """Raise ValueError for weights that tensor parallelism cannot cut evenly, which torch then cannot multiply.
+
+    Embedding and output may be cut unevenly; experts are multiplied rank by rank.
+    """
+    for param in run.params.values():
+        kind = param.kind
+        if len(kind.shape) != 2 or (param.blocks and param.blocks.role == "token"):
+            continue
+        for cut in kind.shard((0,) * len(kind.mesh.sizes)).cuts:
+            if kind.mesh.names[cut.axis] == "tp" and kind.shape[cut.dim] % cut.size:
+                raise ValueError(
+                    f"tensor_parallel_degree {cut.size} does not divide the {kind.shape[cut.dim]} "
+                    f"{('rows', 'columns')[cut.dim]} of {param.name}, and torch cannot multiply with uneven parts: "
+                    "choose a degree that does"
+                )
