@@ -1,56 +1,143 @@
 """An estimate: the bytes that one more sequence takes at the peak of a training step.
 
-Forward and backward are simulated with two and with three sequences (with one, torch skips some copies), on models of
-few layers, and the rest of the layers extrapolated: seconds, where the whole model takes longer than a plan should. What
-`simulate` assumes is assumed: attention's flash kernel, nothing compiled, no fragmentation.
+A step (forward, loss, backward) of torchtitan's model runs on the meta device, where tensors have sizes and no values,
+under a mode that notes every storage as it is made and freed: once with two sequences, once with three. What a storage
+has grown by belongs to a sequence (weights' gradients do not grow); the most of that alive at once is the answer. One
+and two layers are run, and the rest extrapolated.
+
+Assumed: attention is the flash kernel (log-sum-exp and output are kept, no score matrix); nothing is compiled, which
+would fuse and recompute more; with context parallelism a rank has its share of the tokens, and the ring's buffers are
+not counted; weights and activations have one type. Tensor and sequence parallelism and activation checkpointing are
+torchtitan's own. Fragmentation is not counted.
 """
 
 import copy
+import gc
+import weakref
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims, activation_checkpoint
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.utils import set_default_dtype
 
-from titan_adam_mini.memory.simulate import training_peak
-from titan_adam_mini.titan.build import spec_and_args
+from titan_adam_mini.memory.standins import as_on_a_gpu
+from titan_adam_mini.sharding import local
+from titan_adam_mini.titan.build import a_rank
 
 
-def sequence_bytes(config: Any, ngpu: int) -> int | str:
+def sequence_bytes(config: Any, *, mixed: bool) -> int | str:
     """Bytes per sequence, or in words why nothing can be said.
 
     Args:
         config: torchtitan's job configuration, of which a model can be built.
-        ngpu: number of ranks.
+        mixed: does a step compute in `training.mixed_precision_param`? Under FSDP and on a single device it does, while
+            tensor parallelism alone computes in the parameters' type (torchtitan: `maybe_enable_amp`).
     """
     if config.parallelism.pipeline_parallel_degree > 1:
         return "how many microbatches a pipeline stage holds at once is its schedule's to say"
     if config.activation_checkpoint.mode == "memory_budget":
         return "what the compiler keeps within its memory budget is not known before"
     try:
-        return _sequence_bytes(config, ngpu)
-    except Exception as error:  # the plan stands without it
-        return " ".join(str(error).split())[:200]
+        return _sequence_bytes(config, config.training.mixed_precision_param if mixed else config.training.dtype)
+    except Exception as error:  # whatever a model does that tensors without values cannot, the plan stands without
+        told = " ".join(str(error).split())
+        return f"{config.model.name} does not run on tensors without values ({type(error).__name__}: {told[:120]})"
 
 
-def _sequence_bytes(config: Any, ngpu: int) -> int | str:
-    spec, args = spec_and_args(config)
-    args.update_from_config(config)
-    with torch.device("meta"):
-        model = spec.model_cls(args)
-    if len({tuple(param.shape for param in layer.parameters()) for layer in model.layers.values()}) > 1:
-        return f"the layers of {config.model.name} {config.model.flavor} are not alike"
-    layers, option = args.n_layers, config.activation_checkpoint.selective_ac_option
+def _sequence_bytes(config: Any, dtype: str) -> int | str:
+    config = copy.deepcopy(config)
+    config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
+    layers = get_train_spec(config.model.name).model_args[config.model.flavor].n_layers
+    option = config.activation_checkpoint.selective_ac_option
     by_layer = config.activation_checkpoint.mode == "selective" and option.isdigit()
     period = max(1, int(option)) if by_layer else 1  # every so many layers one is recomputed
     few, more = (period, 2 * period) if layers >= 2 * period and layers % period == 0 else (layers, layers)
-    first, second = (grown(config, ngpu, count) for count in (few, more))
+    with a_rank(0, config.parallelism.tensor_parallel_degree):
+        if not _alike(config):
+            return f"the layers of {config.model.name} {config.model.flavor} are not alike"
+        first, second = (_grown(config, dtype, count) for count in (few, more))
     return first + (second - first) // max(1, more - few) * (layers - few)
 
 
-def grown(config: Any, ngpu: int, layers: int) -> int:
-    """By how many bytes one more sequence raises the peak of a model with so many layers."""
-    peaks = []
-    for batch in (2, 3):
-        own = copy.deepcopy(config)
-        own.training.local_batch_size, own.training.global_batch_size = batch, -1
-        peaks.append(training_peak(own, ngpu, layers))
-    return peaks[1] - peaks[0]
+def _alike(config: Any) -> bool:
+    """Have all layers parameters of the same shapes?"""
+    spec, args = _spec_and_args(config)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    return len({tuple(param.shape for param in layer.parameters()) for layer in model.layers.values()}) == 1
+
+
+def _spec_and_args(config: Any) -> tuple[Any, Any]:
+    spec = get_train_spec(config.model.name)
+    args = copy.deepcopy(spec.model_args[config.model.flavor])
+    args.update_from_config(config)
+    return spec, args
+
+
+def _grown(config: Any, dtype: str, layers: int) -> int:
+    """The most bytes of one more sequence that are alive at once in a step of a model with so many layers."""
+    # With one sequence torch skips some copies, and the two runs could not be compared.
+    two, three = (_events(config, dtype, layers, batch) for batch in (2, 3))
+    return max(accumulate(more - less for less, more in zip(two, three, strict=True)))
+
+
+def _events(config: Any, dtype: str, layers: int, batch: int) -> list[int]:
+    """The storages made (bytes) and freed (-bytes) in a step, in order; weights and inputs excluded."""
+    spec, args = _spec_and_args(config)
+    args.n_layers = layers
+    tp, cp = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
+    # Only what cuts activations is applied; FSDP casts the weights, which is the same as having them in that type.
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=tp, pp=1, ep=1, etp=1, world_size=tp)
+    activation_checkpoint._layer_sac_count = 0
+    with torch.device("meta"):
+        with set_default_dtype(TORCH_DTYPE_MAP[dtype]):
+            model = spec.parallelize_fn(spec.model_cls(args), dims, config)
+        tokens = torch.zeros((batch, config.training.seq_len // cp), dtype=torch.int64)
+    loss = spec.build_loss_fn(config, parallel_dims=dims)
+    loss_parallel = tp > 1 and not config.parallelism.disable_loss_parallel
+    gc.disable()  # storages are freed when the last reference goes, in the same order in both runs
+    try:
+        with as_on_a_gpu(), dist_utils.get_train_context(loss_parallel)(), _Storages() as seen:
+            loss(model(tokens), tokens).backward()
+    finally:
+        gc.enable()
+    return seen.events
+
+
+class _Storages(TorchDispatchMode):
+    """Notes the storages that operations make, when they are first seen and when they are freed.
+
+    Attributes:
+        events: bytes of each, negative when it is freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (args, kwargs):  # weights and inputs, which were there before
+            tree_map_only(torch.Tensor, lambda tensor: self._see(tensor, made=False), value)
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, lambda tensor: self._see(tensor, made=True), result)
+        return result
+
+    def _see(self, tensor: torch.Tensor, *, made: bool) -> None:
+        storage = local(tensor).untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if made else 0
+        if key in self._seen:
+            return
+
+        def freed(_: Any) -> None:
+            self._seen.pop(key, None)
+            self.events.append(-size)
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.events.append(size)

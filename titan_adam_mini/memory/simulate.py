@@ -155,18 +155,10 @@ def simulate(
         )
 
 
-def training_peak(config: Any, ngpu: int, layers: int) -> int:
-    """Bytes that the first rank holds at most in one forward and backward pass of a model with so many layers, without
-    optimizer state; ValueError if that cannot be simulated."""
-    with _ready(config, ngpu, 0, layers) as (model, tracker), tracker:
-        _told(_train, model, 1)
-        return sum(tracker.held("peak").values())
-
-
 @contextmanager
-def _ready(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Iterator[tuple[Built, Any]]:
+def _ready(config: Any, ngpu: int, rank: int) -> Iterator[tuple[Built, Any]]:
     """A model whose parameters have sizes and no values, in a process that takes itself for one with a GPU."""
-    with built(config, ngpu, rank, layers) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    with built(config, ngpu, rank) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         _refuse(model)
         for part in model.parts:
             part.to_empty(device="cpu")

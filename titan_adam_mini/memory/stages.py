@@ -59,7 +59,7 @@ def read_run(arguments: list[str], ngpu: int) -> Run:
         checkpoints=config.checkpoint.enable,
         batch=config.training.local_batch_size,
         seq_len=config.training.seq_len,
-        sequence=sequence_bytes(config, ngpu),
+        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled),
         notes=tuple(_notes(config, dims)),
     )
 

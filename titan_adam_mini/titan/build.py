@@ -77,10 +77,19 @@ def spec_and_args(config: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Iterator[Built]:
-    """Build the model of rank `rank` of `ngpu`.
+def a_rank(rank: int, ngpu: int) -> Iterator[None]:
+    """While it lasts this process is one rank of `ngpu`, whose collectives return at once and move nothing."""
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
-    While the context lasts this process is that rank, and collectives return at once and move nothing.
+
+@contextmanager
+def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Iterator[Built]:
+    """Build the model of rank `rank` of `ngpu`, which this process is while the context lasts.
 
     Args:
         config: torchtitan's job configuration, from `configured`.
@@ -94,9 +103,7 @@ def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Itera
     config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
-    os.environ["RANK"] = str(rank)
-    dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
-    try:
+    with a_rank(rank, ngpu):
         try:
             model = _build(config, ngpu, layers)
         except ValueError:
@@ -107,8 +114,6 @@ def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Itera
                 f"torchtitan cannot build this configuration on {ngpu} ranks: {type(error).__name__}: {told}"
             ) from None
         yield model
-    finally:
-        dist.destroy_process_group()
 
 
 def _build(config: Any, ngpu: int, layers: int | None) -> Built:
