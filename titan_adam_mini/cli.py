@@ -21,6 +21,7 @@ from .bench.command import Bench
 from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
 from .child import in_child
+from .memory.snapshot_command import SnapshotCommand
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _config_in_place(words: list[str]) -> tuple[list[str], list[str]]:
     return config, [*(config[1:] or [""]), *own]
 
 
-COMMANDS = {"convert": Convert, "bench": Bench}
+COMMANDS = {"convert": Convert, "bench": Bench, "snapshot": SnapshotCommand}
 
 
 def main(arguments: list[str] | None = None) -> None:
