@@ -23,6 +23,7 @@ from .checkpoint.stored import Stored
 from .child import in_child
 from .memory.estimate import Estimate
 from .memory.plan import Plan
+from .memory.snapshot_command import SnapshotCommand
 
 
 @dataclass
@@ -117,7 +118,13 @@ def _config_in_place(words: list[str]) -> tuple[list[str], list[str]]:
     return config, [*(config[1:] or [""]), *own]
 
 
-COMMANDS = {"plan": Plan, "estimate": Estimate, "convert": Convert, "bench": Bench}
+COMMANDS = {
+    "plan": Plan,
+    "estimate": Estimate,
+    "snapshot": SnapshotCommand,
+    "convert": Convert,
+    "bench": Bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

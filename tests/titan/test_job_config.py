@@ -127,6 +127,7 @@ def test_without_the_config_module_defaults_are_used() -> None:
         ({"momentum_dtype": "int8 "}, ["momentum_dtype = 'int8 '", '"int8"']),
         ({"momentum": "float32"}, ["'momentum'", "momentum_dtype"]),
         ({"stochastic_rounding": "yes"}, ["stochastic_rounding = 'yes'", "true or false"]),
+        ({"log_memory": 1}, ["log_memory = 1", "true or false"]),
     ],
 )
 def test_wrong_values_are_refused_in_words(section: dict[str, Any], said: list[str]) -> None:

@@ -22,7 +22,8 @@ class AdamMiniContainer(OptimizersContainer):
     Args:
         model_parts: the parallelised model parts of this rank.
         optimizers: one per model part, with all its trainable parameters.
-        knobs: what the checkpointer needs to know: `load_adamw_state` and `hyper_parameters`.
+        knobs: what the checkpointer needs to know, `load_adamw_state` and `hyper_parameters`, and the metrics,
+            `log_memory`.
 
     Attributes:
         holds: parameter -> its kind in the checkpoint that the next load is from: state dicts have room for that, and
@@ -31,6 +32,7 @@ class AdamMiniContainer(OptimizersContainer):
 
     def __init__(self, model_parts: list[Any], optimizers: list[AdamMini], knobs: Knobs) -> None:
         self.load_adamw_state, self.hyper_parameters = knobs.load_adamw_state, knobs.hyper_parameters
+        self.log_memory = knobs.log_memory
         self.holds: dict[str, Kind] = {}
         self.model_parts = model_parts
         self.optimizers = optimizers

@@ -89,6 +89,12 @@ class AdamMini:
     The schedule goes on where it was.
     """
 
+    log_memory: bool = False
+    """
+    Add what this rank holds to torchtitan's metrics (TensorBoard, Weights & Biases): memory/optimizer_state(GiB), its
+    parts, parameters, gradients, and on a GPU memory/max_allocated(GiB), the peak since the last logged step.
+    """
+
 
 @dataclass
 class Optimizer:

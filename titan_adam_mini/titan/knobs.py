@@ -21,6 +21,7 @@ class Knobs:
     stochastic_rounding: bool = False
     load_adamw_state: bool = False
     hyper_parameters: str = "checkpoint"
+    log_memory: bool = False
 
 
 def read_knobs(optimizer_config: Any) -> Knobs:
@@ -50,7 +51,7 @@ def read_knobs(optimizer_config: Any) -> Knobs:
     momentum_dtype = values.get("momentum_dtype", "")
     if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
         raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32", "bfloat16" or "int8"')
-    flags = {name: values.get(name, False) for name in ("stochastic_rounding", "load_adamw_state")}
+    flags = {name: values.get(name, False) for name in ("stochastic_rounding", "load_adamw_state", "log_memory")}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise _refusal(name, flag, "true or false")

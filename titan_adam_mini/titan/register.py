@@ -5,12 +5,15 @@ from typing import Any
 
 import torchtitan.components.optimizer as titan_optimizer
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.protocols import train_spec
 
-from titan_adam_mini.titan import checkpoint, device, flavor
+from titan_adam_mini.titan import checkpoint, device, flavor, metrics, snapshots
 from titan_adam_mini.titan.builder import NAME, build_adam_mini
 
 _MARK = "titan_adam_mini_wraps"
+_KEEPERS = (__name__, checkpoint.__name__, metrics.__name__, snapshots.__name__)
+"""Modules that need what they replace."""
 
 # A reload of this module finds its own older wrapper there, and must not wrap it a second time.
 _found = titan_optimizer.build_optimizers
@@ -45,8 +48,8 @@ def build_optimizers(
     """
     device.prepare_model_parts(model_parts)
     if optimizer_config.name == NAME:
-        return build_adam_mini(model_parts, optimizer_config, parallel_dims, ft_manager, **options)
-    return _original(model_parts, optimizer_config, parallel_dims, ft_manager)
+        return snapshots.watch(build_adam_mini(model_parts, optimizer_config, parallel_dims, ft_manager, **options))
+    return snapshots.watch(_original(model_parts, optimizer_config, parallel_dims, ft_manager))
 
 
 setattr(build_optimizers, _MARK, _original)
@@ -61,6 +64,8 @@ def enable() -> None:
     device.install()
     _replace_everywhere((_found, _original), build_optimizers)
     _replace_everywhere((CheckpointManager,), checkpoint.AdamMiniCheckpointManager)
+    _replace_everywhere((MetricsProcessor,), metrics.AdamMiniMetricsProcessor)
+    _replace_everywhere((snapshots.original,), snapshots.maybe_enable_memory_snapshot)
     flavor.add()
 
 
@@ -71,7 +76,7 @@ def _replace_everywhere(old: tuple[Any, ...], new: Any) -> None:
     hold the name too, hence all loaded modules and not only torchtitan's.
     """
     for name, module in list(sys.modules.items()):
-        if name in (__name__, checkpoint.__name__) or module is None:
+        if name in _KEEPERS or module is None:
             continue
         for attribute, value in list(getattr(module, "__dict__", {}).items()):
             if any(value is each for each in old):

@@ -1,0 +1,173 @@
+"""The command `snapshot`: arguments, table, JSON, picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .picture import CATEGORIES, stacked_bars
+from .snapshot import KEPT, Snapshot, Summary, read, summarize
+
+MIB = 1 << 20
+UNUSED = "reserved, unused"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table; `plain` says that its value is a count and no number of bytes."""
+
+    name: str
+    value: Callable[[Summary], int]
+    plain: bool = False
+
+
+# "" starts a new part of the table.
+_ROWS = (
+    _Row("allocated at the peak", lambda one: one.peak.allocated),
+    _Row("reserved, its own peak", lambda one: one.peak_reserved),
+    _Row("allocated at the end", lambda one: one.end.allocated),
+    _Row("reserved at the end", lambda one: one.end.reserved),
+    _Row("  free in it", lambda one: one.free),
+    _Row("  largest free block", lambda one: one.largest_free),
+    _Row("  lost to rounding", lambda one: one.rounding),
+    _Row("  awaiting another stream", lambda one: one.awaiting),
+    _Row("segments", lambda one: one.segments, plain=True),
+    _Row("allocations in the trace", lambda one: one.allocations, plain=True),
+    _Row("out of memory in the trace", lambda one: one.ooms, plain=True),
+)
+
+
+@dataclass
+class SnapshotCommand:
+    """Show what one or two memory snapshots hold, and held at their peak: side by side, by category.
+
+    The files are those of torchtitan's [profiling] enable_memory_snapshot, or of torch.cuda.memory._dump_snapshot.
+    Nothing in a file is executed.
+    """
+
+    first: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A.pickle")]
+    """A snapshot."""
+
+    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B.pickle]")] = ""
+    """Another, to compare with it."""
+
+    device: int | None = None
+    """The device to look at, where a file has several."""
+
+    json: Path | None = None
+    """Write all figures into this file, in bytes."""
+
+    plot: Path | None = None
+    """Draw stacked bars into this file, such as out.png."""
+
+    def __call__(self, console: Console, arguments: list[str]) -> None:
+        rest = arguments[2:] if arguments[:1] == ["--job.config_file"] else arguments
+        if rest:
+            raise ValueError(f"snapshot takes no {' '.join(rest)}; titan-adam-mini snapshot --help says what it takes")
+        names = ["A", "B"] if self.second else ["A"]
+        snapshots, summaries = [], []
+        for name, path in zip(names, (self.first, Path(self.second)), strict=False):
+            with console.status(f"reading {name}: {path}"):
+                snapshots.append(read(path, self.device))
+                summaries.append(summarize(snapshots[-1]))
+        for line in _captions(names, snapshots, summaries):
+            console.print(line, soft_wrap=True, highlight=False)
+        console.print(_table(names, summaries))
+        if self.json is not None:
+            self.json.write_text(json.dumps(_figures(names, snapshots, summaries), indent=1) + "\n")
+        if self.plot is not None:
+            _plot(self.plot, names, snapshots, summaries)
+
+
+def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> list[str]:
+    """What each file is, and how far its figures can be trusted."""
+    lines = []
+    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+        by = f", {snapshot.optimizer}" if snapshot.optimizer else ""
+        lines.append(f"{name}: {snapshot.path}, device {snapshot.device}{by}")
+        if not one.entries:
+            lines.append("  It has no trace: the peak is only what was allocated at the end.")
+        else:
+            span = "" if one.seconds is None else f", {one.seconds:.1f} s"
+            full = ", as many as torchtitan keeps: what was before is not known" if one.entries >= KEPT else ""
+            lines.append(f"  Trace: the last {one.entries:,} entries{span}{full}. Peak after entry {one.peak_entry:,}.")
+            if one.peak_entry == 0:
+                lines.append("  The peak is before the first entry: more may have been allocated earlier.")
+        if not snapshot.held:
+            lines.append(
+                "  It does not say which tensors are parameters, gradients and optimizer state (snapshots of runs "
+                "with the custom import titan_adam_mini.titan do): told by stacks alone, FSDP's gradients count as "
+                "reduce-scatter."
+            )
+        if one.peak.without_frames or one.end.without_frames:
+            lines.append(
+                f"  Of `other`, {one.peak.without_frames:,} bytes at the peak and {one.end.without_frames:,} at the "
+                "end have no stack: they were allocated before recording began."
+            )
+        if one.unmatched:
+            lines.append(f"  {one.unmatched:,} entries do not fit the blocks at the end: the peak may be off by these.")
+        if one.strangers:
+            lines.append(f"  {one.strangers:,} bytes of the run's tensors are in no block of this device.")
+    return lines
+
+
+def _table(names: list[str], summaries: list[Summary]) -> Table:
+    """A row per figure; the difference of two files in a last column."""
+    two = len(names) == 2
+    table = Table("MiB", *names, *(["B - A"] if two else []), box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, values: list[int], plain: bool = False) -> None:
+        figures = [*values, *([values[1] - values[0]] if two else [])]
+        signs = [""] * len(values) + ["+"]
+        shown = [
+            f"{figure:{sign},}" if plain else f"{figure / MIB:{sign},.1f}"
+            for figure, sign in zip(figures, signs, strict=False)
+        ]
+        table.add_row(name, *shown)
+
+    for row in _ROWS:
+        add(row.name, [row.value(one) for one in summaries], row.plain)
+    for title, moments in (
+        ("at the peak", [one.peak for one in summaries]),
+        ("at the end", [one.end for one in summaries]),
+    ):
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]")
+        for category in CATEGORIES:
+            values = [moment.categories.get(category, 0) for moment in moments]
+            if any(values):
+                add(f"  {category}", values)
+    return table
+
+
+def _figures(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> dict[str, Any]:
+    """For --json: all in bytes and counts, under the names of `Summary` and `Moment`."""
+    figures: dict[str, Any] = {"unit": "bytes"}
+    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+        about = {"path": str(snapshot.path), "device": snapshot.device, "optimizer": snapshot.optimizer}
+        figures[name] = about | asdict(one)
+    return figures
+
+
+def _plot(path: Path, names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> None:
+    bars = []
+    for when in ("peak", "end"):
+        for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+            moment = getattr(one, when)
+            unused = {UNUSED: moment.reserved - moment.allocated}
+            by = f": {snapshot.optimizer}" if snapshot.optimizer else ""
+            bars.append((f"{name}{by}\nat the {when}", moment.categories | unused))
+    note = "\n".join(
+        f"{name}: {one.path.parent.name}/{one.path.name}" for name, one in zip(names, snapshots, strict=True)
+    )
+    stacked_bars(path, "Memory of one device, from its snapshots", bars, note=note)

@@ -1,0 +1,63 @@
+"""torchtitan's metrics with what AdamMini holds beside torchtitan's own memory figures, for `log_memory = true`.
+
+Runs with other optimizers, and without that knob, go through torchtitan's own code.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+import torchtitan.components.metrics as titan_metrics
+from torchtitan.components.metrics import MetricsProcessor
+
+from titan_adam_mini.titan.builder import AdamMiniContainer
+from titan_adam_mini.titan.held import held
+
+logger = logging.getLogger("titan_adam_mini")
+
+GIB = 1 << 30
+
+
+class AdamMiniMetricsProcessor(MetricsProcessor):
+    """torchtitan's MetricsProcessor, with a few figures more."""
+
+    _told = False
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As torchtitan's; one line in the log says the sizes in bytes, the first time."""
+        if isinstance(self.optimizers, AdamMiniContainer) and self.optimizers.log_memory:
+            sizes = bytes_held(self.optimizers)
+            extra_metrics = {**(extra_metrics or {}), **_figures(sizes)}
+            if not self._told and (not dist.is_initialized() or dist.get_rank() == 0):
+                told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+                logger.info(f"AdamMini: bytes held by this rank: {told}.")
+            self._told = True
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+
+
+def bytes_held(container: AdamMiniContainer) -> dict[str, int]:
+    """Bytes of this rank's storages: optimizer_state and, after it, its parts; parameters; gradients."""
+    sizes: Counter[str] = Counter()
+    for one in held(container):
+        sizes[one.category.replace(" ", "_")] += one.size
+        if one.key:
+            sizes[one.key] += one.size
+    first = ["optimizer_state", "exp_avg", "exp_avg_scale", "exp_avg_sq", "step", "parameters", "gradients"]
+    return {name: sizes[name] for name in first if name in sizes}
+
+
+def _figures(sizes: dict[str, int]) -> dict[str, float]:
+    """Under torchtitan's names, in GiB; the peak of what was allocated, where the device counts it."""
+    figures = {f"memory/{name}(GiB)": size / GIB for name, size in sizes.items() if name != "step"}
+    stats = titan_metrics.device_module.memory_stats()
+    if "allocated_bytes.all.peak" in stats:
+        figures["memory/max_allocated(GiB)"] = stats["allocated_bytes.all.peak"] / GIB
+    return figures
