@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..child import Child, child
+from ..child import Child, child, in_child
 from .fit import BATCH, GPUS, LIMITS, SEQUENCE, Found, fewest, largest
 from .picture import CATEGORIES, stacked_bars
 
@@ -80,7 +80,7 @@ class Estimate:
             runs = []
             for ngpu in numbers:
                 task = progress.add_task(f"simulating {ngpu:,} ranks", total=None)
-                runs.append(_largest(call(_simulate_checked, arguments, ngpu, self.rank, (*PAIR, *MOMENTA))))
+                runs.append(_largest(call, _simulate_checked, arguments, ngpu, self.rank, (*PAIR, *MOMENTA)))
                 progress.remove_task(task)
             fits = self._fits(runs[-1], arguments, room, progress) if room else []
         if not console.is_terminal:
@@ -205,8 +205,8 @@ class _Search:
                 ngpu = value
             task = self.progress.add_task(f"checkpointing {self.mode}: {question} {value:,}", total=None)
             arguments = [*self.arguments, *flags]
-            runs = self.call(_simulate, arguments, ngpu, self.rank, PAIR, self.run.passes)
-            self.seen[question, value] = _largest(runs)
+            run = _largest(self.call, _simulate, arguments, ngpu, self.rank, PAIR, self.run.passes)
+            self.seen[question, value] = run
             self.progress.remove_task(task)
         return self.seen[question, value]
 
@@ -220,9 +220,9 @@ def _simulate_checked(*args: Any) -> Any:
 
 def _simulate(*args: Any) -> Any:
     _quiet()
-    from .simulate import simulate_stages
+    from .simulate import simulate
 
-    return simulate_stages(*args)
+    return simulate(*args)
 
 
 def _quiet() -> None:
@@ -231,8 +231,17 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _largest(runs: Sequence[Simulated]) -> Simulated:
-    return max(runs, key=lambda run: run.peak("AdamW").total)
+def _largest(call: Child, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *more: Any) -> Simulated:
+    """A simulation of one rank, or, if `rank` is None, that of the pipeline stage whose first rank holds most.
+
+    Stages but the first have a process each: torch keeps what it derives from a mesh, and would give one rank another's
+    place on it.
+    """
+    first = call(simulate, arguments, ngpu, rank or 0, *more)
+    stages = first.mesh.get("pp", 1) if rank is None else 1
+    ranks = [stage * ngpu // stages for stage in range(1, stages)]
+    others = [in_child(simulate, arguments, ngpu, one, *more) for one in ranks]
+    return max([first, *others], key=lambda run: run.peak(PAIR[0]).total)
 
 
 def parse_bytes(text: str, flag: str) -> int:

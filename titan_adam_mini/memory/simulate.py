@@ -7,6 +7,7 @@ Takes a process for itself, because torchtitan is imported and device and attent
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,16 +94,6 @@ class Simulated:
     def peak(self, optimizer: str) -> Peak:
         """The larger of an optimizer's peaks."""
         return max(self.peaks[optimizer], key=lambda peak: peak.total)
-
-
-def simulate_stages(
-    arguments: list[str], ngpu: int, rank: int | None, optimizers: Sequence[str], passes: int | None = None
-) -> list[Simulated]:
-    """`simulate` for one rank, or, if `rank` is None, for the first rank of every pipeline stage."""
-    first = simulate(arguments, ngpu, rank or 0, optimizers, passes)
-    stages = first.mesh.get("pp", 1) if rank is None else 1
-    others = [simulate(arguments, ngpu, stage * ngpu // stages, optimizers, passes) for stage in range(1, stages)]
-    return [first, *others]
 
 
 def simulate(
@@ -270,17 +261,18 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param if model.dims.fsdp_enabled else config.training.dtype]
     hidden = (size, config.training.seq_len // model.dims.cp // model.dims.tp, model.args.dim)
     actions = [one for action in schedule.pipeline_order[rank] if action for one in action.sub_actions or (action,)]
-    under_way: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    # In order: torch numbers the microbatches of 1F1B's last stages from one, in forward passes only.
+    under_way: dict[int, deque[tuple[Tensor, Tensor]]] = {index: deque() for index in stages}
     for action in actions:
-        stage, key = stages[action.stage_index], (action.stage_index, action.microbatch_index)
+        stage, waiting = stages[action.stage_index], under_way[action.stage_index]
         if action.computation_type == FORWARD:
             tokens, labels = _tokens(model, size)
             given = tokens if stage.is_first else torch.zeros(hidden, dtype=dtype, requires_grad=True)
             output = stage.forward_maybe_with_nosync(given, **_masks(model))
-            under_way[key] = (given, loss_fn(output, labels) if stage.is_last else output)
+            waiting.append((given, loss_fn(output, labels) if stage.is_last else output))
             del given, output
         elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
-            given, output = under_way.pop(key)
+            given, output = waiting.popleft()
             grads = (None if stage.is_last else torch.zeros_like(output),)
             inputs = {"stage_output": (output,), "output_grads": grads, "input_values": (given,)}
             stage.backward_maybe_with_nosync("full", inputs)
