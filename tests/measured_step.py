@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from titan_adam_mini.memory import simulate
-from titan_adam_mini.titan.build import built
+from titan_adam_mini.titan.build import built, configured
 from titan_adam_mini.titan.device import prepare_model_parts
 
 
@@ -21,7 +21,7 @@ def measured(arguments: list[str], ngpu: int, rank: int) -> dict[str, Any]:
     """Bytes: peak of forward and backward, and, per optimizer, its state and the peak of clipping and step."""
     logging.disable(logging.WARNING)
     found: dict[str, Any] = {}
-    with built(arguments, ngpu, rank) as model:
+    with built(configured(arguments, ngpu), ngpu, rank) as model:
         for part in model.parts:
             part.to_empty(device="cpu")
             part.train()

@@ -47,8 +47,8 @@ CASES = {
 def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
     ngpu, flags = CASES[name]
     arguments = [*SMALL, *flags]
-    one = in_child(_simulate, arguments, ngpu, 0, ("AdamW", "AdamMini"), None)
-    real = in_child(measured, arguments, ngpu, 0)
+    one = in_child(_simulate, arguments, ngpu, ngpu - 1, ("AdamW", "AdamMini"), None)
+    real = in_child(measured, arguments, ngpu, ngpu - 1)
     print(name, real, {key: [peak.total for peak in peaks] for key, peaks in one.peaks.items()})
     for optimizer in ("AdamW", "AdamMini"):
         training, step = one.peaks[optimizer]
