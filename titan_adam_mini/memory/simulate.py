@@ -276,6 +276,8 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
             grads = (None if stage.is_last else torch.zeros_like(output),)
             inputs = {"stage_output": (output,), "output_grads": grads, "input_values": (given,)}
             stage.backward_maybe_with_nosync("full", inputs)
+            given.grad = None  # sent to the stage before, as an output is to the one behind
+            given.untyped_storage().resize_(0)  # torch's module tracker never lets go of an input with a gradient
             del given, output, grads, inputs
     for stage in stages.values():
         stage.perform_reduce_grad(1)
