@@ -337,8 +337,10 @@ def draw(path: Path, runs: Sequence[Simulated], budget: int | None) -> None:
     bars = [(f"{run.ngpu:,} GPU{'s' * (run.ngpu > 1)}\n{name}", run.peak(name).held) for run in runs for name in PAIR]
     first = runs[0]
     title = f"{first.model}: simulated peak of a training step on one GPU"
+    momentum = first.configured.split()[1]
     note = (
         f"Local batch {first.batch}, sequence {first.seq_len:,}, parameters {first.dtypes[0]}, computation "
-        f"{first.dtypes[1]}, activation checkpointing {first.checkpointing}; AdamMini is {runs[0].configured}. {CAVEAT}"
+        f"{first.dtypes[1]}, activation checkpointing {first.checkpointing}; AdamMini with {momentum} momentum. "
+        f"{CAVEAT}"
     )
     stacked_bars(path, title, bars, budget=budget, note=note)
