@@ -46,6 +46,12 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "AdamMini float32 *" in shown and "not validated on a GPU" in shown
 
 
+def test_json_alone_is_all_of_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    main(["estimate", CONFIG, "--ngpu", "2", "--json", *SMALL])
+    (run,) = json.loads(capfd.readouterr().out)["runs"]
+    assert run["ngpu"] == 2 and set(run["optimizers"]) >= {"AdamW", "AdamMini", "AdamMini int8"}
+
+
 @pytest.mark.slow
 def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "fit.json"

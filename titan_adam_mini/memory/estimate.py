@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from ..child import Child, child, in_child
 from .fit import BATCH, GPUS, LIMITS, SEQUENCE, Found, fewest, largest
+from .flags import STDOUT, JsonFile, check_folder, write_json
 from .picture import CATEGORIES, stacked_bars
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Estimate:
     vary: str = ",".join(LIMITS)
     """What --fit looks for."""
 
-    json: Path | None = None
-    """A file for every figure, in bytes."""
+    json: JsonFile = None
+    """JSON in place of the tables, every size in bytes; into a file, if one is named, beside them."""
 
     plot: Path | None = None
     """A picture: stacked bars of AdamW and AdamMini for every number of ranks."""
@@ -76,13 +76,22 @@ class Estimate:
     def __call__(self, console: Console, arguments: list[str]) -> None:
         numbers, room = self._checked()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress, child() as call:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress, child() as call:
             runs = []
             for ngpu in numbers:
                 task = progress.add_task(f"simulating {ngpu:,} ranks", total=None)
                 runs.append(_largest(call, _simulate_checked, arguments, ngpu, self.rank, (*PAIR, *MOMENTA)))
                 progress.remove_task(task)
             fits = self._fits(runs[-1], arguments, room, progress) if room else []
+        if self.plot:
+            draw(self.plot, runs, parse_bytes(self.fit, "--fit") if self.fit else None)
+        if self.json:
+            facts = {"torch": torch.__version__, "config": self.config, "caveat": CAVEAT}
+            write_json(
+                self.json, {**facts, "runs": [_as_json(run) for run in runs], "fit": [asdict(one) for one in fits]}
+            )
+        if self.json == STDOUT:
+            return
         if not console.is_terminal:
             console = Console(file=console.file, width=160)
         for run in runs:
@@ -90,13 +99,6 @@ class Estimate:
         if room:
             _show_fits(console, runs[-1], fits, self.fit, self.reserve)
         console.print(CAVEAT, soft_wrap=True, highlight=False)
-        if self.json:
-            facts = {"torch": torch.__version__, "config": self.config, "caveat": CAVEAT}
-            found = {**facts, "runs": [_as_json(run) for run in runs], "fit": [asdict(one) for one in fits]}
-            self.json.write_text(json.dumps(found, indent=1) + "\n")
-        if self.plot:
-            budget = parse_bytes(self.fit, "--fit") if self.fit else None
-            draw(self.plot, runs, budget)
 
     def _checked(self) -> tuple[list[int], int | None]:
         """Numbers of ranks, and bytes that may be filled; ValueError for flags that cannot be served."""
@@ -110,9 +112,8 @@ class Estimate:
             raise ValueError("the number of ranks is not known: give --ngpu N or --ngpu N,N,..., or set NGPU=N")
         if not all(word.isdecimal() and int(word) for word in words):
             raise ValueError(f"--ngpu {given}: numbers of ranks are positive, with commas between them")
-        for flag, file in (("--json", self.json), ("--plot", self.plot)):
-            if file and not file.absolute().parent.is_dir():
-                raise ValueError(f"{flag} {file}: its folder does not exist")
+        check_folder("--json", self.json)
+        check_folder("--plot", self.plot)
         if unknown := [one for one in self._varied() if one not in LIMITS]:
             raise ValueError(f"--vary {', '.join(unknown)}: it takes {', '.join(LIMITS)}, with commas between them")
         if not self.fit:

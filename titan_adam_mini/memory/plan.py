@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,32 +11,13 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tyro.constructors import PrimitiveConstructorSpec
 
 from ..child import in_child
 from .facts import facts, size
+from .flags import STDOUT, JsonFile, check_folder, write_json
 from .holdings import ROUNDING, Run
 
 WIDTH = 200
-STDOUT = "-"
-
-# `--json` alone, or with a file.
-_File = Annotated[
-    str | None,
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[FILE]",
-        instance_from_str=lambda words: _one(words),
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [value] if value else [],
-    ),
-]
-
-
-def _one(words: list[str]) -> str:
-    if len(words) > 1:
-        raise ValueError(f"--json takes one file, not {' '.join(words)}")
-    return words[0] if words else STDOUT
 
 
 @dataclass
@@ -57,19 +36,17 @@ class Plan:
     ngpu: int | None = None
     """Number of ranks of the run."""
 
-    json: _File = None
+    json: JsonFile = None
     """JSON in place of the tables; into a file, if one is named, beside them. For its keys see memory/facts.py."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         ngpu = self._checked()
         run: Run = in_child(_read_run, arguments, ngpu)
         told = {"config": self.config, **facts(run)}
-        written = json.dumps(told, indent=1) + "\n"
-        if self.json == STDOUT:
-            sys.stdout.write(written)
-            return
         if self.json:
-            Path(self.json).write_text(written)
+            write_json(self.json, told)
+        if self.json == STDOUT:
+            return
         if not console.is_terminal:
             console = Console(file=console.file, width=WIDTH)
         show(told, console)
@@ -85,8 +62,7 @@ class Plan:
             raise ValueError("the number of ranks is not known: give --ngpu N, or set NGPU=N")
         if not given.isdecimal() or int(given) < 1:
             raise ValueError(f"the number of ranks must be a positive number, not {given}")
-        if self.json and self.json != STDOUT and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist")
+        check_folder("--json", self.json)
         return int(given)
 
 
