@@ -57,6 +57,7 @@ OTHERS = [
         "enable_async_tensor_parallel needs compile.enable = true",
     ),
     (["--ngpu", "2", "--model.converters", "nonsense"], "model.converters has 'nonsense'"),
+    (["--ngpu", "2", "--model.name", "qwen3", "--model.flavor", "debugmodel"], "output.weight is tied to a weight of"),
     (["--ngpu", "2", "--training.dataset", "nonsense"], "training.dataset 'nonsense' is unknown"),
     (["--ngpu", "2", "--model.flavor", "huge"], "no flavor 'huge': it has"),
     (["--ngpu", "2", "--model.name", "nonsense"], "nonsense"),

@@ -103,8 +103,12 @@ def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> S
 
 
 def _managed(part: Any, groups: dict[int, int]) -> dict[Any, tuple[int, int | None]]:
-    """Parameter -> (number of its FSDP group, axis of its mesh that FSDP2 shards it along); `groups` numbers them."""
+    """Parameter -> (number of its FSDP group, axis of its mesh that FSDP2 shards it along); `groups` numbers them.
+
+    Raises ValueError for a weight in two groups, which torch 2.13 and later refuse in the first forward pass.
+    """
     managed = {}
+    owners: dict[int, Any] = {}
     for module in part.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -114,6 +118,13 @@ def _managed(part: Any, groups: dict[int, int]) -> dict[Any, tuple[int, int | No
             if group is not None:
                 number = groups.setdefault(id(group), len(groups))
                 for one in group.fsdp_params:
+                    origin = getattr(one, "_orig_param_uid", id(one))
+                    if owners.setdefault(origin, group) is not group:
+                        names = (name for name, param in part.named_parameters() if param is one.sharded_param)
+                        raise ValueError(
+                            f"{clean_name(next(names))} is tied to a weight of another FSDP group, which torch "
+                            f"{torch.__version__} refuses: choose a flavor with an output layer of its own"
+                        )
                     managed[one.sharded_param] = (number, one.mesh_info.shard_mesh_dim)
     return managed
 

@@ -59,8 +59,11 @@ def configured(arguments: list[str], ngpu: int) -> Any:
     # Patterns of tensor parallelism that belong to another pipeline stage.
     warnings.filterwarnings("ignore", message="Parallelize plan key")
     config = ConfigManager().parse_args(arguments)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
+    if name := config.experimental.custom_import:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"experimental.custom_import = {name!r} cannot be imported: {error}") from None
     enable()
     return config
 
@@ -68,7 +71,12 @@ def configured(arguments: list[str], ngpu: int) -> Any:
 def spec_and_args(config: Any) -> tuple[Any, Any]:
     """torchtitan's TrainSpec, and model arguments of the flavor that may be changed. Raises ValueError for an unknown
     one."""
-    spec = get_train_spec(config.model.name)
+    try:
+        spec = get_train_spec(config.model.name)
+    except ImportError as error:
+        raise ValueError(
+            f"torchtitan's {config.model.name} cannot be imported: {error}; install what it needs"
+        ) from None
     if config.model.flavor not in spec.model_args:
         raise ValueError(
             f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
