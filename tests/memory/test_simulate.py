@@ -1,5 +1,6 @@
 """The simulation of a step, held against the peaks of real memory and against the plan's arithmetic."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from measured_step import measured
 from titan_adam_mini.child import in_child
 from titan_adam_mini.memory.estimate import _simulate
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml")
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "train_configs" / "debug_model.toml")
 SMALL = ["--job.config_file", CONFIG, "--training.seq_len", "128", "--training.local_batch_size", "4"]
 HELD_BY_FAKES = 1 << 17
 """Bytes: scalars that the trackers see and the allocator not, and a copy of AdamMini's exchange."""
@@ -56,3 +58,21 @@ def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
         assert state == training.held["optimizer state"] == real[optimizer]["state"]
         assert training.total - state == pytest.approx(real["forward and backward"], rel=INSIDE_KERNELS)
         assert step.total == pytest.approx(real[optimizer]["step"], abs=HELD_BY_FAKES)
+
+
+@pytest.mark.slow
+def test_a_gpu_peaked_where_the_simulation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `launch/gpu_check.sh` recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak is
+    parameters, gradients and state, so this says little of activations."""
+    stages = json.loads((ROOT / "benchmarks" / "h100" / "gpu_check.json").read_text())["stages"]
+    (recorded,) = (stage["numbers"] for stage in stages if stage["name"] == "train")
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    words = ["--experimental.custom_import", "gpu_check.flavor", "--model.flavor", recorded["flavor"]]
+    words += ["--training.seq_len", str(recorded["seq_len"]), "--training.local_batch_size", "1"]
+    config = str(ROOT / "train_configs" / "llama3_8b.toml")
+    names = ("AdamW", "AdamMini")
+    one = in_child(_simulate, ["--job.config_file", config, *words], 1, 0, names, None)
+    for name in names:
+        simulated, measured_there = one.peak(name).total / 2**30, recorded[name]["peak_active_gib"]
+        print(f"{name}: {simulated:.2f} GiB simulated, {measured_there:.2f} GiB active on the GPU")
+        assert simulated == pytest.approx(measured_there, rel=0.005)
