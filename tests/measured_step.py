@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from real_memory import local, storages
 
 from titan_adam_mini.memory import simulate
 from titan_adam_mini.titan.build import built, configured
@@ -26,17 +26,17 @@ def measured(arguments: list[str], ngpu: int, rank: int) -> dict[str, Any]:
             part.to_empty(device="cpu")
             part.train()
             for param in part.parameters():
-                _local(param).detach().zero_()
+                local(param).detach().zero_()
         prepare_model_parts(model.parts)
         params = [param for part in model.parts for param in part.parameters()]
-        held = _bytes([*params, *(buffer for part in model.parts for buffer in part.buffers())])
+        held, _ = storages([*params, *(buffer for part in model.parts for buffer in part.buffers())])
         peak, grew = _peak(lambda: simulate._train(model, None))
         found["forward and backward"] = held + peak
         held += grew
         for name in ("AdamW", "AdamMini"):
             optimizers = [simulate._optimizer(part, model, name) for part in model.parts]
             _peak(lambda made=optimizers: [one.step() for one in made])  # type: ignore[misc]
-            state = _bytes([tensor for one in optimizers for tensor in simulate.state_of(one)])
+            state, _ = storages([tensor for one in optimizers for tensor in simulate.state_of(one)])
             step, _ = _peak(lambda made=optimizers: simulate._clip_and_step(model, made))  # type: ignore[misc]
             found[name] = {"state": state, "step": held + state + step}
             del optimizers
@@ -55,11 +55,3 @@ def _peak(work: Callable[[], Any]) -> tuple[int, int]:
             now += event.nbytes()
             peak = max(peak, now)
     return peak, now
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(_local(tensor).untyped_storage().nbytes() for tensor in tensors)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

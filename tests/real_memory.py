@@ -119,11 +119,11 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
     assert all(grad is not None for grad in grads)
     told: dict[str, Any] = {
         "parameters": _bytes(params),
-        "parameters padded": _storages(params)[0],
-        "parameters rounded": _storages(params)[1],
+        "parameters padded": storages(params)[0],
+        "parameters rounded": storages(params)[1],
         "gradients": _bytes(grads),
-        "gradients padded": _storages(grads)[0],
-        "gradients rounded": _storages(grads)[1],
+        "gradients padded": storages(grads)[0],
+        "gradients rounded": storages(grads)[1],
         "buffers": _bytes([buffer for part in parts for buffer in part.buffers()]),
         "state": {},
         "checkpoint": {},
@@ -158,24 +158,13 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
 def _built(config: Any, world: int) -> tuple[list[Any], Any, Any]:
     """Model parts as torchtitan's trainer has them, with random weights; ParallelDims; forward and backward."""
     from torchtitan.config import TORCH_DTYPE_MAP
-    from torchtitan.distributed import ParallelDims
     from torchtitan.distributed import utils as dist_utils
-    from torchtitan.protocols.train_spec import get_train_spec
     from torchtitan.tools.utils import set_default_dtype
 
-    degrees = config.parallelism
-    dims = ParallelDims(
-        dp_replicate=degrees.data_parallel_replicate_degree,
-        dp_shard=degrees.data_parallel_shard_degree,
-        cp=degrees.context_parallel_degree,
-        tp=degrees.tensor_parallel_degree,
-        pp=degrees.pipeline_parallel_degree,
-        ep=degrees.expert_parallel_degree,
-        etp=degrees.expert_tensor_parallel_degree,
-        world_size=world,
-    )
-    spec = get_train_spec(config.model.name)
-    args = copy.deepcopy(spec.model_args[config.model.flavor])
+    from titan_adam_mini.titan.build import parallel_dims, spec_and_args
+
+    dims = parallel_dims(config, world)
+    spec, args = spec_and_args(config)
     args.update_from_config(config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = spec.model_cls(args)
@@ -223,15 +212,15 @@ def _unpinned() -> Any:
     return mock.patch.object(parallelize, "CPUOffloadPolicy", policy)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _bytes(tensors: list[Any]) -> int:
-    return sum(_local(one).numel() * _local(one).element_size() for one in tensors)
+    return sum(local(one).numel() * local(one).element_size() for one in tensors)
 
 
-def _storages(tensors: list[Any]) -> tuple[int, int]:
+def storages(tensors: list[Any]) -> tuple[int, int]:
     """Bytes of the storages behind the tensors, each once, and what is missing to multiples of 512."""
-    found = {one._cdata: one.nbytes() for one in (_local(tensor).untyped_storage() for tensor in tensors)}
+    found = {one._cdata: one.nbytes() for one in (local(tensor).untyped_storage() for tensor in tensors)}
     return sum(found.values()), sum(-size % 512 for size in found.values())

@@ -18,6 +18,9 @@ from .sharding import Shard, as_state, local, shard_of
 
 log = logging.getLogger("titan_adam_mini")
 
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""What may be asked for, by name."""
+
 Ways = Counter[tuple[torch.dtype, torch.dtype]]
 """(from, to) -> for how many parameters momentum was converted so."""
 

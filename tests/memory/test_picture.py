@@ -17,7 +17,8 @@ def words(path: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
 
 

@@ -189,7 +189,6 @@ def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_two_columns_json_and_picture(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     out, picture = two[0].with_name("out.json"), two[0].with_name("out.png")
     text = told([str(two[0]), str(two[1]), "--json", str(out), "--plot", str(picture)], capsys)
     rows = {line.strip()[:24].strip(): line.split()[-3:] for line in text.splitlines() if line.startswith(" ")}

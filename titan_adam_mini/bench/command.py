@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..child import in_child
+from ..flags import ConfigFile, check_config, check_folder, number_of_ranks
 from .competitors import BASELINE, chosen
 from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
 from .part import Part, allocated
@@ -38,7 +37,7 @@ class Bench:
     as --job.config_file X or CONFIG_FILE=X, the number of ranks as NGPU=N.
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    config: ConfigFile
     """torchtitan's configuration."""
 
     ngpu: int | None = None
@@ -93,24 +92,15 @@ class Bench:
 
     def _checked(self) -> tuple[int, torch.device]:
         """The number of ranks and the device; ValueError for flags that cannot be served."""
-        if not self.config:
-            raise ValueError("the model is not known: give CONFIG.toml or --job.config_file X, or set CONFIG_FILE=X")
-        if not Path(self.config).is_file():
-            raise ValueError(f"there is no configuration {self.config}")
-        given = str(self.ngpu) if self.ngpu is not None else os.environ.get("NGPU", "")
-        if not given:
-            raise ValueError("the number of ranks is not known: give --ngpu N, or set NGPU=N")
-        if not given.isdecimal() or int(given) < 1:
-            raise ValueError(f"the number of ranks must be a positive number, not {given}")
-        ngpu = int(given)
+        check_config(self.config)
+        ngpu = number_of_ranks(self.ngpu)
         if not 0 <= self.rank < ngpu:
             raise ValueError(f"--rank {self.rank} is none of {ngpu} ranks: they are 0 to {ngpu - 1}")
         if self.repeats < 2:
             raise ValueError(f"--repeats must be 2 or more, not {self.repeats}: one time has no spread")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be 1 or more, not {self.threads}")
-        if self.json and not self.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist")
+        check_folder("--json", self.json)
         cuda = torch.cuda.is_available()
         if self.device == "cuda" and not cuda:
             raise ValueError("--device cuda: torch finds no GPU here")

@@ -11,5 +11,4 @@ simulate     a training step on fake tensors (imports torchtitan), with torch's 
 estimate     the command `estimate`: the peak of a step by category, and what fits a budget (fit)
 snapshot     the command `snapshot`: what a GPU's allocator recorded
 picture      stacked bars of all of them
-flags        what the commands' flags have in common
 """

@@ -23,12 +23,11 @@ from torch.utils._pytree import tree_map_only
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims, activation_checkpoint
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from titan_adam_mini.memory.standins import as_on_a_gpu
 from titan_adam_mini.sharding import local
-from titan_adam_mini.titan.build import a_rank
+from titan_adam_mini.titan.build import a_rank, spec_and_args
 
 
 def sequence_bytes(config: Any, *, mixed: bool) -> int | str:
@@ -53,7 +52,7 @@ def sequence_bytes(config: Any, *, mixed: bool) -> int | str:
 def _sequence_bytes(config: Any, dtype: str) -> int | str:
     config = copy.deepcopy(config)
     config.compile.enable = config.parallelism.enable_async_tensor_parallel = False
-    layers = get_train_spec(config.model.name).model_args[config.model.flavor].n_layers
+    layers = spec_and_args(config)[1].n_layers
     option = config.activation_checkpoint.selective_ac_option
     by_layer = config.activation_checkpoint.mode == "selective" and option.isdigit()
     period = max(1, int(option)) if by_layer else 1  # every so many layers one is recomputed
@@ -67,17 +66,11 @@ def _sequence_bytes(config: Any, dtype: str) -> int | str:
 
 def _alike(config: Any) -> bool:
     """Have all layers parameters of the same shapes?"""
-    spec, args = _spec_and_args(config)
+    spec, args = spec_and_args(config)
+    args.update_from_config(config)
     with torch.device("meta"):
         model = spec.model_cls(args)
     return len({tuple(param.shape for param in layer.parameters()) for layer in model.layers.values()}) == 1
-
-
-def _spec_and_args(config: Any) -> tuple[Any, Any]:
-    spec = get_train_spec(config.model.name)
-    args = copy.deepcopy(spec.model_args[config.model.flavor])
-    args.update_from_config(config)
-    return spec, args
 
 
 def _grown(config: Any, dtype: str, layers: int) -> int:
@@ -89,7 +82,8 @@ def _grown(config: Any, dtype: str, layers: int) -> int:
 
 def _events(config: Any, dtype: str, layers: int, batch: int) -> list[int]:
     """The storages made (bytes) and freed (-bytes) in a step, in order; weights and inputs excluded."""
-    spec, args = _spec_and_args(config)
+    spec, args = spec_and_args(config)
+    args.update_from_config(config)
     args.n_layers = layers
     tp, cp = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
     # Only what cuts activations is applied; FSDP casts the weights, which is the same as having them in that type.

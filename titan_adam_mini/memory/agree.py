@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from titan_adam_mini.memory.holdings import Optimizer
-from titan_adam_mini.memory.simulate import MOMENTA, Simulated, simulate
+from titan_adam_mini.memory.simulate import Simulated, simulate
 from titan_adam_mini.memory.stages import read_run
+from titan_adam_mini.momentum import TYPES
 
 
 def simulate_checked(arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str]) -> Simulated:
@@ -36,4 +37,4 @@ def simulate_checked(arguments: list[str], ngpu: int, rank: int, optimizers: Seq
 def _counted(name: str, configured: torch.dtype | None) -> Optimizer:
     """An optimizer of the simulation as the plan counts it."""
     mini, _, momentum = name.partition(" ")
-    return Optimizer(name, mini=mini == "AdamMini", momentum=MOMENTA.get(momentum, configured))
+    return Optimizer(name, mini=mini == "AdamMini", momentum=TYPES.get(momentum, configured))

@@ -12,26 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..child import Child, child, in_child
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, write_json
+from ..momentum import TYPES
 from .fit import BATCH, GPUS, LIMITS, SEQUENCE, Found, fewest, largest
-from .flags import STDOUT, JsonFile, check_folder, write_json
-from .picture import CATEGORIES, stacked_bars
+from .picture import CATEGORIES, GIB, stacked_bars
 
 if TYPE_CHECKING:
     from .simulate import Simulated
 
-GIB = 1 << 30
 PAIR = ("AdamW", "AdamMini")
-MOMENTA = ("AdamMini float32", "AdamMini bfloat16", "AdamMini int8")
+MOMENTA = tuple(f"AdamMini {name}" for name in TYPES)
 MODES = ("none", "selective", "full")
 """Activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
 CAVEAT = (
@@ -48,7 +47,7 @@ class Estimate:
     or CONFIG_FILE=X, the number of ranks as NGPU=N.
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    config: ConfigFile
     """torchtitan's configuration."""
 
     ngpu: str = ""
@@ -102,10 +101,7 @@ class Estimate:
 
     def _checked(self) -> tuple[list[int], int | None]:
         """Numbers of ranks, and bytes that may be filled; ValueError for flags that cannot be served."""
-        if not self.config:
-            raise ValueError("the model is not known: give CONFIG.toml or --job.config_file X, or set CONFIG_FILE=X")
-        if not Path(self.config).is_file():
-            raise ValueError(f"there is no configuration {self.config}")
+        check_config(self.config)
         given = self.ngpu or os.environ.get("NGPU", "")
         words = [word.strip() for word in given.split(",") if word.strip()]
         if not words:
@@ -172,11 +168,11 @@ class _Search:
     def answer(self, question: str) -> list[Fit]:
         """The answers for both optimizers."""
         mesh = self.run.mesh
-        others = math.prod(degree for axis, degree in mesh.items() if axis not in ("dp_shard", "ep", "etp"))
+        others = math.prod(degree for axis, degree in mesh.items() if axis not in ("dp_shard", "etp"))
         unit = {
             BATCH: self.run.batch_unit,
             SEQUENCE: math.lcm(self.run.seq_divisor, 1024 if self.run.seq_len >= 2048 else 128),
-            GPUS: math.lcm(others, mesh.get("ep", 1)),
+            GPUS: others,
         }
         start = {BATCH: self.run.batch, SEQUENCE: self.run.seq_len, GPUS: self.run.ngpu}
         search = fewest if question == GPUS else largest

@@ -49,6 +49,7 @@ from typing import Any
 
 import torch
 
+from ..momentum import TYPES
 from ..partition import summarize
 from ..plan import BlockPlan, bytes_in, plan_buffers
 from .checks import check_checkpoints, check_matrices, refusal
@@ -57,13 +58,12 @@ from .holdings import Held, Kind, Optimizer, Param, Run
 WORTH = 2**30
 """Bytes per GPU: less than this, of the tens of GiB that a GPU has, changes no setting."""
 ADAMW = "adamw"
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def optimizers_of(run: Run) -> tuple[dict[str, Optimizer], str]:
     """The optimizers that are compared, and the key of the configured AdamMini."""
     optimizers = {ADAMW: Optimizer("AdamW", mini=False, step_on_device=run.fused)}
-    for name, dtype in _TYPES.items():
+    for name, dtype in TYPES.items():
         optimizers[f"adam_mini_{name}"] = Optimizer(f"AdamMini, {name} momentum", True, dtype, run.fused)
     own = {param.kind.dtype for param in run.params.values() if param.blocks}
     asked = run.momentum or (own.pop() if len(own) == 1 else None)

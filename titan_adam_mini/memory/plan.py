@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..child import in_child
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, number_of_ranks, write_json
 from .facts import facts, size
-from .flags import STDOUT, JsonFile, check_folder, write_json
 from .holdings import ROUNDING, Run
 
 WIDTH = 200
@@ -30,7 +27,7 @@ class Plan:
     besides; the configuration may also be given as --job.config_file X or CONFIG_FILE=X, the number of ranks as NGPU=N.
     """
 
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    config: ConfigFile
     """torchtitan's configuration."""
 
     ngpu: int | None = None
@@ -53,17 +50,9 @@ class Plan:
 
     def _checked(self) -> int:
         """The number of ranks; ValueError for flags that cannot be served."""
-        if not self.config:
-            raise ValueError("the model is not known: give CONFIG.toml or --job.config_file X, or set CONFIG_FILE=X")
-        if not Path(self.config).is_file():
-            raise ValueError(f"there is no configuration {self.config}")
-        given = str(self.ngpu) if self.ngpu is not None else os.environ.get("NGPU", "")
-        if not given:
-            raise ValueError("the number of ranks is not known: give --ngpu N, or set NGPU=N")
-        if not given.isdecimal() or int(given) < 1:
-            raise ValueError(f"the number of ranks must be a positive number, not {given}")
+        check_config(self.config)
         check_folder("--json", self.json)
-        return int(given)
+        return number_of_ranks(self.ngpu)
 
 
 def _read_run(*args: Any) -> Any:

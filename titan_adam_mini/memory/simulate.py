@@ -10,7 +10,7 @@ import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +24,15 @@ from torchtitan.protocols.train_spec import get_train_spec
 from titan_adam_mini import AdamMini
 from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
 from titan_adam_mini.memory.tracker import state_of, tracker_of
+from titan_adam_mini.momentum import TYPES
 from titan_adam_mini.titan.build import Built, built, configured
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
 
-STEP = "optimizer step"
+TRAINING, STEP = "forward and backward", "optimizer step"
 _TABLES = {"llama4": ("rope", "nope")}
 """torchtitan's models whose layers choose a mask by name."""
-MOMENTA = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Peak:
     """The moment of a phase at which most is held.
 
     Attributes:
-        phase: "forward and backward" or "optimizer step".
+        phase: TRAINING or STEP.
         held: category -> bytes; optimizer state among them.
     """
 
@@ -87,9 +87,8 @@ class Simulated:
     seq_divisor: int
     batch_unit: int
     configured: str
-    peaks: dict[str, list[Peak]] = field(default_factory=dict)
-
-    refused: dict[str, str] = field(default_factory=dict)
+    peaks: dict[str, list[Peak]]
+    refused: dict[str, str]
 
     def peak(self, optimizer: str) -> Peak:
         """The larger of an optimizer's peaks."""
@@ -115,7 +114,7 @@ def simulate(
     with _ready(configured(arguments, ngpu), ngpu, rank) as (model, tracker):
         config = model.config
         with tracker:
-            batch, passes = _told(_train, model, passes)
+            passes = _told(_train, model, passes)
             during = tracker.held("peak")
             peaks, refused = {}, {}
             for name in optimizers:
@@ -132,7 +131,7 @@ def simulate(
             model.mesh,
             ngpu,
             rank,
-            batch,
+            config.training.local_batch_size,
             passes,
             config.training.seq_len,
             _checkpointing(config),
@@ -208,8 +207,8 @@ def _configured(config: Any) -> str:
 # Forward and backward
 
 
-def _train(model: Built, passes: int | None) -> tuple[int, int]:
-    """Forward and backward as torchtitan's trainer runs them; sequences, and passes they are made in."""
+def _train(model: Built, passes: int | None) -> int:
+    """Forward and backward as torchtitan's trainer runs them; the number of passes."""
     config, dims = model.config, model.dims
     training = config.training
     size = training.local_batch_size
@@ -231,7 +230,7 @@ def _train(model: Built, passes: int | None) -> tuple[int, int]:
             del prediction
             loss.backward()
             del loss
-    return size, passes
+    return passes
 
 
 def _tokens(model: Built, size: int) -> tuple[Tensor, Tensor]:
@@ -301,7 +300,7 @@ def _step(tracker: Any, model: Built, name: str, during: dict[str, int]) -> list
     _clip_and_step(model, optimizers)
     tracker.stepping = False
     return [
-        Peak("forward and backward", {**during, "optimizer state": during["optimizer state"] + state}),
+        Peak(TRAINING, {**during, "optimizer state": during["optimizer state"] + state}),
         Peak(STEP, tracker.held("peak")),
     ]
 
@@ -325,6 +324,6 @@ def _optimizer(part: nn.Module, model: Built, name: str) -> torch.optim.Optimize
         fused, foreach = config.implementation == "fused", config.implementation == "foreach"
         return torch.optim.AdamW(params, lr=config.lr, fused=fused, foreach=foreach)
     _, _, momentum = name.partition(" ")
-    made = optimizer_of(part, config, model.dims, momentum_dtype=MOMENTA.get(momentum))
+    made = optimizer_of(part, config, model.dims, momentum_dtype=TYPES.get(momentum))
     made.init_state()
     return made

@@ -84,6 +84,21 @@ def spec_and_args(config: Any) -> tuple[Any, Any]:
     return spec, deepcopy(spec.model_args[config.model.flavor])
 
 
+def parallel_dims(config: Any, ngpu: int) -> ParallelDims:
+    """torchtitan's ParallelDims of a run on `ngpu` ranks, as its trainer makes them."""
+    degrees = config.parallelism
+    return ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=degrees.context_parallel_degree,
+        tp=degrees.tensor_parallel_degree,
+        pp=degrees.pipeline_parallel_degree,
+        ep=degrees.expert_parallel_degree,
+        etp=degrees.expert_tensor_parallel_degree,
+        world_size=ngpu,
+    )
+
+
 @contextmanager
 def a_rank(rank: int, ngpu: int) -> Iterator[None]:
     """While it lasts this process is one rank of `ngpu`, whose collectives return at once and move nothing."""
@@ -126,17 +141,7 @@ def built(config: Any, ngpu: int, rank: int, layers: int | None = None) -> Itera
 
 def _build(config: Any, ngpu: int, layers: int | None) -> Built:
     spec, args = spec_and_args(config)
-    degrees = config.parallelism
-    dims = ParallelDims(
-        dp_replicate=degrees.data_parallel_replicate_degree,
-        dp_shard=degrees.data_parallel_shard_degree,
-        cp=degrees.context_parallel_degree,
-        tp=degrees.tensor_parallel_degree,
-        pp=degrees.pipeline_parallel_degree,
-        ep=degrees.expert_parallel_degree,
-        etp=degrees.expert_tensor_parallel_degree,
-        world_size=ngpu,
-    )
+    dims = parallel_dims(config, ngpu)
     dims.build_mesh()  # torchtitan makes it when it is first asked for, which on one rank may be never
     args.update_from_config(config)
     total = getattr(args, "n_layers", None)

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-_MOMENTUM_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+from titan_adam_mini.momentum import TYPES
+
+_MOMENTUM_DTYPES = {"": None, **TYPES}
 _VALUE_BLOCKS = ("neuron", "tensor")
 _HYPER_PARAMETERS = ("checkpoint", "config")
 

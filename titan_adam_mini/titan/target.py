@@ -1,15 +1,12 @@
 """From a torchtitan configuration to what a conversion needs to know of its model: blocks, and keys of groups."""
 
-import importlib
 from typing import Any
 
 import torch
-from torchtitan.config import ConfigManager
-from torchtitan.protocols.train_spec import get_train_spec
 
 from titan_adam_mini.partition import Blocks
+from titan_adam_mini.titan.build import configured, spec_and_args
 from titan_adam_mini.titan.builder import optimizer_of
-from titan_adam_mini.titan.register import enable
 
 
 class _Whole:
@@ -31,10 +28,7 @@ def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[
     Raises:
         ValueError: the configuration cannot serve AdamMini, in words.
     """
-    config = ConfigManager().parse_args(arguments)
-    if config.experimental.custom_import:
-        importlib.import_module(config.experimental.custom_import)
-    enable()
+    config = configured(arguments, ngpu=1)
     model = model_on_meta(config)
     optimizer = optimizer_of(model, config.optimizer, _Whole())
     blocks = {one.name: one for one in optimizer.partition.assign(_shapes(model)).values()}
@@ -50,12 +44,7 @@ def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[
 
 def model_on_meta(config: Any) -> torch.nn.Module:
     """The whole model of a torchtitan job configuration, with parameters on the meta device."""
-    spec = get_train_spec(config.model.name)
-    if config.model.flavor not in spec.model_args:
-        raise ValueError(
-            f"{config.model.name} has no flavor {config.model.flavor!r}: it has {', '.join(sorted(spec.model_args))}"
-        )
-    args = spec.model_args[config.model.flavor]
+    spec, args = spec_and_args(config)
     args.update_from_config(config)
     with torch.device("meta"):
         model: torch.nn.Module = spec.model_cls(args)

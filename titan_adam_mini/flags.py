@@ -1,13 +1,18 @@
-"""The flag `--json [FILE]`, alike in all commands about memory: alone it takes the place of the tables."""
+"""Flags that several commands have: the configuration, the number of ranks, files that are written."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+ConfigFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+"""torchtitan's configuration, "" if none is given."""
 
 STDOUT = "-"
 
@@ -21,13 +26,31 @@ JsonFile = Annotated[
         str_from_instance=lambda value: [value] if value else [],
     ),
 ]
-"""A file; STDOUT for the flag alone; None without the flag."""
+"""`--json [FILE]`: a file; STDOUT for the flag alone, which takes the place of the tables; None without the flag."""
 
 
 def _one(words: list[str]) -> str:
     if len(words) > 1:
         raise ValueError(f"--json takes one file, not {' '.join(words)}")
     return words[0] if words else STDOUT
+
+
+def check_config(config: str) -> None:
+    """Raise ValueError if there is no such configuration."""
+    if not config:
+        raise ValueError("the model is not known: give CONFIG.toml or --job.config_file X, or set CONFIG_FILE=X")
+    if not Path(config).is_file():
+        raise ValueError(f"there is no configuration {config}")
+
+
+def number_of_ranks(given: int | None) -> int:
+    """`--ngpu`, or the environment's NGPU; ValueError if there is neither, or no such number."""
+    word = str(given) if given is not None else os.environ.get("NGPU", "")
+    if not word:
+        raise ValueError("the number of ranks is not known: give --ngpu N, or set NGPU=N")
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"the number of ranks must be a positive number, not {word}")
+    return int(word)
 
 
 def check_folder(flag: str, file: str | Path | None) -> None:
