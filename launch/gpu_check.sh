@@ -14,16 +14,7 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-if [ -z "${PYTHON:-}" ]; then
-    if [ -n "${VIRTUAL_ENV:-}" ]; then
-        PYTHON="$VIRTUAL_ENV/bin/python"
-    elif [ -x "$ROOT/.venv/bin/python" ]; then
-        PYTHON="$ROOT/.venv/bin/python"
-    else
-        PYTHON=python3
-    fi
-fi
-export PYTHON
+. "$ROOT/launch/python.sh"
 export PYTHONPATH="$ROOT:$ROOT/launch:$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HOME="${HF_HOME:-$ROOT/.cache/huggingface}" HF_HUB_OFFLINE=1 # the data is local; nothing outside is written
 export PET_LOCAL_ADDR="${PET_LOCAL_ADDR:-127.0.0.1}"                   # torchrun: this machine's name need not resolve

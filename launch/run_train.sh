@@ -10,20 +10,13 @@
 #   COMM_MODE    fake_backend or local_tensor: one process plays NGPU ranks for one step, to check a configuration
 #
 # Everything after the script's name goes to the trainer. The Python is $PYTHON, else that of the active virtual
-# environment, else the repository's .venv, else python3. The exit status is the trainer's.
+# environment, else the repository's .venv, else python3. The exit status is that of the rank that failed first. TERM and
+# USR1 are handed to the ranks, which save and leave with status 75 (titan_adam_mini/titan/interruption.py).
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-if [ -z "${PYTHON:-}" ]; then
-    if [ -n "${VIRTUAL_ENV:-}" ]; then
-        PYTHON="$VIRTUAL_ENV/bin/python"
-    elif [ -x "$ROOT/.venv/bin/python" ]; then
-        PYTHON="$ROOT/.venv/bin/python"
-    else
-        PYTHON=python3
-    fi
-fi
+. "$ROOT/launch/python.sh"
 
 # CUDA_VISIBLE_DEVICES="" hides the GPUs of a machine that has some.
 if { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; } && [ -n "${CUDA_VISIBLE_DEVICES-all}" ]; then
@@ -47,7 +40,7 @@ fi
 case "$COMM_MODE" in
 "")
     # Port 0 lets the rendezvous choose a free one: two jobs on a machine never meet.
-    exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
+    exec "$PYTHON" "$ROOT/launch/torchrun.py" --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
         --local-ranks-filter="$LOG_RANK" --role=rank --tee=3 \
         -m "$TRAIN_FILE" --job.config_file "$CONFIG_FILE" "$@"
     ;;

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 SAYS = """\
-import json, os, sys
+import json, os, pathlib, signal, sys, time
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NGPU", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF")
 print("SAID " + json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}), flush=True)
-sys.exit(int(os.environ.get("STATUS", "0")))
+if number := int(os.environ.get("WAITS_FOR", "0")):
+    got = []
+    signal.signal(number, lambda number, frame: got.append(number))
+    ready = pathlib.Path(__file__).parent
+    (ready / os.environ["RANK"]).touch()
+    if os.environ["RANK"] == "0":
+        while not (ready / "1").exists():
+            time.sleep(0.05)
+        os.kill(os.getppid(), number)
+    end = time.monotonic() + 60
+    while not got and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1)
+    print("SAID " + json.dumps({"got": got}), flush=True)
+    sys.exit(75)
+status = int(os.environ.get("STATUS", "0"))
+if status < 0:
+    os.kill(os.getpid(), -status)
+sys.exit(status)
 """
 
 
@@ -53,8 +74,35 @@ def test_a_failing_rank_is_the_scripts_failure(start, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("")
     done, said = start(cwd=tmp_path, NGPU="1", CONFIG_FILE="mine.toml", STATUS="3")
-    assert done.returncode != 0
+    assert done.returncode == 3
     assert said[0]["argv"] == ["--job.config_file", "mine.toml"]
+
+
+def test_a_rank_ended_by_a_signal(start) -> None:
+    assert start(NGPU="2", STATUS="-9")[0].returncode == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_handed_to_the_ranks_which_leave_in_their_own_time(start, number: int) -> None:
+    done, said = start(NGPU="2", LOG_RANK="0,1", WAITS_FOR=str(int(number)))
+    assert done.returncode == 75, done.stderr
+    assert sorted(one["got"] for one in said if "got" in one) == [[int(number)]] * 2
+
+
+def test_a_term_before_there_are_ranks_ends_it() -> None:
+    words = ["--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=0", "-m", "says"]
+    waits = subprocess.Popen([sys.executable, str(ROOT / "launch" / "torchrun.py"), *words])
+    try:
+        caught = 0
+        while not caught >> (signal.SIGTERM - 1) & 1:
+            assert waits.poll() is None
+            status = Path(f"/proc/{waits.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            time.sleep(0.05)
+        waits.terminate()
+        assert waits.wait(60) == 128 + signal.SIGTERM
+    finally:
+        waits.kill()
 
 
 def test_fake_backend_is_one_process_and_one_step(start) -> None:
