@@ -1,0 +1,249 @@
+"""The attempts of one training run on Slurm: what became of each, and whether the job is to be queued again.
+
+    attempts.py begin OUTPUTS             prints the number of the attempt that starts now
+    attempts.py end OUTPUTS ATTEMPT ...   says why it ended, on stderr; prints "STATUS requeue" or "STATUS stop"
+
+Everything is in files under OUTPUTS, the run's dump folder:
+
+    attempts.tsv              one line per attempt, written when it ends or, where it could not, when the next begins
+    attempts/K/begun.json     which job, when, on which nodes
+    attempts/K/progress.json  from the trainer: the step it went on from, the last step, the last saved step
+    attempts/K/failures-*.json  from launch/torchrun.py of each node: its failed ranks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+LEFT = 75
+"""The trainer's exit status once it has saved on a signal (titan_adam_mini/titan/interruption.py)."""
+
+STUCK = 76
+"""The trainer's exit status where no step came for too long."""
+
+REFUSED = 78
+"""Exit status where the plan says that the run cannot start, or where another job is at work in its folder."""
+
+EARLY_FAILURES = 3
+"""So many failures in a row before the first step, and the job is not queued again."""
+
+_REFUSALS = (
+    r"(ValueError|NotImplementedError|AssertionError|ModuleNotFoundError|ImportError|TypeError|AttributeError): "
+)
+"""Errors that come again, if they come before the first step: the configuration or the installation is wrong."""
+
+_FOLLOWING = (
+    r"Connection closed|Connection reset|Broken pipe|DistNetworkError|DistBackendError|DistStoreError|Gloo|NCCL"
+)
+"""Errors that a rank has because another one is gone."""
+
+COLUMNS = ("attempt", "job", "restart", "begun", "ended", "nodes", "from", "step", "saved", "status", "reason", "then")
+
+
+@dataclass
+class Attempt:
+    """One line of attempts.tsv."""
+
+    attempt: int
+    job: str
+    restart: int
+    nodes: str
+    begun: float
+    ended: float | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    status: int | None = None
+    reason: str = ""
+    then: str = ""
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it finished a step of its own."""
+        return self.progress.get("step", 0) > self.progress.get("first", 0)
+
+    @property
+    def failed_early(self) -> bool:
+        """Whether it failed of its own accord before its first step."""
+        return self.status not in (None, 0, LEFT) and not self.stepped
+
+
+def decide(history: list[Attempt], *, refused: bool, limit: int) -> tuple[bool, str]:
+    """Whether a job that has just failed or left is to be queued again, and why not.
+
+    Args:
+        history: all attempts so far, the last one being the one in question.
+        refused: its configuration cannot train.
+        limit: how often the job may be queued again.
+    """
+    last = history[-1]
+    if last.status == 0:
+        return False, "training is complete"
+    if refused:
+        return False, "the configuration is refused: it would be refused again"
+    own = [one for one in history if one.status is not None and one.job == last.job]
+    if len(own) >= EARLY_FAILURES and all(one.failed_early for one in own[-EARLY_FAILURES:]):
+        return False, f"{EARLY_FAILURES} attempts in a row failed before their first step"
+    if last.restart >= limit:
+        return False, f"the job was queued again {last.restart} times, which is its limit (MAX_REQUEUES)"
+    return True, ""
+
+
+def first_failure(failures: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The failure that the others follow from, as far as that shows: a rank that lost its peers is never the first."""
+    return min(failures, key=lambda one: (bool(re.search(_FOLLOWING, one["error"])), one["time"]), default=None)
+
+
+def reason_of(status: int, first: dict[str, Any] | None, signalled: bool) -> str:
+    """In a few words, why an attempt ended."""
+    if status == 0:
+        return "complete"
+    if status == REFUSED:
+        return "refused by the plan"
+    if status == LEFT:
+        return "left on a signal, saved"
+    if status == STUCK:
+        return "no step for too long"
+    if signalled:
+        return "ended after a signal, before it could save"
+    if first is None:
+        return "a node or its torchrun failed"
+    return f"rank {first['rank']} on {first['node']}: {first['error'].splitlines()[0][:200] or 'failed'}"
+
+
+class Attempts:
+    """The attempts in a dump folder."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.folder, self.table = outputs / "attempts", outputs / "attempts.tsv"
+
+    def begin(self, job: str, restart: int, nodes: str) -> int:
+        """Note an attempt that starts now. Raises ValueError if another job is at work in this folder."""
+        history = self.history()
+        for one in history:
+            if one.ended is None and one.job != job and _is_alive(one.job):
+                raise ValueError(
+                    f"job {one.job} is training in {self.table.parent}: wait for it, cancel it (scancel {one.job}), "
+                    "or give this job another name (sbatch --job-name)"
+                )
+        for one in history:
+            if one.ended is None:
+                last = one.progress.get("time", one.begun)
+                self._write(one, ended=last, reason="ended without a word: node failure, pre-emption or cancelled")
+        attempt = Attempt(max((one.attempt for one in history), default=0) + 1, job, restart, nodes, time.time())
+        self._keep(attempt)
+        return attempt.attempt
+
+    def end(self, number: int, status: int, *, signalled: bool, bad: str, limit: int, may: bool) -> tuple[int, bool]:
+        """Note how an attempt ended; returns the exit status of training and whether the job is to be queued again."""
+        attempt = self._read(self.folder / str(number) / "begun.json")
+        files = (self.folder / str(number)).glob("failures-*.json")
+        failures = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
+        first = first_failure(failures)
+        if first is not None and status != 0:
+            status = int(first["status"])
+        attempt.status = status
+        refused = status in (2, REFUSED) or bool(first and re.match(_REFUSALS, first["error"]))
+        history = [*(one for one in self.history() if one.attempt < number), attempt]
+        again, why = decide(history, refused=refused and not attempt.stepped, limit=limit)
+        if again and not may:
+            again, why = False, "Slurm says that the job is cancelled, or must not be queued again (--no-requeue)"
+        reason = reason_of(status, first, signalled) + (f"; bad nodes: {bad}" if bad else "")
+        self._write(attempt, ended=time.time(), reason=reason, then="requeue" if again else "stop")
+        step, saved = attempt.progress.get("step"), attempt.progress.get("saved")
+        _say(f"attempt {number} ended with status {status}: {reason}; last step {step}, last saved step {saved}")
+        if first is not None and status not in (0, LEFT):
+            _say(f"rank {first['rank']} on {first['node']} failed first:\n{first['traceback'] or first['error']}")
+        _say("queued again" if again else f"not queued again: {why}")
+        return status, again
+
+    def history(self) -> list[Attempt]:
+        """All attempts, in order."""
+        found = [self._read(file) for file in self.folder.glob("*/begun.json")]
+        return sorted(found, key=lambda one: one.attempt)
+
+    def _read(self, file: Path) -> Attempt:
+        attempt = Attempt(**json.loads(file.read_text(encoding="utf-8")))
+        progress = file.parent / "progress.json"
+        if progress.exists():
+            attempt.progress = json.loads(progress.read_text(encoding="utf-8"))
+        return attempt
+
+    def _keep(self, attempt: Attempt) -> None:
+        file = self.folder / str(attempt.attempt) / "begun.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".tmp").write_text(json.dumps(asdict(attempt)), encoding="utf-8")
+        os.replace(file.with_suffix(".tmp"), file)
+
+    def _write(self, attempt: Attempt, *, ended: float, reason: str, then: str = "") -> None:
+        """Close an attempt: its line in the table, then its file."""
+        attempt.ended, attempt.reason, attempt.then = ended, reason, then
+        new = not self.table.exists()
+        told = {**asdict(attempt), "from": attempt.progress.get("first"), "begun": _date(attempt.begun)}
+        told |= {"ended": _date(ended), "step": attempt.progress.get("step"), "saved": attempt.progress.get("saved")}
+        cells = ["" if told[name] is None else re.sub(r"\s+", " ", str(told[name])) for name in COLUMNS]
+        with open(self.table, "a", encoding="utf-8") as table:
+            table.write(("\t".join(COLUMNS) + "\n" if new else "") + "\t".join(cells) + "\n")
+        self._keep(attempt)
+
+
+def _is_alive(job: str) -> bool:
+    """Whether Slurm still has a job running or waiting."""
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format=%i"], capture_output=True, text=True)
+    return bool(asked.stdout.strip())
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+def _say(line: str) -> None:
+    print(f"titan-adam-mini: {line}", file=sys.stderr, flush=True)
+
+
+def begin(outputs: tyro.conf.Positional[Path], /) -> None:
+    """Note that an attempt starts; prints its number."""
+    env = os.environ
+    restart = int(env.get("SLURM_RESTART_COUNT", "0"))
+    print(Attempts(outputs).begin(env["SLURM_JOB_ID"], restart, env.get("SLURM_JOB_NODELIST", "")))
+
+
+def end(
+    outputs: tyro.conf.Positional[Path],
+    attempt: tyro.conf.Positional[int],
+    /,
+    status: int,
+    limit: int,
+    signalled: bool = False,
+    bad: str = "",
+    requeue: bool = True,
+) -> None:
+    """Note how an attempt ended; prints the exit status of training, and "requeue" or "stop".
+
+    Args:
+        outputs: the run's dump folder.
+        attempt: its number.
+        status: exit status of srun.
+        limit: how often the job may be queued again.
+        signalled: a signal had asked it to leave.
+        bad: nodes that the next attempt must not have.
+        requeue: Slurm lets the job be queued again.
+    """
+    status, again = Attempts(outputs).end(attempt, status, signalled=signalled, bad=bad, limit=limit, may=requeue)
+    print(status, "requeue" if again else "stop")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.extras.subcommand_cli_from_dict({"begin": begin, "end": end})
+    except ValueError as error:
+        _say(str(error))
+        sys.exit(REFUSED)

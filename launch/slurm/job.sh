@@ -1,0 +1,210 @@
+# shellcheck shell=bash
+# One attempt of a training job on Slurm, for the batch scripts beside it: `train FLAGS...` plans, starts torchrun on
+# every node, waits, hands signals on, and queues the job again where that helps. Meant to be sourced; LAUNCH is its
+# folder.
+#
+# From the environment: CONFIG_FILE, NGPU, LOG_RANK, TRAIN_FILE, PYTHON as for launch/run_train.sh; OUTPUTS,
+# MAX_REQUEUES, LEAD_SECONDS, HANG_SECONDS, HEALTH_CHECK, PLAN: see launch/README.md.
+
+REPOSITORY="$(cd "$LAUNCH/../.." && pwd)"
+# shellcheck source=launch/slurm/common.sh
+. "$LAUNCH/common.sh"
+# shellcheck source=launch/python.sh
+. "$REPOSITORY/launch/python.sh"
+
+LEFT=75 REFUSED=78 # as in attempts.py
+SIGNALLED="" CANCELLED=""
+
+say() { echo "titan-adam-mini: $*" >&2; }
+
+refuse() {
+    say "$@"
+    exit "$REFUSED"
+}
+
+train() {
+    if [ "${1:-}" != "${1%.toml}" ]; then
+        CONFIG_FILE="$1"
+        shift
+    fi
+    CONFIG_FILE="${CONFIG_FILE:-$REPOSITORY/train_configs/debug_model.toml}"
+    [ -f "$CONFIG_FILE" ] || refuse "CONFIG_FILE=$CONFIG_FILE does not exist. Configurations are in $REPOSITORY/train_configs."
+    OUTPUTS="$(dump_folder "$@")"
+    local status=0 shown
+    number="$("$PYTHON" "$LAUNCH/attempts.py" begin "$OUTPUTS")" || exit "$?"
+    ATTEMPT="$(cd "$OUTPUTS" && pwd)/attempts/$number"
+    export REPOSITORY ATTEMPT PYTHON TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
+    # A user's flags come last and count.
+    set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
+        --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
+    prepare
+    environment "$@" >"$ATTEMPT/environment.txt" 2>&1
+    say "job $SLURM_JOB_ID, attempt $number on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST): logs in $ATTEMPT"
+    if plan "$@"; then
+        trap 'SIGNALLED=yes; say "USR1: the ranks are asked to save and leave"; hand_on' USR1
+        trap 'CANCELLED=yes; say "TERM: the job is cancelled"' TERM
+        show_ranks &
+        shown=$!
+        start "$@" || status=$?
+        sleep 1
+        kill "$shown" 2>/dev/null || true
+    else
+        status="$REFUSED"
+    fi
+    finish "$status"
+}
+
+# The run's dump folder: --job.dump_folder among the flags, else OUTPUTS, else outputs/JOB_NAME.
+dump_folder() {
+    local folder="${OUTPUTS:-outputs/$SLURM_JOB_NAME}"
+    while [ "$#" -gt 0 ]; do
+        case "$1" in
+        --job.dump_folder=* | --job.dump-folder=*) folder="${1#*=}" ;;
+        --job.dump_folder | --job.dump-folder) folder="${2:-$folder}" ;;
+        esac
+        shift
+    done
+    echo "$folder"
+}
+
+# Where the ranks meet, what they are told, and one curve for all attempts.
+prepare() {
+    HEAD_ADDRESS="${MASTER_ADDR:-$(head_address)}" || refuse "the address of the first node is not to be found: set MASTER_ADDR"
+    HEAD_PORT="${MASTER_PORT:-$(port_of_job)}"
+    RENDEZVOUS="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+    export HEAD_ADDRESS HEAD_PORT RENDEZVOUS
+    export TITAN_ADAM_MINI_LEAD_SECONDS="${LEAD_SECONDS:-300}"
+    export TITAN_ADAM_MINI_HANG_SECONDS="${HANG_SECONDS:-1800}"
+    export TITAN_ADAM_MINI_PROGRESS="$ATTEMPT/progress.json"
+    export TITAN_ADAM_MINI_ONE_CURVE=1
+    [ -f "$OUTPUTS/wandb_run_id" ] || echo "$SLURM_JOB_NAME-$SLURM_JOB_ID" | tr -c 'A-Za-z0-9_\n-' - >"$OUTPUTS/wandb_run_id"
+    export WANDB_RUN_ID="${WANDB_RUN_ID:-$(cat "$OUTPUTS/wandb_run_id")}" WANDB_RESUME="${WANDB_RESUME:-allow}"
+    if [ -f "$LAUNCH/network.sh" ]; then
+        # shellcheck source=/dev/null
+        . "$LAUNCH/network.sh"
+    fi
+}
+
+# What a later reader needs to know of this attempt; no keys and passwords.
+environment() {
+    echo "flags: $*"
+    date --iso-8601=seconds
+    echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, head $HEAD_ADDRESS:$HEAD_PORT"
+    git -C "$REPOSITORY" log -1 --format='commit %H %cI' || echo "commit unknown: no git repository"
+    git -C "$REPOSITORY" status --short --untracked-files=no || true
+    "$PYTHON" - <<'PY'
+import sys
+from importlib import metadata
+
+print("python", sys.version.replace("\n", " "))
+for name in ("torch", "torchtitan", "titan-adam-mini", "triton", "torchdata", "datasets", "tokenizers"):
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "not installed")
+PY
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv
+    env | grep -v -i -E '^[^=]*(key|token|secret|password|credential)[^=]*=' | sort
+}
+
+# Whether the run can start at all, asked once per job: the same flags would get the same answer.
+plan() {
+    if [ "${PLAN:-yes}" = no ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+        return
+    fi
+    local ranks
+    ranks="$(gpus_per_node)"
+    ranks=$((SLURM_JOB_NUM_NODES * (ranks > 0 ? ranks : 1)))
+    "$PYTHON" -m titan_adam_mini.cli plan "$CONFIG_FILE" --ngpu "$ranks" "${@:3}" >"$ATTEMPT/plan.txt" || return
+    tail -n 3 "$ATTEMPT/plan.txt" >&2
+}
+
+# The output of the ranks LOG_RANK, as it comes.
+show_ranks() {
+    local files=() rank
+    for rank in ${LOG_RANK//,/ }; do
+        files+=("$ATTEMPT/rank-$(printf %05d "$rank").log")
+    done
+    exec tail -q -n +1 -F "${files[@]}" 2>/dev/null
+}
+
+# Runs torchrun on every node; returns srun's status. A node that ends has the others end within a minute.
+start() {
+    local step beats=0
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=60 \
+        bash "$LAUNCH/node.sh" "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+        sleep 2 &
+        wait "$!" || true # a trap ends the wait at once
+        beats=$((beats + 1))
+        # A rank that has just started does not listen yet: it is asked again.
+        if [ -n "$SIGNALLED" ] && [ $((beats % 5)) -eq 0 ]; then
+            hand_on
+            if [ "$(seconds_left)" -lt 30 ]; then
+                say "the time limit is near and the ranks have not left"
+                return 1 # queueing the job again ends them
+            fi
+        fi
+    done
+    wait "$step"
+}
+
+hand_on() { scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true; }
+
+seconds_left() {
+    local end
+    end="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')"
+    end="$(date -d "$end" +%s 2>/dev/null)" || end=$(($(date +%s) + 86400))
+    echo $((end - $(date +%s)))
+}
+
+# Writes the attempt down, queues the job again if that helps, and ends with training's status.
+finish() {
+    local status="$1" bad="" decision flags=()
+    case "$status" in
+    0 | "$LEFT" | "$REFUSED") ;;
+    *) [ -n "$SIGNALLED" ] || bad="$(bad_nodes)" ;;
+    esac
+    [ -z "$SIGNALLED" ] || flags+=(--signalled)
+    [ -z "$CANCELLED" ] && may_requeue || flags+=(--no-requeue)
+    decision="$("$PYTHON" "$LAUNCH/attempts.py" end "$OUTPUTS" "$number" --status "$status" \
+        --limit "${MAX_REQUEUES:-50}" --bad "$bad" "${flags[@]}")"
+    status="${decision% *}"
+    if [ "${decision#* }" = requeue ]; then
+        scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not queue job $SLURM_JOB_ID again: submit it once more to go on"
+        [ -z "$bad" ] || exclude "$bad"
+    fi
+    exit "$status"
+}
+
+# A job that was cancelled, or submitted with --no-requeue, is not brought back.
+may_requeue() {
+    local job
+    job="$(scontrol show job --oneliner "$SLURM_JOB_ID")"
+    [[ "$job" == *" JobState=RUNNING "* && "$job" == *" Requeue=1 "* ]]
+}
+
+# Nodes that Slurm calls down, drained or silent, or that do not pass HEALTH_CHECK (a command that is run on each).
+bad_nodes() {
+    local node state healthy bad=()
+    # shellcheck disable=SC2016
+    healthy="$(timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --no-kill --wait=30 \
+        bash -c '('"${HEALTH_CHECK:-true}"') >/dev/null && echo "$SLURMD_NODENAME"' 2>/dev/null)" || true
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        state="$(scontrol show node --oneliner "$node" | sed -n 's/.* State=\([^ ]*\).*/\1/p')"
+        if [[ "$state" =~ DOWN|DRAIN|FAIL|NOT_RESPONDING|\* ]] ||
+            { [ -n "$healthy" ] && ! grep -q -x -F "$node" <<<"$healthy"; }; then
+            bad+=("$node")
+        fi
+    done
+    (IFS=, && echo "${bad[*]}")
+}
+
+# Slurm gives the waiting job other nodes than these; refused, where the cluster then has too few.
+exclude() {
+    local before
+    before="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')"
+    [ "$before" = "(null)" ] && before=""
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" || say "node $1 could not be excluded"
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What srun starts on every node: torchrun, whose ranks write one log each. job.sh sets the environment.
+set -euo pipefail
+
+. "$REPOSITORY/launch/slurm/common.sh"
+NGPU="$(gpus_per_node)"
+if [ "$NGPU" -eq 0 ]; then
+    NGPU=1 # no GPU: CPU with gloo
+fi
+if [ -z "${CUDA_VISIBLE_DEVICES-all}" ] || [ ! -e /dev/nvidiactl ] && [ ! -e /dev/kfd ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
+fi
+export NGPU FAILURES="$ATTEMPT/failures-$SLURM_NODEID.json"
+
+# shellcheck disable=SC2016 # the rank's shell expands them
+exec "$PYTHON" "$REPOSITORY/launch/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" \
+    --nproc-per-node="$NGPU" --master-addr="$HEAD_ADDRESS" --master-port="$HEAD_PORT" --rdzv-id="$RENDEZVOUS" \
+    --log-dir="$ATTEMPT/torchrun" --no-python \
+    bash -c 'exec "$@" >"$ATTEMPT/rank-$(printf %05d "$RANK").log" 2>&1' rank "$PYTHON" -u -m "$TRAIN_FILE" "$@"
