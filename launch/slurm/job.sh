@@ -34,6 +34,9 @@ train() {
     number="$("$PYTHON" "$LAUNCH/attempts.py" begin "$OUTPUTS")" || exit "$?"
     ATTEMPT="$(cd "$OUTPUTS" && pwd)/attempts/$number"
     export REPOSITORY ATTEMPT PYTHON TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
+    export LOG_RANK="${LOG_RANK:-0}" NGPU
+    NGPU="$(gpus_per_node)"
+    [ "$NGPU" -gt 0 ] || NGPU=1 # no GPU: CPU with gloo
     # A user's flags come last and count.
     set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
         --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
@@ -112,11 +115,9 @@ plan() {
     if [ "${PLAN:-yes}" = no ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         return
     fi
-    local ranks
-    ranks="$(gpus_per_node)"
-    ranks=$((SLURM_JOB_NUM_NODES * (ranks > 0 ? ranks : 1)))
-    "$PYTHON" -m titan_adam_mini.cli plan "$CONFIG_FILE" --ngpu "$ranks" "${@:3}" >"$ATTEMPT/plan.txt" || return
-    tail -n 3 "$ATTEMPT/plan.txt" >&2
+    "$PYTHON" -m titan_adam_mini.cli plan "$CONFIG_FILE" --ngpu $((SLURM_JOB_NUM_NODES * NGPU)) "${@:3}" \
+        >"$ATTEMPT/plan.txt" || return
+    tail -n 1 "$ATTEMPT/plan.txt" >&2
 }
 
 # The output of the ranks LOG_RANK, as it comes.
@@ -132,7 +133,7 @@ show_ranks() {
 start() {
     local step beats=0
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=60 \
-        bash "$LAUNCH/node.sh" "$@" &
+        ${SLURM_GPUS_ON_NODE:+--gpus-per-node="$SLURM_GPUS_ON_NODE"} bash "$LAUNCH/node.sh" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         sleep 2 &

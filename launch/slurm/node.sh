@@ -2,15 +2,10 @@
 # What srun starts on every node: torchrun, whose ranks write one log each. job.sh sets the environment.
 set -euo pipefail
 
-. "$REPOSITORY/launch/slurm/common.sh"
-NGPU="$(gpus_per_node)"
-if [ "$NGPU" -eq 0 ]; then
-    NGPU=1 # no GPU: CPU with gloo
-fi
 if [ -z "${CUDA_VISIBLE_DEVICES-all}" ] || [ ! -e /dev/nvidiactl ] && [ ! -e /dev/kfd ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
 fi
-export NGPU FAILURES="$ATTEMPT/failures-$SLURM_NODEID.json"
+export FAILURES="$ATTEMPT/failures-$SLURM_NODEID.json"
 
 # shellcheck disable=SC2016 # the rank's shell expands them
 exec "$PYTHON" "$REPOSITORY/launch/torchrun.py" --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" \
