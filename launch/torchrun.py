@@ -49,11 +49,13 @@ def listen() -> None:
 
 
 def failures(failed: ChildFailedError) -> list[dict[str, Any]]:
-    """Every failed rank of this node: rank, node, status, time (seconds since the epoch), error, traceback."""
+    """Every failed rank of this node: rank, node, status, time (seconds since the epoch), error and traceback, or ""."""
     told = []
     for rank, failure in failed.failures.items():
-        message = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
         code = failure.exitcode
+        message = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        if code > 0 and failure.message is not message:  # torchrun's advice, where a rank has left no word
+            message = {"message": ""}
         told.append(
             {
                 "rank": rank,

@@ -116,7 +116,8 @@ def reason_of(status: int, first: dict[str, Any] | None, signalled: bool) -> str
         return "ended after a signal, before it could save"
     if first is None:
         return "a node or its torchrun failed"
-    return f"rank {first['rank']} on {first['node']}: {first['error'].splitlines()[0][:200] or 'failed'}"
+    error = first["error"] or f"ended with status {first['status']}"
+    return f"rank {first['rank']} on {first['node']}: {error.splitlines()[0][:200]}"
 
 
 class Attempts:
@@ -161,7 +162,9 @@ class Attempts:
         step, saved = attempt.progress.get("step"), attempt.progress.get("saved")
         _say(f"attempt {number} ended with status {status}: {reason}; last step {step}, last saved step {saved}")
         if first is not None and status not in (0, LEFT):
-            _say(f"rank {first['rank']} on {first['node']} failed first:\n{first['traceback'] or first['error']}")
+            log = self.folder / str(number) / f"rank-{first['rank']:05}.log"
+            told = first["traceback"] or f"{first['error'] or 'no word'}; the end of {log}:\n{_tail(log)}"
+            _say(f"rank {first['rank']} on {first['node']} failed first:\n{told}")
         _say("queued again" if again else f"not queued again: {why}")
         return status, again
 
@@ -199,6 +202,10 @@ def _is_alive(job: str) -> bool:
     """Whether Slurm still has a job running or waiting."""
     asked = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format=%i"], capture_output=True, text=True)
     return bool(asked.stdout.strip())
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
 def _date(seconds: float) -> str:

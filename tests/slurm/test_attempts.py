@@ -110,7 +110,7 @@ def test_one_line_per_attempt_and_the_exit_status_of_training(run, tmp_path: Pat
     told = [[failure(0, "RuntimeError: Connection closed by peer", 9)], [failure(1, "OSError: disk\nfull", 9, 3)]]
     out, said = run(137, "--bad", "n2", progress=STEPPED, failures=told)
     assert out == "3 requeue"
-    assert "rank 1 on n1 failed first:\nOSError: disk\nfull" in said
+    assert "rank 1 on n1 failed first:\nOSError: disk\nfull; the end of" in said
     assert run(0, progress=STEPPED)[0] == "0 stop"
     table = lines(tmp_path)
     assert [one["attempt"] for one in table] == ["1", "2", "3"]
@@ -131,6 +131,15 @@ def test_an_attempt_that_was_killed_gets_its_line_when_the_next_begins(run, tmp_
 
 
 @pytest.mark.parametrize("error", ["ValueError: no such role", "ModuleNotFoundError: No module named 'wandb2'"])
+def test_of_a_rank_without_a_word_the_end_of_its_log_is_shown(run, tmp_path: Path) -> None:
+    (tmp_path / "attempts" / "1").mkdir(parents=True)
+    log = [f"line {number}" for number in range(1, 101)]
+    (tmp_path / "attempts" / "1" / "rank-00001.log").write_text("\n".join(log))
+    _, said = run(2, failures=[[failure(1, "", 9, 2)]])
+    assert "line 100" in said and "line 81" in said and "line 80" not in said
+    assert lines(tmp_path)[0]["reason"] == "rank 1 on n1: ended with status 2"
+
+
 def test_a_refused_configuration_is_not_tried_again(run, error: str) -> None:
     out, said = run(1, failures=[[failure(0, error, 1)]])
     assert out == "1 stop" and "refused" in said
