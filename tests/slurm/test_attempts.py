@@ -1,4 +1,4 @@
-"""What is written down of a job's attempts, and when the job is queued again: launch/slurm/attempts.py, without Slurm."""
+"""launch/slurm/attempts.py: what is written down of a job's attempts, and when the job is queued again; without Slurm."""
 
 import json
 import os
@@ -15,7 +15,7 @@ sys.path.insert(0, str(SLURM))
 pytest.importorskip("tyro", reason="launch/slurm needs the extra: pip install -e '.[titan]'")
 
 import attempts  # noqa: E402
-from attempts import LEFT, STUCK, Attempt, Attempts, decide  # noqa: E402
+from attempts import LEFT, STUCK, Attempt, decide  # noqa: E402
 
 STEPPED = {"first": 10, "step": 12, "saved": 10, "time": 5.0}
 NOT = {"first": 10, "step": 10, "saved": 10, "time": 5.0}
@@ -130,7 +130,6 @@ def test_an_attempt_that_was_killed_gets_its_line_when_the_next_begins(run, tmp_
     assert second["attempt"] == "2"
 
 
-@pytest.mark.parametrize("error", ["ValueError: no such role", "ModuleNotFoundError: No module named 'wandb2'"])
 def test_of_a_rank_without_a_word_the_end_of_its_log_is_shown(run, tmp_path: Path) -> None:
     (tmp_path / "attempts" / "1").mkdir(parents=True)
     log = [f"line {number}" for number in range(1, 101)]
@@ -140,6 +139,7 @@ def test_of_a_rank_without_a_word_the_end_of_its_log_is_shown(run, tmp_path: Pat
     assert lines(tmp_path)[0]["reason"] == "rank 1 on n1: ended with status 2"
 
 
+@pytest.mark.parametrize("error", ["ValueError: no such role", "ModuleNotFoundError: No module named 'wandb2'"])
 def test_a_refused_configuration_is_not_tried_again(run, error: str) -> None:
     out, said = run(1, failures=[[failure(0, error, 1)]])
     assert out == "1 stop" and "refused" in said
