@@ -49,7 +49,7 @@ def listen() -> None:
 
 
 def failures(failed: ChildFailedError) -> list[dict[str, Any]]:
-    """Every failed rank of this node: rank, node, status, time (seconds since the epoch), error, traceback ("" if none)."""
+    """Every failed rank of this node: rank, node, status, time (Unix seconds), error, traceback ("" if none)."""
     told = []
     for rank, failure in failed.failures.items():
         code = failure.exitcode

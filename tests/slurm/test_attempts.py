@@ -1,4 +1,4 @@
-"""launch/slurm/attempts.py: what is written down of a job's attempts, and when the job is queued again; without Slurm."""
+"""launch/slurm/attempts.py: what is written down of a job's attempts, when it is queued again; without Slurm."""
 
 import json
 import os
