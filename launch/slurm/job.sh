@@ -173,6 +173,7 @@ finish() {
         --limit "${MAX_REQUEUES:-50}" --bad "$bad" "${flags[@]}")"
     status="${decision% *}"
     if [ "${decision#* }" = requeue ]; then
+        trap '' TERM # Slurm sends it at once to this script and what it calls
         scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not queue job $SLURM_JOB_ID again: submit it once more to go on"
         [ -z "$bad" ] || exclude "$bad"
     fi

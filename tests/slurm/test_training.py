@@ -1,0 +1,293 @@
+"""launch/slurm/train.sbatch and sweep.sbatch on a private cluster: a job that something happens to has the losses
+of one that nothing happened to."""
+
+import csv
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+
+pytest.importorskip("torchtitan", reason="training needs the extra: pip install -e '.[titan]'")
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+STEPS, EVERY = 12, 4
+TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"
+SWEEP = ROOT / "launch" / "slurm" / "sweep.sbatch"
+LONG = 400
+"""Seconds after which a job that is not where it should be never will be."""
+
+
+class Jobs:
+    """Submits training jobs in a folder and reads what they leave there."""
+
+    def __init__(self, cluster: Cluster, folder: Path, corpus: Path) -> None:
+        self.cluster, self.folder, self.corpus = cluster, folder, corpus
+
+    def __call__(
+        self,
+        name: str,
+        *flags: str,
+        script: Path = TRAIN,
+        nodes: int = 2,
+        sbatch: tuple[str, ...] = (),
+        steps: int = STEPS,
+        fault: dict[str, Any] | None = None,
+        **environment: str,
+    ) -> int:
+        """Submit a job; by default our small Llama 3 on two nodes, one CPU rank each, a checkpoint every four steps."""
+        settings = {
+            "training.steps": steps,
+            "training.seq_len": 64,
+            "training.local_batch_size": 4 // nodes,
+            "training.dataset_path": self.corpus / f"train-{nodes}",
+            "model.hf_assets_path": self.corpus / "tokenizer",
+            "checkpoint.interval": EVERY,
+            "lr_scheduler.warmup_steps": 2,
+            "debug.seed": 1,
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        env = {"PYTHON": sys.executable, "PYTHONPATH": paths, "TRAIN_FILE": "faulty", "NGPU": "1", "PLAN": "no"}
+        env |= {"FAULT": json.dumps({"restart": 0, **fault})} if fault else {}
+        return self.cluster.submit(
+            script,
+            *words,
+            *flags,
+            sbatch_flags=(f"--nodes={nodes}", f"--job-name={name}", "--time=30", *sbatch),
+            env={**env, **environment},
+            cwd=self.folder,
+        )
+
+    def losses(self, name: str) -> dict[int, float]:
+        """By step, of all attempts; a step that was done twice had the same loss."""
+        from runs import Run
+
+        found: dict[int, float] = {}
+        for log in sorted((self.folder / "outputs" / name / "attempts").glob("*/rank-00000.log")):
+            run = Run(1, log)
+            for line in log.read_text(errors="replace").splitlines():
+                run.read(line)
+            again = {step: loss for step, loss in run.losses.items() if step in found}
+            assert again == {step: found[step] for step in again}
+            found |= run.losses
+        return found
+
+    def attempts(self, name: str) -> list[dict[str, str]]:
+        """The lines of attempts.tsv."""
+        with open(self.folder / "outputs" / name / "attempts.tsv", encoding="utf-8") as table:
+            return list(csv.DictReader(table, delimiter="\t"))
+
+    def reach(self, name: str, step: int) -> None:
+        """Wait until a run has told the loss of a step."""
+        end = time.monotonic() + LONG
+        while step not in self.losses(name):
+            assert time.monotonic() < end, f"{name} does not reach step {step}"
+            time.sleep(0.2)
+
+    def done(self, job: int) -> dict[str, str]:
+        """The fields of a job that completed."""
+        fields = self.cluster.wait(job, ended, LONG)
+        assert fields["JobState"] == "COMPLETED", self.cluster.log(job)
+        return fields
+
+
+def ended(fields: dict[str, str]) -> bool:
+    return fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    import corpus
+
+    folder = tmp_path_factory.mktemp("jobs")
+    corpus.build(folder / "corpus", seq_len=64, global_batch=4, steps=150, ranks=[1, 2, 4], validation=8)
+    return Jobs(cluster, folder, folder / "corpus")
+
+
+@pytest.fixture(scope="session")
+def steady(jobs: Jobs) -> dict[int, float]:
+    """The losses of a run that nothing happens to."""
+    job = jobs("steady", PLAN="yes", WANDB_API_KEY="not to be seen")
+    fields = jobs.done(job)
+    assert (fields["Restarts"], fields["ExitCode"]) == ("0", "0:0")
+    return jobs.losses("steady")
+
+
+def test_two_nodes_to_the_end(jobs: Jobs, steady: dict[int, float]) -> None:
+    assert list(steady) == list(range(1, STEPS + 1))
+    (line,) = jobs.attempts("steady")
+    told = [line[name] for name in ("attempt", "restart", "from", "step", "saved", "status", "reason", "then")]
+    assert told == ["1", "0", "0", str(STEPS), str(STEPS), "0", "complete", "stop"]
+    folder = jobs.folder / "outputs" / "steady" / "attempts" / "1"
+    assert [log.name for log in sorted(folder.glob("rank-*"))] == ["rank-00000.log", "rank-00001.log"]
+    environment = (folder / "environment.txt").read_text()
+    for word in ("torch 2", "torchtitan 0.2", "commit ", f"nodes {line['nodes']}", "SLURM_JOB_ID=", "--training.steps"):
+        assert word in environment
+    assert "not to be seen" not in environment
+    assert "AdamMini" in (folder / "plan.txt").read_text()
+
+
+def test_two_jobs_at_once_do_not_mix(jobs: Jobs, steady: dict[int, float]) -> None:
+    both = [jobs("one"), jobs("other", "--debug.seed", "7")]
+    heads = [jobs.cluster.wait(job, "RUNNING", LONG)["NodeList"] for job in both]
+    assert len(set(heads)) == 2, "both run at the same time"
+    for job in both:
+        jobs.done(job)
+    assert jobs.losses("one") == steady
+    assert list(jobs.losses("other")) == list(steady) and jobs.losses("other") != steady
+
+
+def test_pre_empted_it_saves_waits_and_goes_on(jobs: Jobs, steady: dict[int, float]) -> None:
+    job = jobs("preempted", sbatch=("--signal=B:USR1@30",), STEP_SECONDS="1")
+    jobs.reach("preempted", 5)
+    script = jobs.folder / "urgent.sh"
+    script.write_text("#!/bin/sh\nsleep 5\n")
+    urgent = jobs.cluster.submit(script, sbatch_flags=("--nodes=4", "--partition=urgent"), cwd=jobs.folder)
+    jobs.done(urgent)
+    assert jobs.done(job)["Restarts"] == "1"
+    first, second = jobs.attempts("preempted")
+    assert first["reason"] == "left on a signal, saved" and first["status"] == "75"
+    assert first["step"] == first["saved"] == second["from"] and int(first["step"]) > EVERY
+    assert jobs.losses("preempted") == steady
+
+
+def test_the_time_limit(jobs: Jobs) -> None:
+    calm = jobs("calm", steps=60)
+    job = jobs("limited", sbatch=("--time=1", "--signal=B:USR1@30"), steps=60, STEP_SECONDS="0.7", LEAD_SECONDS="30")
+    jobs.done(calm)
+    assert int(jobs.done(job)["Restarts"]) >= 1
+    first, *_, last = jobs.attempts("limited")
+    assert first["reason"] == "left on a signal, saved" and last["reason"] == "complete"
+    assert jobs.losses("limited") == jobs.losses("calm")
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_node_dies(jobs: Jobs, steady: dict[int, float], which: str) -> None:
+    name = f"dead_{which}"
+    job = jobs(name, STEP_SECONDS="0.5")
+    jobs.reach(name, 6)
+    nodes = jobs.cluster.run("scontrol", "show", "hostnames", jobs.cluster.state(job)["NodeList"]).split()
+    dead = nodes[0] if which == "first" else nodes[1]
+    jobs.cluster.kill_node(dead)
+    try:
+        fields = jobs.done(job)
+    finally:
+        jobs.cluster.revive(dead)
+    assert int(fields["Restarts"]) >= 1
+    lines = jobs.attempts(name)
+    assert lines[-1]["from"] == str(EVERY) and lines[-1]["reason"] == "complete"
+    assert dead not in jobs.cluster.run("scontrol", "show", "hostnames", lines[-1]["nodes"]).split()
+    assert jobs.losses(name) == steady
+
+
+def test_a_rank_raises_every_time(jobs: Jobs) -> None:
+    job = jobs("raises", fault={"what": "raise", "rank": 1, "step": 6, "restart": -1}, MAX_REQUEUES="1")
+    fields = jobs.cluster.wait(job, ended, LONG)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
+    log = jobs.cluster.log(job)
+    assert log.count("failed first:\nTraceback (most recent call last):") == 2
+    assert "in fail\n    raise RuntimeError" in log and "MAX_REQUEUES" in log
+    lines = jobs.attempts("raises")
+    assert [line["reason"].split(": ", 1)[1] for line in lines] == ["RuntimeError: a fault of the test"] * 2
+    assert [line["then"] for line in lines] == ["requeue", "stop"]
+
+
+def test_a_rank_is_killed(jobs: Jobs, steady: dict[int, float]) -> None:
+    job = jobs("killed", fault={"what": "kill", "rank": 1, "step": 6})
+    assert jobs.done(job)["Restarts"] == "1"
+    first, _ = jobs.attempts("killed")
+    assert first["status"] == "137" and "rank 1" in first["reason"] and "SIGKILL" in first["reason"]
+    assert jobs.losses("killed") == steady
+
+
+def test_a_rank_hangs(jobs: Jobs, steady: dict[int, float]) -> None:
+    job = jobs("hangs", fault={"what": "hang", "rank": 0, "step": 6}, HANG_SECONDS="20")
+    assert jobs.done(job)["Restarts"] == "1"
+    first, _ = jobs.attempts("hangs")
+    assert (first["status"], first["reason"], first["step"]) == ("76", "no step for too long", "5")
+    log = (jobs.folder / "outputs" / "hangs" / "attempts" / "1" / "rank-00000.log").read_text()
+    assert re.search(r"faulty.py\W+line \d+ in fail", log), "the stacks say where"
+    assert jobs.losses("hangs") == steady
+
+
+def test_three_failures_before_the_first_step(jobs: Jobs) -> None:
+    job = jobs("early", fault={"what": "raise", "rank": 0, "step": 1, "restart": -1})
+    fields = jobs.cluster.wait(job, ended, LONG)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "2")
+    assert "3 attempts in a row failed before their first step" in jobs.cluster.log(job)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "status", "said"),
+    [
+        (("--parallelism.tensor_parallel_degree", "3"), {"PLAN": "yes"}, 78, "the mesh does not divide 2 ranks"),
+        (("--parallelism.tensor_parallel_degree", "3"), {}, 1, "the configuration is refused"),
+        (("--no.such_flag", "3"), {}, 2, "Unrecognized options: --no.such_flag"),
+        ((), {"CONFIG_FILE": "nowhere.toml"}, 78, "CONFIG_FILE=nowhere.toml does not exist"),
+    ],
+)
+def test_a_configuration_that_cannot_train_is_not_tried_again(
+    jobs: Jobs, flags: tuple[str, ...], environment: dict[str, str], status: int, said: str
+) -> None:
+    job = jobs(f"refused_{status}_{len(flags)}", *flags, **environment)
+    fields = jobs.cluster.wait(job, ended, LONG)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{status}:0", "0")
+    assert said in jobs.cluster.log(job)
+
+
+def test_cancelled_it_stays_cancelled(jobs: Jobs) -> None:
+    job = jobs("cancelled", STEP_SECONDS="0.5")
+    jobs.reach("cancelled", 2)
+    jobs.cluster.cancel(job)
+    assert jobs.cluster.wait(job, ended, LONG)["JobState"] == "CANCELLED"
+    time.sleep(15)
+    fields = jobs.cluster.state(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_on_another_number_of_nodes_by_hand(jobs: Jobs) -> None:
+    job = jobs("moved", nodes=1, steps=6)
+    jobs.done(job)
+    job = jobs("moved", "--checkpoint.exclude_from_loading", "dataloader", nodes=2)
+    # The last step's checkpoint holds the model alone: this goes on from the last whole one.
+    jobs.done(job)
+    assert jobs.attempts("moved")[1]["from"] == "6"
+
+
+def test_a_sweep(jobs: Jobs) -> None:
+    lines = jobs.folder / "sweep.txt"
+    lines.write_text("# two runs\n\n--optimizer.name AdamW --job.description 'two words'\n--optimizer.name AdamMini\n")
+    job = jobs("sweep", script=SWEEP, nodes=1, sbatch=("--array=0-2",), SWEEP=str(lines))
+    states: dict[str, dict[str, str]] = {}
+
+    def all_ended(fields: dict[str, str]) -> bool:
+        shown = jobs.cluster.run("scontrol", "--oneliner", "show", "job", str(job))
+        found = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in shown.splitlines()]
+        states.update({one["ArrayTaskId"]: one for one in found})
+        return all(map(ended, found))
+
+    jobs.cluster.wait(job, all_ended, LONG)
+    assert [states[task]["JobState"] for task in "012"] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert "submit with --array=0-1" in (jobs.folder / f"sweep-{job}_2.log").read_text()
+    losses = [jobs.losses(f"sweep/{task}") for task in (0, 1)]
+    assert list(losses[0]) == list(losses[1]) == list(range(1, STEPS + 1)) and losses[0] != losses[1]
+
+
+def test_two_jobs_of_one_name(jobs: Jobs) -> None:
+    first = jobs("twice", STEP_SECONDS="1")
+    jobs.reach("twice", 1)
+    second = jobs("twice")
+    fields = jobs.cluster.wait(second, ended, LONG)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "78:0")
+    assert f"job {first} is training in" in jobs.cluster.log(second)
+    assert jobs.done(first)["Restarts"] == "0"
