@@ -127,7 +127,8 @@ def test_two_nodes_to_the_end(jobs: Jobs, steady: dict[int, float]) -> None:
     assert list(steady) == list(range(1, STEPS + 1))
     (line,) = jobs.attempts("steady")
     told = [line[name] for name in ("attempt", "restart", "from", "step", "saved", "status", "reason", "then")]
-    assert told == ["1", "0", "0", str(STEPS), str(STEPS), "0", "complete", "stop"]
+    # The last step's checkpoint holds the model alone.
+    assert told == ["1", "0", "0", str(STEPS), str(STEPS - EVERY), "0", "complete", "stop"]
     folder = jobs.folder / "outputs" / "steady" / "attempts" / "1"
     assert [log.name for log in sorted(folder.glob("rank-*"))] == ["rank-00000.log", "rank-00001.log"]
     environment = (folder / "environment.txt").read_text()
@@ -256,11 +257,8 @@ def test_cancelled_it_stays_cancelled(jobs: Jobs) -> None:
 
 
 def test_on_another_number_of_nodes_by_hand(jobs: Jobs) -> None:
-    job = jobs("moved", nodes=1, steps=6)
-    jobs.done(job)
-    job = jobs("moved", "--checkpoint.exclude_from_loading", "dataloader", nodes=2)
-    # The last step's checkpoint holds the model alone: this goes on from the last whole one.
-    jobs.done(job)
+    jobs.done(jobs("moved", "--checkpoint.no-last_save_model_only", nodes=1, steps=6))
+    jobs.done(jobs("moved", "--checkpoint.exclude_from_loading", "dataloader", nodes=2))
     assert jobs.attempts("moved")[1]["from"] == "6"
 
 
