@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
 INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
 
 CONFIG = """\
@@ -105,7 +106,7 @@ class Cluster:
             self._start("controller", "slurmctld", "-D", "-i")
             for name in self.names:
                 self._start(name, "slurmd", "-D", "-N", name)
-            self._until(lambda: set(self.nodes().values()) == {"IDLE"}, "the nodes to be idle", 60)
+            self._until(self._idle, "the nodes to be idle", 60)
         except BaseException:
             self.__exit__()
             raise
@@ -198,6 +199,22 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
         self._until(lambda: self.nodes()[name] == "IDLE", f"{name} to be idle", 60)
 
+    def clear(self) -> None:
+        """Revives killed nodes, cancels all jobs and waits until all nodes are idle, for the next test."""
+        for name in set(self.names) - set(self._machines):
+            self._start(name, "slurmd", "-D", "-N", name)
+
+        def quiet() -> bool:
+            self.run("scancel", "--user=root")  # again and again: a batch script may requeue itself as it ends
+            return not self.run("squeue", "--noheader") and self._idle()
+
+        self._until(quiet, "the nodes to be idle", 60)
+
+    def _idle(self) -> bool:
+        with suppress(SlurmError):  # the controller is starting
+            return set(self.nodes().values()) == {"IDLE"}
+        return False
+
     def _configure(self, gpus: int, **settings: int) -> None:
         (self.folder / "state").mkdir(parents=True)
         (self.folder / "plugstack.conf").touch()
@@ -223,23 +240,17 @@ class Cluster:
 
     def _until(self, condition: Callable[[], bool], what: str, timeout: float, job: int | None = None) -> None:
         deadline = time.monotonic() + timeout
-        error = None
-        while True:
-            try:
-                if condition():
-                    return
-            except SlurmError as refused:  # the controller is starting
-                error = refused
+        while not condition():
             if time.monotonic() > deadline:
-                break
+                raise SlurmError(f"waited {timeout:.0f} s for {what}\n{self._told(job)}")
             time.sleep(0.2)
-        told = [f"waited {timeout:.0f} s for {what}", *([str(error)] if error else [])]
-        if job is None:
-            logs = sorted(self.folder.glob("*.log")) or sorted(self.folder.glob("*.out"))
-            told += [f"{path.name}:\n{_tail(path.read_text(errors='replace'))}" for path in logs]
-        else:
-            told += [str(self.state(job)), _tail(self.log(job))]
-        raise SlurmError("\n".join(told))
+
+    def _told(self, job: int | None) -> str:
+        """A job's fields and the end of its log; without one, the end of each daemon's."""
+        if job is not None:
+            return f"{self.state(job)}\n{_tail(self.log(job))}"
+        logs = sorted(self.folder.glob("*.log")) or sorted(self.folder.glob("*.out"))
+        return "\n".join(f"{path.name}:\n{_tail(path.read_text(errors='replace'))}" for path in logs)
 
 
 def _outer(variable: str) -> bool:
@@ -252,16 +263,14 @@ def _tail(text: str) -> str:
 
 def _free_ports(count: int) -> list[int]:
     """Ports below those that the kernel gives to outgoing connections, so that a killed node finds its own again."""
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as one:
-            try:
-                one.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-    return ports
+    free: list[int] = []
+    for port in random.sample(range(20000, 32000), 1000):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            break
+    return free
 
 
 def missing() -> str:
