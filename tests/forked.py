@@ -58,12 +58,14 @@ def train(
     hook: Callable[..., None] | None = None,
     given: tuple[Any, ...] = (),
     time_limit: float = 240,
+    patience: float = 0,
 ) -> Run:
     """The finished run `name`; see `launch/runs.py: train` for the arguments.
 
     Args:
         shown: the rank whose log is read.
         hook, given: a module-level function that every rank calls before anything else, as `hook(rank, *given)`.
+        patience: seconds that the others have to end by themselves once a rank has ended with an error.
 
     Raises:
         RunFailed: with the exit codes and the log, if a rank ended with an error or time ran out.
@@ -90,7 +92,7 @@ def train(
         for sentinel in ready:
             waiting.pop(sentinel).join()
         if any(process.exitcode for process in processes):
-            break
+            deadline = min(deadline, time.monotonic() + patience)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -131,6 +133,7 @@ class Trainer:
         shown: int = 0,
         hook: Callable[..., None] | None = None,
         given: tuple[Any, ...] = (),
+        patience: float = 0,
         **mesh: Any,
     ) -> Run:
         """The finished run: `data` ranks of it see different documents, rank `shown` reports the losses."""
@@ -141,7 +144,8 @@ class Trainer:
             **({"checkpoint.initial_load_path": self.checkpoint("seed", 0)} if start is None else start),
             **mesh,
         }
-        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, shown=shown, hook=hook, given=given)
+        acts = {"shown": shown, "hook": hook, "given": given, "patience": patience}
+        return train(name, settings, ranks=ranks, out=self.out, config=CONFIG, **acts)
 
     def checkpoint(self, name: str, step: int) -> Path:
         return self.out / name / "checkpoint" / f"step-{step}"

@@ -1,16 +1,15 @@
 """A run killed with SIGKILL anywhere, started again with the same command: the losses of a run nobody touched."""
 
-import importlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import STEPS, Trainer
+from moments import ITEM, METADATA, READ, RENAME, SAVE, SCHEDULE, Moment, when
 
 pytestmark = pytest.mark.slow
 
@@ -19,40 +18,24 @@ SAVING = {"checkpoint.interval": EVERY, "checkpoint.last_save_model_only": False
 
 
 @dataclass(frozen=True)
-class Death:
+class Death(Moment):
     """Where a rank dies.
 
     Attributes:
-        rank: which one.
-        at: (module, class or "", function) in which it dies.
-        call: in which call of it, counted from 1, after `since` was called `times` times.
-        after: once the function has done its work, not before.
         resumes: the step of the checkpoint that the next start takes; 0 where none is whole.
         settings: more settings of the run.
     """
 
-    rank: int
-    at: tuple[str, str, str]
-    call: int = 1
-    since: tuple[str, str, str] | None = None
-    times: int = 0
-    after: bool = False
     resumes: int = EVERY
     settings: tuple[tuple[str, Any], ...] = ()
 
 
-FILES = "torch.distributed.checkpoint.filesystem"
-SAVE = (FILES, "_FileSystemWriter", "prepare_local_plan")
-ITEM = (FILES, "", "_write_item")
-METADATA = (FILES, "_FileSystemWriter", "finish")
-RENAME = (FILES, "FileSystem", "rename")
-READ = (FILES, "FileSystemReader", "read_data")
 EXCHANGE = "titan_adam_mini.exchange"
 
 DEATHS = {
     "in step 5, before the exchange": Death(1, (EXCHANGE, "Exchange", "start"), 5),
     "in step 8, parameters updated": Death(0, (EXCHANGE, "Exchange", "finish"), 8, resumes=6),
-    "in step 5, before the schedule": Death(1, ("torch.optim.lr_scheduler", "LambdaLR", "get_lr"), 6),
+    "in step 5, before the schedule": Death(1, SCHEDULE, 6),
     "as the second save begins": Death(1, SAVE, 2),
     "in the data of the second save": Death(1, ITEM, 20, SAVE, 2),
     "in the data of the second save, the other rank": Death(0, ITEM, 60, SAVE, 2),
@@ -71,36 +54,8 @@ DEATHS = {
 def die(rank: int, planned: dict[str, Any]) -> None:
     """Make this process kill itself there, if it is the one."""
     death = Death(**planned)
-    if rank != death.rank:
-        return
-
-    def watch(place: tuple[str, str, str], seen: Callable[[], None], after: bool) -> None:
-        module, owner, name = place
-        home: Any = importlib.import_module(module)
-        home = getattr(home, owner) if owner else home
-        original = getattr(home, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not after:
-                seen()
-            done = original(*args, **kwargs)
-            if after:
-                seen()
-            return done
-
-        setattr(home, name, watched)
-
-    counts = {"since": 0, "at": 0}
-
-    def one_more() -> None:
-        if counts["since"] >= death.times:
-            counts["at"] += 1
-        if counts["at"] == death.call:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    watch(death.at, one_more, death.after)
-    if death.since is not None:
-        watch(death.since, lambda: counts.update(since=counts["since"] + 1), False)
+    if rank == death.rank:
+        when(death, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.fixture(scope="module")

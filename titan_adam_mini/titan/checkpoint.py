@@ -1,39 +1,94 @@
 """torchtitan's checkpointer for AdamMini: fit is checked before anything is read, no run starts from random weights by
 accident, AdamW's state and other types of momentum are converted as they are loaded, and what a restart changes is said
-in one line.
+in one line. A run that is asked to end saves everything and leaves.
 
-Runs with other optimizers go through torchtitan's own code, untouched.
+All but the last is for AdamMini: the rest of runs with other optimizers is torchtitan's own code, untouched.
 """
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.checkpoint import CheckpointManager
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini.checkpoint import check_checkpoint, check_savable
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.titan import interruption
 from titan_adam_mini.titan.builder import AdamMiniContainer
-
-logger = logging.getLogger("titan_adam_mini")
+from titan_adam_mini.titan.log import say
 
 _BASE = "initial_lr"
 """The learning rate of the configuration, which the schedule multiplies."""
 
 
 class AdamMiniCheckpointManager(CheckpointManager):
-    """torchtitan's CheckpointManager, with three more looks at what it is about to do."""
+    """torchtitan's CheckpointManager, with three more looks at what it is about to do, and an end before the last step.
+
+    The trainer calls `load` once before the first step, and `save` after every step, whether one is due or not.
+    """
+
+    _leaving = False
 
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self._config = checkpoint_config
+        self._interruption = interruption.current()
+        if self._interruption is not None and (self.load_only or not self.enable):
+            self._interruption.give_up()
 
     def load(self, step: int = -1) -> bool:
         """As torchtitan's. Raises ValueError where it would go on with random weights, or half of a checkpoint."""
+        own = self.enable and os.path.exists(self.folder)
+        loaded = self._load(step)
+        if (run := self._interruption) is not None:
+            trainer = self.states["train_state"]
+            if run.begin(trainer.step, trainer.step if loaded and own else None):
+                run.leave(trainer)
+        return loaded
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """As torchtitan's. Raises SystemExit once a run that was asked to end has saved everything."""
+        if (run := self._interruption) is None:
+            super().save(curr_step, last_step)
+            return
+        begin = time.monotonic()
+        self._leaving = run.leaves(curr_step, last_step)
+        if self._leaving:
+            self._end_async_saves()
+        whole = self._should_save(curr_step, last_step) and not (last_step and self.last_save_model_only)
+        super().save(curr_step, last_step)
+
+        def saved(future: Any = None) -> None:
+            if future is None or future.exception() is None:
+                run.saved(curr_step, time.monotonic() - begin)
+
+        if whole and not last_step and self.async_mode != AsyncMode.DISABLED:
+            self.save_future.add_done_callback(saved)
+        elif whole:
+            saved()
+        if self._leaving:
+            run.leave(self.states["train_state"], time.monotonic() - begin)
+        run.passed(curr_step, last_step)
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return self._leaving or super()._should_save(curr_step, last_step)
+
+    def _end_async_saves(self) -> None:
+        """Wait for a save that is under way, and let the next one be synchronous, which needs no other process."""
+        try:
+            self._async_wait()
+        except (Exception, CheckpointException) as error:  # the signal may have reached the process that wrote it, too
+            say(logging.WARNING, f"The save under way failed, and the one that follows holds more: {error}")
+        self.save_future: Any = None
+        self.async_mode = AsyncMode.DISABLED
+
+    def _load(self, step: int) -> bool:
         optimizers = self.states["optimizer"]
         if not isinstance(optimizers, AdamMiniContainer):
             return super().load(step)
@@ -66,9 +121,9 @@ class AdamMiniCheckpointManager(CheckpointManager):
             kinds = stored.kinds().items()
             optimizers.holds = {name: replace(one, elementwise=averaged) for name, one in kinds}
             if averaged:
-                _say(logging.INFO, f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
+                say(logging.INFO, f"AdamMini: averaging AdamW's second moments of {checkpoint_id} over the blocks.")
         elif kind is not None:
-            _say(
+            say(
                 logging.INFO,
                 f"AdamMini: only the model of {checkpoint_id} is loaded, not its optimizer state "
                 "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0).",
@@ -116,7 +171,7 @@ class AdamMiniCheckpointManager(CheckpointManager):
                 "" if keep else ' (to let the configuration count: [optimizer.adam_mini] hyper_parameters = "config")'
             )
             line = f"AdamMini: checkpoint and configuration differ: {'; '.join(told.values())}: {counts}{cure}."
-            _say(logging.WARNING, line)
+            say(logging.WARNING, line)
 
 
 def start_of(checkpoint_config: Any) -> str:
@@ -165,12 +220,6 @@ def _check_data_ranks(stored: Stored, state_dict: dict[str, Any]) -> None:
             f"{stored.path} has the data positions of {saved} data-parallel ranks, and this run has {ranks}: add "
             "--checkpoint.exclude_from_loading dataloader (the data then start anew)"
         )
-
-
-def _say(level: int, line: str) -> None:
-    """Log a line once, not on every rank."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.log(level, line)
 
 
 def _words(check: Callable[..., None], *args: Any) -> str:

@@ -1,0 +1,176 @@
+"""What a run does about signals, hangs and its progress file, as far as no trainer is needed."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torchtitan.distributed.utils as titan_distributed
+
+from titan_adam_mini.titan import interruption, register
+from titan_adam_mini.titan.interruption import SIGNALS, STUCK, Interruption
+from titan_adam_mini.titan.watchdog import Watchdog
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """What a handler hears that was there before the run; both signals and the run are put back."""
+    numbers: list[int] = []
+    before = {one: signal.signal(one, lambda number, frame: numbers.append(number)) for one in SIGNALS}
+    monkeypatch.setattr(interruption, "_current", None)
+    yield numbers
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+def test_signals_are_heard_from_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch, heard: list[int]) -> None:
+    monkeypatch.setattr(interruption, "original", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGUSR1) or 7)
+    assert interruption.init_distributed(SimpleNamespace(mode="default"), base_folder="") == 7
+    run = interruption.current()
+    assert run is not None and run.leaves(1, last_step=False) and heard == []
+
+
+@pytest.mark.parametrize("mode", ["fake_backend", "local_tensor"])
+def test_one_process_that_plays_many_ranks_is_left_alone(
+    mode: str, monkeypatch: pytest.MonkeyPatch, heard: list[int]
+) -> None:
+    monkeypatch.setattr(interruption, "original", lambda *args, **kwargs: 8)
+    assert interruption.init_distributed(SimpleNamespace(mode=mode)) == 8
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interruption.current() is None and heard == [signal.SIGTERM]
+
+
+def test_torchtitans_function_is_replaced_once() -> None:
+    register.enable()
+    assert titan_distributed.init_distributed is interruption.init_distributed
+    assert not hasattr(interruption.original, interruption._MARK)
+
+
+def test_a_run_without_checkpoints_has_its_handlers_back(heard: list[int]) -> None:
+    run = Interruption()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == []
+    run.give_up()
+    assert heard == [signal.SIGTERM], "what was heard meanwhile counts"
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert heard == [signal.SIGTERM, signal.SIGUSR1]
+    assert not run.leaves(1, last_step=False)
+
+
+def test_a_run_in_a_thread_has_no_handlers(heard: list[int]) -> None:
+    thread = threading.Thread(target=Interruption)
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+
+
+def test_in_its_last_step_and_after_a_run_hears_nothing(heard: list[int]) -> None:
+    run = Interruption()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not run.leaves(1, last_step=True)
+    assert all(signal.getsignal(one) is signal.SIG_IGN for one in SIGNALS) and heard == []
+
+
+@pytest.mark.parametrize("name", ["TITAN_ADAM_MINI_LEAD_SECONDS", "TITAN_ADAM_MINI_HANG_SECONDS"])
+@pytest.mark.parametrize("told", ["soon", "-1", "inf", "nan"])
+def test_what_is_no_number_of_seconds_is_refused(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, told)
+    with pytest.raises(ValueError, match=f"{name} = '{told}' is no number of seconds"):
+        Interruption()
+
+
+def test_a_progress_file_needs_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TITAN_ADAM_MINI_PROGRESS", str(tmp_path / "no" / "file"))
+    with pytest.raises(ValueError, match="there is no folder"):
+        Interruption()
+
+
+def test_long_saves_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("TITAN_ADAM_MINI_LEAD_SECONDS", "120")
+    run = Interruption()
+    with caplog.at_level(logging.WARNING, "titan_adam_mini"):
+        for step, seconds in ((1, 59.0), (2, 61.0), (3, 60.5), (4, 95.5)):
+            run.saved(step, seconds)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("Saving step 2 took 61.0 seconds, and 120 pass between a signal and the end ")
+    assert (
+        second.startswith("Saving step 4 took 95.5 seconds, and 120 pass ") and "signal 191 seconds or more" in second
+    )
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    monkeypatch.setenv("TITAN_ADAM_MINI_PROGRESS", str(file))
+    monkeypatch.setattr(interruption._Progress, "_EVERY", 1e9)
+
+    def told() -> tuple[int, int, int | None]:
+        read = json.loads(file.read_text())
+        return read["first"], read["step"], read["saved"]
+
+    run = Interruption()
+    run.give_up()
+    run.begin(4, None)
+    assert told() == (4, 4, None)
+    run.passed(5, last_step=False)
+    assert told() == (4, 5, None), "the first step"
+    run.passed(6, last_step=False)
+    assert told() == (4, 5, None), "not yet"
+    run.saved(7, 1.0)
+    run.saved(3, 1.0)
+    assert told() == (4, 7, 7), "an asynchronous save that ends late"
+    monkeypatch.setattr(interruption._Progress, "_EVERY", 0.0)
+    run.passed(8, last_step=False)
+    assert told() == (4, 8, 7)
+    monkeypatch.setattr(interruption._Progress, "_EVERY", 1e9)
+    run.passed(9, last_step=True)
+    assert told() == (4, 9, 7)
+
+
+def watched(lines: str, seconds: float = 1.0) -> subprocess.CompletedProcess[str]:
+    """A process with a watchdog that bites after so long, and a second later if the interpreter is stuck."""
+    start = "import ctypes, time\nfrom titan_adam_mini.titan import watchdog\nwatchdog._GRACE = 1.0\n"
+    program = f"{start}dog = watchdog.Watchdog({seconds})\n{lines}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def test_a_process_that_hangs_ends() -> None:
+    done = watched("dog.passed(7)\ntime.sleep(100)")
+    assert done.returncode == STUCK
+    assert done.stderr.startswith("rank 0: no step boundary was passed for 1 seconds")
+    assert "that of step 7" in done.stderr and 'File "<string>", line 6 in <module>' in done.stderr
+
+
+def test_a_process_that_holds_the_interpreter_ends() -> None:
+    done = watched("ctypes.PyDLL(None).sleep(100)")
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and 'File "<string>", line 5 in <module>' in done.stderr
+
+
+def test_a_process_that_goes_on_does_not() -> None:
+    done = watched("for step in range(12):\n    time.sleep(0.5)\n    dog.passed(step)\nprint('done')", seconds=5.0)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_flight_recorder_is_read_unless_somebody_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Watchdog, "_arm", lambda self: None)
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "rank_"))
+    monkeypatch.setenv("RANK", "3")
+    dog, file = Watchdog(1e6), tmp_path / "rank_3"
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
+    dog._dump_flight_recorder()
+    assert not file.exists()
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
+    file.write_text("of this run")
+    dog._dump_flight_recorder()
+    assert file.read_text() == "of this run"
+    os.utime(file, (1e9, 1e9))
+    dog._dump_flight_recorder()
+    assert b"of this run" not in file.read_bytes()

@@ -1,0 +1,249 @@
+"""A run that is asked to end saves everything, at one step on all ranks, and leaves with an exit code of its own.
+
+SIGTERM and SIGUSR1, on any rank, ask for it; runs with every optimizer answer. The run ends with exit code 75
+(``LEFT``), and the same command goes on from there. A signal in the last step changes nothing. Environment variables,
+read as the trainer starts:
+
+    TITAN_ADAM_MINI_LEAD_SECONDS    seconds between the signal and the end that the launcher allows: a save that takes
+                                    more than half of it is warned of. Unset: nobody knows, no warning.
+    TITAN_ADAM_MINI_HANG_SECONDS    a process in which no step boundary (the beginning or the end of a save, of a load,
+                                    or of the look whether there is something to save) was passed for so long ends with
+                                    exit code 76 (``STUCK``) and shows its stacks. Unset or 0: none does.
+    TITAN_ADAM_MINI_PROGRESS        a file that rank 0 writes, whole at any moment, a JSON object:
+                                    "first": the step that was loaded, 0 if none was; "step": the last finished one;
+                                    "saved": the last one in this run's folder with everything in it, or null;
+                                    "time": seconds since 1970. Written after the load, the first step, every save and
+                                    at the end, and every five seconds.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+import torchtitan.distributed.utils as titan_distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from titan_adam_mini.titan.agreement import Agreement
+from titan_adam_mini.titan.log import say
+from titan_adam_mini.titan.watchdog import STUCK, Watchdog
+
+__all__ = ["LEFT", "STUCK", "Interruption", "current", "init_distributed", "original"]
+
+LEFT = 75
+"""Exit code of a run that left on a signal with everything saved (EX_TEMPFAIL: start again to go on)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_LEAD, _HANG, _PROGRESS = (f"TITAN_ADAM_MINI_{name}" for name in ("LEAD_SECONDS", "HANG_SECONDS", "PROGRESS"))
+
+_MARK = "titan_adam_mini_wraps"
+_found = titan_distributed.init_distributed
+original = getattr(_found, _MARK, _found)
+
+_current: "Interruption | None" = None
+
+
+def current() -> "Interruption | None":
+    """That of the run in this process; None where no trainer has started one."""
+    return _current
+
+
+@functools.wraps(original)
+def init_distributed(comm_config: Any, *args: Any, **kwargs: Any) -> int:
+    """torchtitan's, which a trainer calls first of all: from here on signals are heard and hangs noticed.
+
+    Raises ValueError for an environment variable that is no number of seconds.
+    """
+    global _current
+    # The other modes play many ranks in one process.
+    if comm_config.mode == "default":
+        _current = Interruption()
+    return original(comm_config, *args, **kwargs)
+
+
+setattr(init_distributed, _MARK, original)
+
+
+class Interruption:
+    """What this rank of a run has heard, and what it does about it. The checkpointer calls the methods."""
+
+    def __init__(self) -> None:
+        self._lead = _seconds(_LEAD)
+        hang = _seconds(_HANG)
+        self._watchdog = Watchdog(hang) if hang else None
+        file = os.environ.get(_PROGRESS)
+        self._progress = _Progress(Path(file)) if file and os.environ.get("RANK", "0") == "0" else None
+        self._agreement: Agreement | None = None
+        self._heard = 0
+        self._warned = 0.0
+        self._told = ""
+        self._former: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python hears signals in no other
+            for one in SIGNALS:
+                self._former[one] = signal.signal(one, self._hear)
+                signal.siginterrupt(one, False)  # libraries in C need not know
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = number
+
+    def give_up(self) -> None:
+        """This run saves nothing: signals do again what they did before, one that was heard already included."""
+        for one, former in self._former.items():
+            signal.signal(one, signal.SIG_DFL if former is None else former)
+        self._former = {}
+        say(logging.INFO, "Checkpointing is off: SIGTERM and SIGUSR1 end this run as ever, without a save.")
+        if self._heard:
+            signal.raise_signal(self._heard)
+
+    def begin(self, step: int, saved: int | None) -> bool:
+        """Before the first step; on all ranks at once.
+
+        Args:
+            step: the step that was loaded, 0 if none was.
+            saved: the step of the checkpoint that was loaded from this run's own folder.
+
+        Returns:
+            Whether a rank has heard a signal, so that the run is to leave at once.
+        """
+        if self._progress is not None:
+            self._progress.begin(step, saved)
+        if self._watchdog is not None:
+            self._watchdog.passed(step)
+        if not self._former:
+            return False
+        heard = [self._heard]
+        if (ranks := dist.get_world_size()) > 1:
+            heard = [0] * ranks
+            dist.all_gather_object(heard, self._heard)
+            if not any(heard):
+                store = dist.PrefixStore(_MARK, _get_default_store()).clone()
+                self._agreement = Agreement(store, dist.get_rank(), ranks, step)
+        if any(heard):
+            start = "from the beginning" if saved is None else f"from the checkpoint of step {saved}"
+            self._leaves(max(heard), f"before the first step, with nothing new to save: the next start goes on {start}")
+        return any(heard)
+
+    def leaves(self, step: int, last_step: bool) -> bool:
+        """As a step ends: whether all ranks are to save and leave after it."""
+        if self._watchdog is not None:
+            self._watchdog.passed(step)
+        if not self._former:
+            return False
+        if last_step:  # the run ends by itself: nothing is to disturb that
+            self._ignore()
+            return False
+        heard = self._heard if self._agreement is None else self._agreement.leaves(step, self._heard)
+        if heard:
+            self._leaves(heard, f"after step {step}, with everything saved")
+        return heard != 0
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A save with everything is whole, and took this long; from any thread."""
+        if self._progress is not None:
+            self._progress.saved(step)
+        if self._lead is None or self._lead >= 2 * seconds or seconds <= self._warned:
+            return
+        self._warned = seconds
+        say(
+            logging.WARNING,
+            f"Saving step {step} took {seconds:.1f} seconds, and {self._lead:g} pass between a signal and the end "
+            f"({_LEAD}), less than twice as many: ask for the signal {math.ceil(2 * seconds)} seconds or more before "
+            "the end (Slurm: --signal), and tell this variable.",
+        )
+
+    def passed(self, step: int, last_step: bool) -> None:
+        """As the next step begins."""
+        if self._progress is not None:
+            self._progress.finished(step, last_step)
+        if self._watchdog is not None:
+            self._watchdog.passed(step)
+
+    def leave(self, trainer: Any, seconds: float = 0.0) -> NoReturn:
+        """Close the trainer and raise SystemExit; on all ranks at once.
+
+        Args:
+            trainer: torchtitan's.
+            seconds: how long saving everything took; 0 if there was nothing to save.
+        """
+        took = f" ({seconds:.1f} seconds)" if seconds else ""
+        say(logging.WARNING, f"{self._told}{took}. Exit code {LEFT}: start again with the same command to go on.")
+        trainer.close()
+        if self._agreement is not None:
+            # The first rank that is gone has the launcher end the others, whatever they are closing.
+            self._agreement.meet()
+            self._agreement.close()
+        dist.destroy_process_group()
+        raise SystemExit(LEFT)
+
+    def _leaves(self, number: int, how: str) -> None:
+        self._ignore()
+        self._told = f"{signal.Signals(number).name}: leaving {how}"
+
+    def _ignore(self) -> None:
+        # Handlers are gone before the interpreter is; this stays.
+        for one in self._former:
+            signal.signal(one, signal.SIG_IGN)
+
+
+class _Progress:
+    """The file that says how far a run is; see the head of this module."""
+
+    _EVERY = 5.0
+    """Seconds between two writings that nothing else asks for."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.absolute().parent.is_dir():
+            raise ValueError(f"{_PROGRESS} = {file}: there is no folder {file.absolute().parent}")
+        self._file, self._lock, self._written = file, threading.Lock(), -math.inf
+        self._first = self._step = 0
+        self._saved: int | None = None
+
+    def begin(self, step: int, saved: int | None) -> None:
+        self._first = self._step = step
+        self._saved = saved
+        self.write()
+
+    def finished(self, step: int, last_step: bool) -> None:
+        self._step = step
+        if last_step or step == self._first + 1 or time.monotonic() >= self._written + self._EVERY:
+            self.write()
+
+    def saved(self, step: int) -> None:
+        """From any thread, and an older save may come last."""
+        with self._lock:
+            self._step, self._saved = max(step, self._step), max(step, self._saved or 0)
+        self.write()
+
+    def write(self) -> None:
+        with self._lock:
+            told = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
+            self._written = time.monotonic()
+            new = self._file.with_name(f"{self._file.name}.new")
+            try:
+                new.write_text(json.dumps(told) + "\n")
+                os.replace(new, self._file)
+            except OSError as error:  # a run is worth more than its progress file
+                say(logging.WARNING, f"{_PROGRESS}: {error}")
+
+
+def _seconds(name: str) -> float | None:
+    """An environment variable; None if it is not set. Raises ValueError."""
+    told = os.environ.get(name, "")
+    if not told:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name} = {told!r} is no number of seconds: use 0 or more, or leave it unset")
+    return seconds

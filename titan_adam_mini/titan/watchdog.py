@@ -1,0 +1,68 @@
+"""A run in which nothing happens for too long ends, and says where every thread of every rank was."""
+
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+STUCK = 76
+"""Exit code of a run in which no step boundary was passed for too long."""
+
+_GRACE = 60.0
+"""Seconds after which a process ends although something keeps the interpreter from running a thread of ours."""
+
+
+class Watchdog:
+    """Ends this process unless :meth:`passed` is called again within that many seconds, from now on.
+
+    The last words go to standard error: one sentence, and every thread's stack. Where torch's flight recorder is on,
+    what it has recorded of the collectives goes to the file that it would use itself.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._step = seconds, 0
+        self._since = time.time()
+        self._last = time.monotonic()
+        self._arm()
+        threading.Thread(target=self._watch, name="titan_adam_mini.watchdog", daemon=True).start()
+
+    def passed(self, step: int) -> None:
+        """The run is alive, at this step."""
+        self._step, self._last = step, time.monotonic()
+        self._arm()
+
+    def _arm(self) -> None:
+        # A thread of C, which needs no interpreter; it can only end with 1.
+        faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True, file=2)
+
+    def _watch(self) -> None:
+        while (left := self._last + self._seconds - time.monotonic()) > 0:
+            time.sleep(left)
+        try:
+            told = (
+                f"rank {os.environ.get('RANK', '0')}: no step boundary was passed for {self._seconds:g} seconds "
+                f"(TITAN_ADAM_MINI_HANG_SECONDS), the last one was that of step {self._step}: exit code {STUCK}. "
+                "Where every thread is:\n"
+            )
+            os.write(2, told.encode())
+            faulthandler.dump_traceback(file=2, all_threads=True)
+            self._dump_flight_recorder()
+        finally:
+            os._exit(STUCK)
+
+    def _dump_flight_recorder(self) -> None:
+        """Write the file that NCCL's own watchdog would have written, if it has not during this run."""
+        dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
+        prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+        if dump is None or prefix is None or int(os.environ.get("TORCH_FR_BUFFER_SIZE", "0")) <= 0:
+            return
+        file = Path(prefix + os.environ.get("RANK", "0"))
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime >= self._since:
+                return
+        file.write_bytes(dump())
+        os.write(2, f"The flight recorder's trace is in {file}.\n".encode())
