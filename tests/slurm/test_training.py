@@ -7,11 +7,12 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster
+from slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -114,16 +115,55 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return Jobs(cluster, folder, folder / "corpus")
 
 
+@dataclass
+class Outcome:
+    """How a job ended."""
+
+    state: str
+    status: str
+    restarts: int
+    log: str
+
+
+BAD_MESH = ("--parallelism.tensor_parallel_degree", "3")
+UNDISTURBED: dict[str, Any] = {
+    "steady": {"PLAN": "yes", "WANDB_API_KEY": "not to be seen"},
+    "raises": {"fault": {"what": "raise", "rank": 1, "step": 6, "restart": -1}, "MAX_REQUEUES": "1"},
+    "killed": {"fault": {"what": "kill", "rank": 1, "step": 6}},
+    "hangs": {"fault": {"what": "hang", "rank": 0, "step": 6}, "HANG_SECONDS": "60"},
+    "early": {"fault": {"what": "raise", "rank": 0, "step": 1, "restart": -1}},
+    "plan": {"flags": BAD_MESH, "PLAN": "yes"},
+    "mesh": {"flags": BAD_MESH},
+    "flag": {"flags": ("--no.such_flag", "3")},
+    "file": {"CONFIG_FILE": "nowhere.toml"},
+}
+"""Jobs that nobody else does anything to, two of them at a time."""
+
+
 @pytest.fixture(scope="session")
-def steady(jobs: Jobs) -> dict[int, float]:
+def outcomes(jobs: Jobs) -> dict[str, Outcome]:
+    numbers = {name: jobs(name, *job.get("flags", ()), **_but_flags(job)) for name, job in UNDISTURBED.items()}
+    found = {}
+    for name, number in numbers.items():
+        fields = jobs.cluster.wait(number, ended, 2 * LONG)
+        restarts, log = int(fields["Restarts"]), jobs.cluster.log(number)
+        found[name] = Outcome(fields["JobState"], fields["ExitCode"].removesuffix(":0"), restarts, log)
+    return found
+
+
+def _but_flags(job: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in job.items() if name != "flags"}
+
+
+@pytest.fixture(scope="session")
+def steady(jobs: Jobs, outcomes: dict[str, Outcome]) -> dict[int, float]:
     """The losses of a run that nothing happens to."""
-    job = jobs("steady", PLAN="yes", WANDB_API_KEY="not to be seen")
-    fields = jobs.done(job)
-    assert (fields["Restarts"], fields["ExitCode"]) == ("0", "0:0")
     return jobs.losses("steady")
 
 
-def test_two_nodes_to_the_end(jobs: Jobs, steady: dict[int, float]) -> None:
+def test_two_nodes_to_the_end(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[int, float]) -> None:
+    one = outcomes["steady"]
+    assert (one.state, one.status, one.restarts) == ("COMPLETED", "0", 0), one.log
     assert list(steady) == list(range(1, STEPS + 1))
     (line,) = jobs.attempts("steady")
     told = [line[name] for name in ("attempt", "restart", "from", "step", "saved", "status", "reason", "then")]
@@ -136,6 +176,55 @@ def test_two_nodes_to_the_end(jobs: Jobs, steady: dict[int, float]) -> None:
         assert word in environment
     assert "not to be seen" not in environment
     assert "AdamMini" in (folder / "plan.txt").read_text()
+
+
+def test_a_rank_raises_every_time(jobs: Jobs, outcomes: dict[str, Outcome]) -> None:
+    one = outcomes["raises"]
+    assert (one.state, one.status, one.restarts) == ("FAILED", "1", 1)
+    assert one.log.count("failed first:\nTraceback (most recent call last):") == 2
+    assert "in fail\n    raise RuntimeError" in one.log and "MAX_REQUEUES" in one.log
+    lines = jobs.attempts("raises")
+    assert [line["reason"].split(": ", 1)[1] for line in lines] == ["RuntimeError: a fault of the test"] * 2
+    assert [line["then"] for line in lines] == ["requeue", "stop"]
+
+
+def test_a_rank_is_killed(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[int, float]) -> None:
+    assert (outcomes["killed"].state, outcomes["killed"].restarts) == ("COMPLETED", 1), outcomes["killed"].log
+    first, _ = jobs.attempts("killed")
+    assert first["status"] == "137" and "rank 1" in first["reason"] and "SIGKILL" in first["reason"]
+    assert jobs.losses("killed") == steady
+
+
+def test_a_rank_hangs(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[int, float]) -> None:
+    assert (outcomes["hangs"].state, outcomes["hangs"].restarts) == ("COMPLETED", 1), outcomes["hangs"].log
+    first, _ = jobs.attempts("hangs")
+    assert (first["status"], first["reason"], first["saved"]) == ("76", "no step for too long", str(EVERY))
+    log = (jobs.folder / "outputs" / "hangs" / "attempts" / "1" / "rank-00000.log").read_text()
+    assert re.search(r"faulty.py\W+line \d+ in fail", log), "the stacks say where"
+    assert jobs.losses("hangs") == steady
+
+
+def test_three_failures_before_the_first_step(outcomes: dict[str, Outcome]) -> None:
+    one = outcomes["early"]
+    assert (one.state, one.status, one.restarts) == ("FAILED", "1", 2)
+    assert "3 attempts in a row failed before their first step" in one.log
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("plan", "78", "the mesh does not divide 2 ranks"),
+        ("mesh", "1", "the configuration is refused"),
+        ("flag", "2", "Unrecognized options: --no.such_flag"),
+        ("file", "78", "CONFIG_FILE=nowhere.toml does not exist"),
+    ],
+)
+def test_a_configuration_that_cannot_train_is_not_tried_again(
+    outcomes: dict[str, Outcome], name: str, status: str, said: str
+) -> None:
+    one = outcomes[name]
+    assert (one.state, one.status, one.restarts) == ("FAILED", status, 0)
+    assert said in one.log
 
 
 def test_two_jobs_at_once_do_not_mix(jobs: Jobs, steady: dict[int, float]) -> None:
@@ -162,14 +251,12 @@ def test_pre_empted_it_saves_waits_and_goes_on(jobs: Jobs, steady: dict[int, flo
     assert jobs.losses("preempted") == steady
 
 
-def test_the_time_limit(jobs: Jobs) -> None:
-    calm = jobs("calm", steps=60)
-    job = jobs("limited", sbatch=("--time=1", "--signal=B:USR1@30"), steps=60, STEP_SECONDS="0.7", LEAD_SECONDS="30")
-    jobs.done(calm)
+def test_the_time_limit(jobs: Jobs, steady: dict[int, float]) -> None:
+    job = jobs("limited", sbatch=("--time=1", "--signal=B:USR1@30"), STEP_SECONDS="2.5", LEAD_SECONDS="30")
     assert int(jobs.done(job)["Restarts"]) >= 1
     first, *_, last = jobs.attempts("limited")
     assert first["reason"] == "left on a signal, saved" and last["reason"] == "complete"
-    assert jobs.losses("limited") == jobs.losses("calm")
+    assert jobs.losses("limited") == steady
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
@@ -189,61 +276,6 @@ def test_a_node_dies(jobs: Jobs, steady: dict[int, float], which: str) -> None:
     assert lines[-1]["from"] == str(EVERY) and lines[-1]["reason"] == "complete"
     assert dead not in jobs.cluster.run("scontrol", "show", "hostnames", lines[-1]["nodes"]).split()
     assert jobs.losses(name) == steady
-
-
-def test_a_rank_raises_every_time(jobs: Jobs) -> None:
-    job = jobs("raises", fault={"what": "raise", "rank": 1, "step": 6, "restart": -1}, MAX_REQUEUES="1")
-    fields = jobs.cluster.wait(job, ended, LONG)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
-    log = jobs.cluster.log(job)
-    assert log.count("failed first:\nTraceback (most recent call last):") == 2
-    assert "in fail\n    raise RuntimeError" in log and "MAX_REQUEUES" in log
-    lines = jobs.attempts("raises")
-    assert [line["reason"].split(": ", 1)[1] for line in lines] == ["RuntimeError: a fault of the test"] * 2
-    assert [line["then"] for line in lines] == ["requeue", "stop"]
-
-
-def test_a_rank_is_killed(jobs: Jobs, steady: dict[int, float]) -> None:
-    job = jobs("killed", fault={"what": "kill", "rank": 1, "step": 6})
-    assert jobs.done(job)["Restarts"] == "1"
-    first, _ = jobs.attempts("killed")
-    assert first["status"] == "137" and "rank 1" in first["reason"] and "SIGKILL" in first["reason"]
-    assert jobs.losses("killed") == steady
-
-
-def test_a_rank_hangs(jobs: Jobs, steady: dict[int, float]) -> None:
-    job = jobs("hangs", fault={"what": "hang", "rank": 0, "step": 6}, HANG_SECONDS="20")
-    assert jobs.done(job)["Restarts"] == "1"
-    first, _ = jobs.attempts("hangs")
-    assert (first["status"], first["reason"], first["saved"]) == ("76", "no step for too long", str(EVERY))
-    log = (jobs.folder / "outputs" / "hangs" / "attempts" / "1" / "rank-00000.log").read_text()
-    assert re.search(r"faulty.py\W+line \d+ in fail", log), "the stacks say where"
-    assert jobs.losses("hangs") == steady
-
-
-def test_three_failures_before_the_first_step(jobs: Jobs) -> None:
-    job = jobs("early", fault={"what": "raise", "rank": 0, "step": 1, "restart": -1})
-    fields = jobs.cluster.wait(job, ended, LONG)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "2")
-    assert "3 attempts in a row failed before their first step" in jobs.cluster.log(job)
-
-
-@pytest.mark.parametrize(
-    ("flags", "environment", "status", "said"),
-    [
-        (("--parallelism.tensor_parallel_degree", "3"), {"PLAN": "yes"}, 78, "the mesh does not divide 2 ranks"),
-        (("--parallelism.tensor_parallel_degree", "3"), {}, 1, "the configuration is refused"),
-        (("--no.such_flag", "3"), {}, 2, "Unrecognized options: --no.such_flag"),
-        ((), {"CONFIG_FILE": "nowhere.toml"}, 78, "CONFIG_FILE=nowhere.toml does not exist"),
-    ],
-)
-def test_a_configuration_that_cannot_train_is_not_tried_again(
-    jobs: Jobs, flags: tuple[str, ...], environment: dict[str, str], status: int, said: str
-) -> None:
-    job = jobs(f"refused_{status}_{len(flags)}", *flags, **environment)
-    fields = jobs.cluster.wait(job, ended, LONG)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{status}:0", "0")
-    assert said in jobs.cluster.log(job)
 
 
 def test_cancelled_it_stays_cancelled(jobs: Jobs) -> None:
