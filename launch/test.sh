@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests: the fast ones, or everything with --all. Other arguments go to pytest:
+# Sets up .venv and runs the tests: the fast ones, everything with --all, or with --slurm those that submit jobs to a
+# Slurm cluster of their own. Other arguments go to pytest:
 #
 #   bash launch/test.sh --all
 #   bash launch/test.sh tests/titan -k config -x
@@ -12,11 +13,11 @@ setup_venv titan,test
 marker=(-m "not slow")
 args=()
 for arg in "$@"; do
-    if [ "$arg" = --all ]; then
-        marker=()
-    else
-        args+=("$arg")
-    fi
+    case "$arg" in
+    --all) marker=() ;;
+    --slurm) marker=(-m slurm) ;;
+    *) args+=("$arg") ;;
+    esac
 done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest "${marker[@]+"${marker[@]}"}" "${args[@]+"${args[@]}"}"
