@@ -6,9 +6,9 @@
 # From the environment: CONFIG_FILE, NGPU, LOG_RANK, TRAIN_FILE, PYTHON as for launch/run_train.sh; OUTPUTS,
 # MAX_REQUEUES, LEAD_SECONDS, HANG_SECONDS, HEALTH_CHECK, PLAN: see launch/README.md.
 
-REPOSITORY="$(cd "$LAUNCH/../.." && pwd)"
 # shellcheck source=launch/slurm/common.sh
 . "$LAUNCH/common.sh"
+REPOSITORY="$(repository_root)"
 # shellcheck source=launch/python.sh
 . "$REPOSITORY/launch/python.sh"
 
@@ -72,7 +72,7 @@ dump_folder() {
 
 # Where the ranks meet, what they are told, and one curve for all attempts.
 prepare() {
-    HEAD_ADDRESS="${MASTER_ADDR:-$(head_address)}" || refuse "the address of the first node is not to be found: set MASTER_ADDR"
+    HEAD_ADDRESS="${MASTER_ADDR:-$(head_address)}" || refuse "set MASTER_ADDR"
     HEAD_PORT="${MASTER_PORT:-$(port_of_job)}"
     RENDEZVOUS="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     export HEAD_ADDRESS HEAD_PORT RENDEZVOUS
