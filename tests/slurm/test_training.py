@@ -238,7 +238,9 @@ def test_two_jobs_at_once_do_not_mix(jobs: Jobs, steady: dict[int, float]) -> No
 
 
 def test_pre_empted_it_saves_waits_and_goes_on(jobs: Jobs, steady: dict[int, float]) -> None:
-    job = jobs("preempted", sbatch=("--signal=B:USR1@30",), STEP_SECONDS="1")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = jobs("preempted", "--metrics.enable_tensorboard", sbatch=("--signal=B:USR1@30",), STEP_SECONDS="1")
     jobs.reach("preempted", 5)
     script = jobs.folder / "urgent.sh"
     script.write_text("#!/bin/sh\nsleep 5\n")
@@ -249,6 +251,9 @@ def test_pre_empted_it_saves_waits_and_goes_on(jobs: Jobs, steady: dict[int, flo
     assert first["reason"] == "left on a signal, saved" and first["status"] == "75"
     assert first["step"] == first["saved"] == second["from"] and int(first["step"]) > EVERY
     assert jobs.losses("preempted") == steady
+    curve = EventAccumulator(str(jobs.folder / "outputs" / "preempted" / "tb"))
+    curve.Reload()
+    assert [point.step for point in curve.Scalars("loss_metrics/global_avg_loss")] == list(steady)
 
 
 def test_the_time_limit(jobs: Jobs, steady: dict[int, float]) -> None:
