@@ -35,6 +35,7 @@ def attempt(number: int, status: int | None, progress: dict[str, Any], restart: 
         ([(1, STEPPED)] * 5, False, True),
         ([(1, NOT)], False, True),
         ([(1, NOT)], True, False),
+        ([(1, STEPPED), (1, NOT)], True, True),
         ([(2, {})], True, False),
         ([(1, NOT)] * 2, False, True),
         ([(1, NOT)] * 3, False, False),
@@ -53,6 +54,18 @@ def test_what_is_tried_again(history: list[tuple[int | None, dict[str, Any]]], r
 def test_three_failures_are_those_of_one_job() -> None:
     before = [attempt(number, 1, NOT, job="6") for number in (1, 2)]
     assert decide([*before, attempt(3, 1, NOT)], refused=False, limit=50)[0]
+
+
+def test_a_signal_that_kills_it_before_the_first_step_is_no_failure(run) -> None:
+    told = [[failure(0, "Signal 10 (SIGUSR1) received by PID 7", 1, 138)]]
+    assert [run(138, "--signalled", failures=told)[0] for _ in range(4)] == ["138 requeue"] * 4
+
+
+def test_files_that_a_full_disk_left_empty(run, tmp_path: Path) -> None:
+    for name in ("progress.json", "failures-3.json"):
+        (tmp_path / "attempts" / "1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "attempts" / "1" / name).write_text("")
+    assert run(LEFT)[0] == f"{LEFT} requeue"
 
 
 def test_the_limit_of_requeues() -> None:

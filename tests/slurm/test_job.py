@@ -128,8 +128,6 @@ def test_no_secret_is_written_down_of_many_lines(train, tmp_path: Path) -> None:
     assert "not to be seen" not in written and "MY_VALUE=to be seen" in written
 
 
-
-
 def test_a_controller_that_is_silent_does_not_end_a_save(train) -> None:
     saves = 'kill -USR1 "$PPID"; printf "" >"$FAKE/record"; sleep 14; printf "%s\\n" "$RECORD" >"$FAKE/record"; exit 75'
     record = RECORD.format(array="", end="2124-05-01T10:00:00")
@@ -139,7 +137,7 @@ def test_a_controller_that_is_silent_does_not_end_a_save(train) -> None:
 
 
 def test_a_save_that_comes_too_late_for_the_time_limit(train) -> None:
-    status, said, asked = train('kill -USR1 "$PPID"; sleep 20; exit 75', end="2024-05-01T10:00:00")
+    _, said, asked = train('kill -USR1 "$PPID"; sleep 20; exit 75', end="2024-05-01T10:00:00")
     assert "have not left" in said and "scontrol requeue 7\n" in asked
 
 
