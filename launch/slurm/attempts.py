@@ -131,19 +131,37 @@ class Attempts:
     def begin(self, job: str, restart: int, nodes: str) -> int:
         """Note an attempt that starts now. Raises ValueError if another job is at work in this folder."""
         history = self.history()
+        self._refuse(job, history)
+        for one in history:
+            if one.ended is None:
+                last = one.progress.get("time", one.begun)
+                self._write(one, ended=last, reason="ended without a word: node failure, pre-emption or cancelled")
+        number = max((one.attempt for one in history), default=0) + 1
+        while not self._take(number):
+            number += 1
+        file = self._keep(Attempt(number, job, restart, nodes, time.time()))
+        try:  # of jobs that begin at the same time, all see the lowest number
+            self._refuse(job, [one for one in self.history() if one.attempt < number])
+        except ValueError:
+            file.unlink()
+            raise
+        return number
+
+    def _refuse(self, job: str, history: list[Attempt]) -> None:
         for one in history:
             if one.ended is None and one.job != job and _is_alive(one.job):
                 raise ValueError(
                     f"job {one.job} is training in {self.table.parent}: wait for it, cancel it (scancel {one.job}), "
                     "or give this job another name (sbatch --job-name)"
                 )
-        for one in history:
-            if one.ended is None:
-                last = one.progress.get("time", one.begun)
-                self._write(one, ended=last, reason="ended without a word: node failure, pre-emption or cancelled")
-        attempt = Attempt(max((one.attempt for one in history), default=0) + 1, job, restart, nodes, time.time())
-        self._keep(attempt)
-        return attempt.attempt
+
+    def _take(self, number: int) -> bool:
+        """Make the folder of an attempt; False if another job just has."""
+        try:
+            (self.folder / str(number)).mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
 
     def end(self, number: int, status: int, *, signalled: bool, bad: str, limit: int, may: bool) -> tuple[int, bool]:
         """Note how an attempt ended; returns the exit status of training and whether the job is to be queued again."""
@@ -181,11 +199,11 @@ class Attempts:
         attempt.progress = _json(file.parent / "progress.json") or {}
         return attempt
 
-    def _keep(self, attempt: Attempt) -> None:
+    def _keep(self, attempt: Attempt) -> Path:
         file = self.folder / str(attempt.attempt) / "begun.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".tmp").write_text(json.dumps(asdict(attempt)), encoding="utf-8")
         os.replace(file.with_suffix(".tmp"), file)
+        return file
 
     def _write(self, attempt: Attempt, *, ended: float, reason: str, then: str = "") -> None:
         """Close an attempt: its line in the table, then its file."""
