@@ -8,6 +8,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,12 +24,13 @@ HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def hand_on(number: int) -> None:
-    """Give a signal to the ranks: the children of this process (Linux)."""
+    """Give a signal to the ranks: the children of this process (Linux). Ends it if there have never been any."""
     ranks = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
     for pid in ranks:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-    if not ranks:
+    # Ranks that have ended leave it their status, which it may hold back until those of other nodes have ended.
+    if not ranks and not resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:
         os._exit(128 + number)
 
 
@@ -78,7 +80,8 @@ def main(arguments: list[str]) -> int:
         print(failed, file=sys.stderr)
         told = failures(failed)
         if file := os.environ.get("FAILURES"):
-            Path(file).write_text(json.dumps(told), encoding="utf-8")
+            Path(f"{file}.new").write_text(json.dumps(told), encoding="utf-8")
+            os.replace(f"{file}.new", file)
         first, _ = failed.get_first_failure()
         return next(int(one["status"]) for one in told if one["rank"] == first)
     return 0

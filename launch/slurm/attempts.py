@@ -64,6 +64,7 @@ class Attempt:
     status: int | None = None
     reason: str = ""
     then: str = ""
+    signalled: bool = False
 
     @property
     def stepped(self) -> bool:
@@ -73,7 +74,7 @@ class Attempt:
     @property
     def failed_early(self) -> bool:
         """Whether it failed of its own accord before its first step."""
-        return self.status not in (None, 0, LEFT) and not self.stepped
+        return self.status not in (None, 0, LEFT) and not self.signalled and not self.stepped
 
 
 def decide(history: list[Attempt], *, refused: bool, limit: int) -> tuple[bool, str]:
@@ -81,13 +82,14 @@ def decide(history: list[Attempt], *, refused: bool, limit: int) -> tuple[bool, 
 
     Args:
         history: all attempts so far, the last one being the one in question.
-        refused: its configuration cannot train.
+        refused: its configuration cannot train, by what the last attempt says.
         limit: how often the job may be queued again.
     """
     last = history[-1]
     if last.status == 0:
         return False, "training is complete"
-    if refused:
+    # What has trained in this job is no wrong configuration: a node may lack a file system or a library.
+    if refused and not any(one.stepped for one in history if one.job == last.job):
         return False, "the configuration is refused: it would be refused again"
     own = [one for one in history if one.status is not None and one.job == last.job]
     if len(own) >= EARLY_FAILURES and all(one.failed_early for one in own[-EARLY_FAILURES:]):
@@ -129,32 +131,51 @@ class Attempts:
     def begin(self, job: str, restart: int, nodes: str) -> int:
         """Note an attempt that starts now. Raises ValueError if another job is at work in this folder."""
         history = self.history()
+        self._refuse(job, history)
+        for one in history:
+            if one.ended is None:
+                last = one.progress.get("time", one.begun)
+                self._write(one, ended=last, reason="ended without a word: node failure, pre-emption or cancelled")
+        number = max((one.attempt for one in history), default=0) + 1
+        while not self._take(number):
+            number += 1
+        file = self._keep(Attempt(number, job, restart, nodes, time.time()))
+        try:  # of jobs that begin at the same time, all see the lowest number
+            self._refuse(job, [one for one in self.history() if one.attempt < number])
+        except ValueError:
+            file.unlink()
+            raise
+        return number
+
+    def _refuse(self, job: str, history: list[Attempt]) -> None:
         for one in history:
             if one.ended is None and one.job != job and _is_alive(one.job):
                 raise ValueError(
                     f"job {one.job} is training in {self.table.parent}: wait for it, cancel it (scancel {one.job}), "
                     "or give this job another name (sbatch --job-name)"
                 )
-        for one in history:
-            if one.ended is None:
-                last = one.progress.get("time", one.begun)
-                self._write(one, ended=last, reason="ended without a word: node failure, pre-emption or cancelled")
-        attempt = Attempt(max((one.attempt for one in history), default=0) + 1, job, restart, nodes, time.time())
-        self._keep(attempt)
-        return attempt.attempt
+
+    def _take(self, number: int) -> bool:
+        """Make the folder of an attempt; False if another job just has."""
+        try:
+            (self.folder / str(number)).mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
 
     def end(self, number: int, status: int, *, signalled: bool, bad: str, limit: int, may: bool) -> tuple[int, bool]:
         """Note how an attempt ended; returns the exit status of training and whether the job is to be queued again."""
         attempt = self._read(self.folder / str(number) / "begun.json")
+        attempt.signalled = signalled
         files = (self.folder / str(number)).glob("failures-*.json")
-        failures = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
+        failures = [one for file in files for one in _json(file) or []]
         first = first_failure(failures)
         if first is not None and status != 0:
             status = int(first["status"])
         attempt.status = status
         refused = status in (2, REFUSED) or bool(first and re.match(_REFUSALS, first["error"]))
         history = [*(one for one in self.history() if one.attempt < number), attempt]
-        again, why = decide(history, refused=refused and not attempt.stepped, limit=limit)
+        again, why = decide(history, refused=refused, limit=limit)
         if again and not may:
             again, why = False, "Slurm says that the job is cancelled, or must not be queued again (--no-requeue)"
         reason = reason_of(status, first, signalled) + (f"; bad nodes: {bad}" if bad else "")
@@ -175,16 +196,14 @@ class Attempts:
 
     def _read(self, file: Path) -> Attempt:
         attempt = Attempt(**json.loads(file.read_text(encoding="utf-8")))
-        progress = file.parent / "progress.json"
-        if progress.exists():
-            attempt.progress = json.loads(progress.read_text(encoding="utf-8"))
+        attempt.progress = _json(file.parent / "progress.json") or {}
         return attempt
 
-    def _keep(self, attempt: Attempt) -> None:
+    def _keep(self, attempt: Attempt) -> Path:
         file = self.folder / str(attempt.attempt) / "begun.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".tmp").write_text(json.dumps(asdict(attempt)), encoding="utf-8")
         os.replace(file.with_suffix(".tmp"), file)
+        return file
 
     def _write(self, attempt: Attempt, *, ended: float, reason: str, then: str = "") -> None:
         """Close an attempt: its line in the table, then its file."""
@@ -196,6 +215,14 @@ class Attempts:
         with open(self.table, "a", encoding="utf-8") as table:
             table.write(("\t".join(COLUMNS) + "\n" if new else "") + "\t".join(cells) + "\n")
         self._keep(attempt)
+
+
+def _json(file: Path) -> Any:
+    """What a file holds; None if there is none, or not a whole one: a full disk is no reason to lose the job."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _is_alive(job: str) -> bool:

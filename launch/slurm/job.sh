@@ -13,7 +13,7 @@ REPOSITORY="$(repository_root)"
 . "$REPOSITORY/launch/python.sh"
 
 LEFT=75 REFUSED=78 # as in attempts.py
-SIGNALLED="" CANCELLED=""
+SIGNALLED="" CANCELLED="" JOB=""
 
 say() { echo "titan-adam-mini: $*" >&2; }
 
@@ -23,7 +23,11 @@ refuse() {
 }
 
 train() {
-    if [ "${1:-}" != "${1%.toml}" ]; then
+    # From here on: a signal that nobody expects ends the script, and the job with it.
+    trap 'SIGNALLED=yes; say "USR1: the ranks are asked to save and leave"; hand_on' USR1
+    trap 'CANCELLED=yes; say "TERM: the job is cancelled"' TERM
+    identify
+    if [[ "${1:-}" == *.toml ]]; then
         CONFIG_FILE="$1"
         shift
     fi
@@ -41,18 +45,18 @@ train() {
     set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
         --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
     prepare
-    environment "$@" >"$ATTEMPT/environment.txt" 2>&1
+    environment "$@" >"$ATTEMPT/environment.txt" 2>&1 || true # a driver that fails is the ranks' to tell
     say "job $SLURM_JOB_ID, attempt $number on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST): logs in $ATTEMPT"
-    if plan "$@"; then
-        trap 'SIGNALLED=yes; say "USR1: the ranks are asked to save and leave"; hand_on' USR1
-        trap 'CANCELLED=yes; say "TERM: the job is cancelled"' TERM
+    if ! plan "$@"; then
+        status="$REFUSED"
+    elif [ -n "$SIGNALLED$CANCELLED" ]; then
+        status="$LEFT" # there is nothing to save yet
+    else
         show_ranks &
         shown=$!
         start "$@" || status=$?
         sleep 1
         kill "$shown" 2>/dev/null || true
-    else
-        status="$REFUSED"
     fi
     finish "$status"
 }
@@ -68,6 +72,45 @@ dump_folder() {
         shift
     done
     echo "$folder"
+}
+
+# Slurm's record of this job, on one line. The first id of an array stands for all its tasks: only ours counts.
+record() {
+    SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
+}
+
+# field RECORD NAME
+field() { sed -n "s/.* $2=\([^ ]*\).*/\1/p" <<<"$1"; }
+
+# The controller may be busy, or be starting again.
+patiently() {
+    local try
+    for try in 1 2 3 4 5 6; do
+        if "$@"; then
+            return
+        fi
+        [ "$try" -eq 6 ] || sleep 10
+    done
+    return 1
+}
+
+# JOB, which means this task alone in an array, and how often it was queued again. The variables of Slurm may be those
+# of a job that this one was submitted from, and the sruns get all of ours, whatever sbatch --export said.
+identify() {
+    local job task
+    job="$(patiently record)" || refuse "Slurm does not tell of job $SLURM_JOB_ID"
+    task="$(field "$job" ArrayTaskId)"
+    JOB="${task:+$(field "$job" ArrayJobId)_$task}"
+    JOB="${JOB:-$SLURM_JOB_ID}"
+    SLURM_RESTART_COUNT="$(field "$job" Restarts)"
+    export SLURM_RESTART_COUNT SLURM_EXPORT_ENV=ALL
+}
+
+# pre_empted RECORD: whether Slurm has pre-empted this start of the job.
+pre_empted() {
+    local at
+    at="$(field "$1" PreemptTime)"
+    [[ "$at" =~ ^[0-9] && ! "$at" < "$(field "$1" StartTime)" ]]
 }
 
 # Where the ranks meet, what they are told, and one curve for all attempts.
@@ -107,7 +150,7 @@ for name in ("torch", "torchtitan", "titan-adam-mini", "triton", "torchdata", "d
         print(name, "not installed")
 PY
     command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv
-    env | grep -v -i -E '^[^=]*(key|token|secret|password|credential)[^=]*=' | sort
+    env -0 | grep -z -v -i -E '^[^=]*(key|token|secret|pass|credential|auth)[^=]*=' | sort -z | tr '\0' '\n'
 }
 
 # Whether the run can start at all, asked once per job: the same flags would get the same answer.
@@ -142,8 +185,8 @@ start() {
         # A rank that has just started does not listen yet: it is asked again.
         if [ -n "$SIGNALLED" ] && [ $((beats % 5)) -eq 0 ]; then
             hand_on
-            if [ "$(seconds_left)" -lt 30 ]; then
-                say "the time limit is near and the ranks have not left"
+            if end_is_near; then
+                say "the end is near and the ranks have not left"
                 return 1 # queueing the job again ends them
             fi
         fi
@@ -151,40 +194,40 @@ start() {
     wait "$step"
 }
 
-hand_on() { scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || true; }
+hand_on() { [ -z "$JOB" ] || scancel --signal=USR1 "$JOB" 2>/dev/null || true; }
 
-seconds_left() {
-    local end
-    end="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')"
-    end="$(date -d "$end" +%s 2>/dev/null)" || end=$(($(date +%s) + 86400))
-    echo $((end - $(date +%s)))
+# Whether Slurm is about to kill the job: after a pre-emption it queues it again itself, at the time limit it does not.
+end_is_near() {
+    local job end margin=30
+    job="$(record)" && end="$(date -d "$(field "$job" EndTime)" +%s 2>/dev/null)" || return
+    ! pre_empted "$job" || margin=10
+    [ $((end - $(date +%s))) -lt "$margin" ]
 }
 
 # Writes the attempt down, queues the job again if that helps, and ends with training's status.
 finish() {
-    local status="$1" bad="" decision flags=()
+    local status="$1" bad="" job decision flags=()
     case "$status" in
     0 | "$LEFT" | "$REFUSED") ;;
     *) [ -n "$SIGNALLED" ] || bad="$(bad_nodes)" ;;
     esac
-    [ -z "$SIGNALLED" ] || flags+=(--signalled)
-    [ -z "$CANCELLED" ] && may_requeue || flags+=(--no-requeue)
+    job="$(patiently record)" || say "Slurm does not tell of job $JOB"
+    if [ -n "$SIGNALLED" ] || pre_empted "$job"; then
+        flags+=(--signalled)
+    fi
+    # A job that was cancelled, or submitted with --no-requeue, is not brought back.
+    if [ -n "$CANCELLED" ] || [ "$(field "$job" JobState),$(field "$job" Requeue)" != RUNNING,1 ]; then
+        flags+=(--no-requeue)
+    fi
     decision="$("$PYTHON" "$LAUNCH/attempts.py" end "$OUTPUTS" "$number" --status "$status" \
         --limit "${MAX_REQUEUES:-50}" --bad "$bad" "${flags[@]}")"
     status="${decision% *}"
-    if [ "${decision#* }" = requeue ]; then
+    if [ "${decision#* }" = requeue ] && [ -z "$CANCELLED" ]; then
         trap '' TERM # Slurm sends it at once to this script and what it calls
-        scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not queue job $SLURM_JOB_ID again: submit it once more to go on"
+        patiently scontrol requeue "$JOB" || say "Slurm does not queue job $JOB again: submit it once more to go on"
         [ -z "$bad" ] || exclude "$bad"
     fi
     exit "$status"
-}
-
-# A job that was cancelled, or submitted with --no-requeue, is not brought back.
-may_requeue() {
-    local job
-    job="$(scontrol show job --oneliner "$SLURM_JOB_ID")"
-    [[ "$job" == *" JobState=RUNNING "* && "$job" == *" Requeue=1 "* ]]
 }
 
 # Nodes that Slurm calls down, drained or silent, or that do not pass HEALTH_CHECK (a command that is run on each).
@@ -203,10 +246,19 @@ bad_nodes() {
     (IFS=, && echo "${bad[*]}")
 }
 
-# Slurm gives the waiting job other nodes than these; refused, where the cluster then has too few.
+# Slurm gives the waiting job other nodes than these, where the partition has enough: else the job would wait for ever.
 exclude() {
-    local before
-    before="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')"
-    [ "$before" = "(null)" ] && before=""
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" || say "node $1 could not be excluded"
+    local all left job partition
+    job="$(record)" || return 0
+    all="$(field "$job" ExcNodeList)"
+    [ "$all" = "(null)" ] && all=""
+    all="${all:+$all,}$1"
+    partition="$(field "$job" Partition)"
+    left="$(sinfo --noheader --Node --partition="$partition" --format=%N | sort -u |
+        grep -c -v -x -F -f <(scontrol show hostnames "$all"))" || true
+    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        say "$1 not excluded: $partition has $left other nodes"
+    else
+        scontrol update "JobId=$JOB" "ExcNodeList=$all" || say "$1 could not be excluded"
+    fi
 }

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -94,6 +95,19 @@ class Jobs:
         fields = self.cluster.wait(job, ended, LONG)
         assert fields["JobState"] == "COMPLETED", self.cluster.log(job)
         return fields
+
+    def tasks(self, job: int) -> dict[str, dict[str, str]]:
+        """The fields of the tasks of an array, once all have ended."""
+        states: dict[str, dict[str, str]] = {}
+
+        def all_ended(fields: dict[str, str]) -> bool:
+            shown = self.cluster.run("scontrol", "--oneliner", "show", "job", str(job))
+            found = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in shown.splitlines()]
+            states.update({one["ArrayTaskId"]: one for one in found})
+            return all(map(ended, found))
+
+        self.cluster.wait(job, all_ended, LONG)
+        return states
 
 
 def ended(fields: dict[str, str]) -> bool:

@@ -35,6 +35,7 @@ def attempt(number: int, status: int | None, progress: dict[str, Any], restart: 
         ([(1, STEPPED)] * 5, False, True),
         ([(1, NOT)], False, True),
         ([(1, NOT)], True, False),
+        ([(1, STEPPED), (1, NOT)], True, True),
         ([(2, {})], True, False),
         ([(1, NOT)] * 2, False, True),
         ([(1, NOT)] * 3, False, False),
@@ -53,6 +54,15 @@ def test_what_is_tried_again(history: list[tuple[int | None, dict[str, Any]]], r
 def test_three_failures_are_those_of_one_job() -> None:
     before = [attempt(number, 1, NOT, job="6") for number in (1, 2)]
     assert decide([*before, attempt(3, 1, NOT)], refused=False, limit=50)[0]
+
+
+def test_a_signal_that_kills_it_before_the_first_step_is_no_failure(run) -> None:
+    told = [[failure(0, "Signal 10 (SIGUSR1) received by PID 7", 1, 138)]]
+    assert [run(138, "--signalled", failures=told)[0] for _ in range(4)] == ["138 requeue"] * 4
+
+
+def test_files_that_a_full_disk_left_empty(run) -> None:
+    assert run(LEFT, **{"progress.json": "", "failures-3.json": ""})[0] == f"{LEFT} requeue"
 
 
 def test_the_limit_of_requeues() -> None:
@@ -87,9 +97,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert done.returncode == status, done.stderr
         return done.stdout.strip(), done.stderr
 
-    def once(status: int, *flags: str, progress: Any = None, failures: Any = (), limit: int = 9) -> tuple[str, str]:
+    def once(status: int, *flags: str, progress: Any = None, failures: Any = (), limit: int = 9, **files: str) -> Any:
         number, _ = command("begin", str(tmp_path))
         folder = tmp_path / "attempts" / number
+        for file, text in files.items():
+            (folder / file).write_text(text)
         if progress is not None:
             (folder / "progress.json").write_text(json.dumps(progress))
         for node, told in enumerate(failures):
@@ -131,10 +143,8 @@ def test_an_attempt_that_was_killed_gets_its_line_when_the_next_begins(run, tmp_
 
 
 def test_of_a_rank_without_a_word_the_end_of_its_log_is_shown(run, tmp_path: Path) -> None:
-    (tmp_path / "attempts" / "1").mkdir(parents=True)
-    log = [f"line {number}" for number in range(1, 101)]
-    (tmp_path / "attempts" / "1" / "rank-00001.log").write_text("\n".join(log))
-    _, said = run(2, failures=[[failure(1, "", 9, 2)]])
+    log = "\n".join(f"line {number}" for number in range(1, 101))
+    _, said = run(2, failures=[[failure(1, "", 9, 2)]], **{"rank-00001.log": log})
     assert "line 100" in said and "line 81" in said and "line 80" not in said
     assert lines(tmp_path)[0]["reason"] == "rank 1 on n1: ended with status 2"
 
@@ -170,3 +180,17 @@ def test_two_jobs_in_one_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert out == "" and "job 7 is training in" in said and "--job-name" in said
     squeue.write_text("#!/bin/sh\nexit 0\n")
     assert run.command("begin", str(tmp_path))[0] == "2"
+
+
+def test_two_jobs_that_begin_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(attempts.Attempts):
+        def history(self) -> list[Attempt]:
+            found = super().history()
+            if not found:
+                assert attempts.Attempts(tmp_path).begin("8", 0, "n1") == 1
+            return found
+
+    monkeypatch.setattr(attempts, "_is_alive", lambda job: True)
+    with pytest.raises(ValueError, match="job 8 is training"):
+        Slow(tmp_path).begin("7", 0, "n2")
+    assert [one.job for one in attempts.Attempts(tmp_path).history()] == ["8"]

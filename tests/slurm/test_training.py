@@ -209,19 +209,24 @@ def test_a_sweep(jobs: Jobs) -> None:
     lines = jobs.folder / "sweep.txt"
     lines.write_text("# two runs\n\n--optimizer.name AdamW --job.description 'two words'\n--optimizer.name AdamMini\n")
     job = jobs("sweep", script=SWEEP, nodes=1, sbatch=("--array=0-2",), SWEEP=str(lines))
-    states: dict[str, dict[str, str]] = {}
-
-    def all_ended(fields: dict[str, str]) -> bool:
-        shown = jobs.cluster.run("scontrol", "--oneliner", "show", "job", str(job))
-        found = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in shown.splitlines()]
-        states.update({one["ArrayTaskId"]: one for one in found})
-        return all(map(ended, found))
-
-    jobs.cluster.wait(job, all_ended, LONG)
+    states = jobs.tasks(job)
     assert [states[task]["JobState"] for task in "012"] == ["COMPLETED", "COMPLETED", "FAILED"]
     assert "submit with --array=0-1" in (jobs.folder / f"sweep-{job}_2.log").read_text()
     losses = [jobs.losses(f"sweep/{task}") for task in (0, 1)]
     assert list(losses[0]) == list(losses[1]) == list(range(1, STEPS + 1)) and losses[0] != losses[1]
+
+
+def test_a_task_of_a_sweep_leaves_alone(jobs: Jobs) -> None:
+    lines = jobs.folder / "alone.txt"
+    lines.write_text("--optimizer.name AdamW\n--optimizer.name AdamMini\n")
+    job = jobs("alone", script=SWEEP, nodes=1, sbatch=("--array=0-1",), SWEEP=str(lines), STEP_SECONDS="1")
+    for task in (0, 1):
+        jobs.reach(f"alone/{task}", 1)
+    jobs.cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")  # the last task has the array's own id
+    states = jobs.tasks(job)
+    told = [(states[task]["JobState"], states[task]["Restarts"]) for task in "01"]
+    assert told == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert [line["status"] for line in jobs.attempts("alone/1")] == ["75", "0"]
 
 
 def test_two_jobs_of_one_name(jobs: Jobs) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ if number := int(os.environ.get("WAITS_FOR", "0")):
     end = time.monotonic() + 60
     while not got and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(1)
     print("SAID " + json.dumps({"got": got}), flush=True)
+    time.sleep(1)
     sys.exit(75)
 status = int(os.environ.get("STATUS", "0"))
 if status < 0:
@@ -103,6 +104,46 @@ def test_a_term_before_there_are_ranks_ends_it() -> None:
         assert waits.wait(60) == 128 + signal.SIGTERM
     finally:
         waits.kill()
+
+
+LATE = """\
+import os, pathlib, sys, time
+here = pathlib.Path(__file__).parent
+(here / os.environ["RANK"]).touch()
+while os.environ["RANK"] == "1" and not (here / "go").exists():
+    time.sleep(0.05)
+"""
+
+
+def test_a_signal_after_the_ranks_of_a_node_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    words = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}", str(tmp_path / "late.py")]
+    command = [sys.executable, str(ROOT / "launch" / "torchrun.py")]
+    nodes = [subprocess.Popen([*command, f"--node-rank={node}", *words]) for node in (0, 1)]
+    try:
+        end = time.monotonic() + 60
+        children = [*Path(f"/proc/{nodes[0].pid}/task").glob("*/children")]
+        while not (tmp_path / "0").exists() or any(_read(file) for file in children):
+            assert time.monotonic() < end and nodes[0].poll() is None
+            time.sleep(0.05)
+            children = [*Path(f"/proc/{nodes[0].pid}/task").glob("*/children")]
+        nodes[0].send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        (tmp_path / "go").touch()
+        assert [node.wait(60) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # the thread has ended
+        return ""
 
 
 def test_fake_backend_is_one_process_and_one_step(start) -> None:
