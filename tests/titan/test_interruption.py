@@ -171,7 +171,7 @@ def test_a_save_under_way_that_fails_does_not_keep_the_run_from_saving(trainer: 
 
 def test_pipeline_stages(trainer: Trainer) -> None:
     stages = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "1F1B", "shown": 1}
-    unasked = trainer("stages", ranks=2, **stages, **SAVING)
+    unasked = trainer("unasked_stages", ranks=2, **stages, **SAVING)
     run, step = left(trainer, "asked_stages", ("send", TERM, Moment(1, SCHEDULE, 4)), **stages, **SAVING)
     assert step in (3, 4)
     assert run.losses | trainer("asked_stages", ranks=2, **stages, **SAVING).losses == unasked.losses
@@ -179,7 +179,7 @@ def test_pipeline_stages(trainer: Trainer) -> None:
 
 def test_adamw_on_one_rank(trainer: Trainer) -> None:
     settings = {"optimizer.name": "AdamW", "ranks": 1, **SAVING}
-    unasked = trainer("adamw", **settings)
+    unasked = trainer("unasked_adamw", **settings)
     run, step = left(trainer, "asked_adamw", ("send", USR1, Moment(0, SCHEDULE, 4)), **settings)
     assert step == 3
     assert run.losses | trainer("asked_adamw", **settings).losses == unasked.losses

@@ -57,8 +57,8 @@ class AdamMiniCheckpointManager(CheckpointManager):
         if (run := self._interruption) is None:
             super().save(curr_step, last_step)
             return
-        begin = time.monotonic()
         self._leaving = run.leaves(curr_step, last_step)
+        begin = time.monotonic()
         if self._leaving:
             self._end_async_saves()
         whole = self._should_save(curr_step, last_step) and not (last_step and self.last_save_model_only)
