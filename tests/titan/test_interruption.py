@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def hang(number: int) -> None:
     threading.Event().wait()
 
 
-def do(acts: tuple[tuple[str, int, Moment], ...]) -> dict[str, Any]:
+def do(acts: Sequence[tuple[str, int, Moment]]) -> dict[str, Any]:
     return {"hook": act, "given": tuple((name, argument, asdict(moment)) for name, argument, moment in acts)}
 
 
@@ -157,7 +158,8 @@ def test_asked_while_it_saves_or_validates_and_in_the_last_step(
     assert "Saving step 8 took" in warned[0]
     losses |= run.losses
 
-    run = trainer("busy", ranks=2, **do((("send", TERM, Moment(0, SCHEDULE, 1 + STEPS - third)),)), **start)
+    late = [("send", TERM, Moment(rank, SCHEDULE, 1 + STEPS - third)) for rank in range(2)]
+    run = trainer("busy", ranks=2, **do(late), **start)
     assert not said(run) and max(run.losses) == STEPS and progress() == (third, STEPS, third)
     assert losses | run.losses == steady
 
@@ -171,7 +173,7 @@ def test_a_save_under_way_that_fails_does_not_keep_the_run_from_saving(trainer: 
 
 def test_pipeline_stages(trainer: Trainer) -> None:
     stages = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "1F1B", "shown": 1}
-    unasked = trainer("stages", ranks=2, **stages, **SAVING)
+    unasked = trainer("unasked_stages", ranks=2, **stages, **SAVING)
     run, step = left(trainer, "asked_stages", ("send", TERM, Moment(1, SCHEDULE, 4)), **stages, **SAVING)
     assert step in (3, 4)
     assert run.losses | trainer("asked_stages", ranks=2, **stages, **SAVING).losses == unasked.losses
@@ -179,7 +181,7 @@ def test_pipeline_stages(trainer: Trainer) -> None:
 
 def test_adamw_on_one_rank(trainer: Trainer) -> None:
     settings = {"optimizer.name": "AdamW", "ranks": 1, **SAVING}
-    unasked = trainer("adamw", **settings)
+    unasked = trainer("unasked_adamw", **settings)
     run, step = left(trainer, "asked_adamw", ("send", USR1, Moment(0, SCHEDULE, 4)), **settings)
     assert step == 3
     assert run.losses | trainer("asked_adamw", **settings).losses == unasked.losses
@@ -190,8 +192,8 @@ def test_without_checkpoints_a_signal_ends_the_run_as_ever(trainer: Trainer, pro
 
     off = {"checkpoint.enable": False, "start": {}}
     with pytest.raises(RunFailed, match=r"ended with \['SIGUSR1'\]"):
-        trainer("off", ranks=1, **do((("send", USR1, Moment(0, SCHEDULE, 5)),)), **off)
-    assert "SIGTERM and SIGUSR1 end this run as ever" in (trainer.out / "off.log").read_text()
+        trainer("off", ranks=1, **do([("send", USR1, Moment(0, SCHEDULE, 5))]), **off)
+    assert "SIGTERM and SIGUSR1 end it as ever" in (trainer.out / "off.log").read_text()
     assert progress() == (0, 1, None)
 
 

@@ -44,12 +44,14 @@ class AdamMiniCheckpointManager(CheckpointManager):
 
     def load(self, step: int = -1) -> bool:
         """As torchtitan's. Raises ValueError where it would go on with random weights, or half of a checkpoint."""
+        if (run := self._interruption) is None:
+            return self._load(step)
         own = self.enable and os.path.exists(self.folder)
+        run.alive(0)
         loaded = self._load(step)
-        if (run := self._interruption) is not None:
-            trainer = self.states["train_state"]
-            if run.begin(trainer.step, trainer.step if loaded and own else None):
-                run.leave(trainer)
+        trainer = self.states["train_state"]
+        if run.begin(trainer.step, trainer.step if loaded and own else None):
+            run.leave(trainer)
         return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
@@ -57,8 +59,8 @@ class AdamMiniCheckpointManager(CheckpointManager):
         if (run := self._interruption) is None:
             super().save(curr_step, last_step)
             return
-        begin = time.monotonic()
         self._leaving = run.leaves(curr_step, last_step)
+        begin = time.monotonic()
         if self._leaving:
             self._end_async_saves()
         whole = self._should_save(curr_step, last_step) and not (last_step and self.last_save_model_only)

@@ -6,9 +6,9 @@ read as the trainer starts:
 
     TITAN_ADAM_MINI_LEAD_SECONDS    seconds between the signal and the end that the launcher allows: a save that takes
                                     more than half of it is warned of. Unset: nobody knows, no warning.
-    TITAN_ADAM_MINI_HANG_SECONDS    a process in which no step boundary (the beginning or the end of a save, of a load,
-                                    or of the look whether there is something to save) was passed for so long ends with
-                                    exit code 76 (``STUCK``) and shows its stacks. Unset or 0: none does.
+    TITAN_ADAM_MINI_HANG_SECONDS    a process in which for so long no step and no load or save began or ended, counted
+                                    from the start, ends with exit code 76 (``STUCK``) and shows its stacks. Unset or
+                                    0: none does.
     TITAN_ADAM_MINI_PROGRESS        a file that rank 0 writes, whole at any moment, a JSON object:
                                     "first": the step that was loaded, 0 if none was; "step": the last finished one;
                                     "saved": the last one in this run's folder with everything in it, or null;
@@ -100,9 +100,14 @@ class Interruption:
         for one, former in self._former.items():
             signal.signal(one, signal.SIG_DFL if former is None else former)
         self._former = {}
-        say(logging.INFO, "Checkpointing is off: SIGTERM and SIGUSR1 end this run as ever, without a save.")
+        say(logging.INFO, "This run saves no checkpoints: SIGTERM and SIGUSR1 end it as ever, with nothing saved.")
         if self._heard:
             signal.raise_signal(self._heard)
+
+    def alive(self, step: int) -> None:
+        """A step boundary begins or ends here."""
+        if self._watchdog is not None:
+            self._watchdog.passed(step)
 
     def begin(self, step: int, saved: int | None) -> bool:
         """Before the first step; on all ranks at once.
@@ -116,8 +121,7 @@ class Interruption:
         """
         if self._progress is not None:
             self._progress.begin(step, saved)
-        if self._watchdog is not None:
-            self._watchdog.passed(step)
+        self.alive(step)
         if not self._former:
             return False
         heard = [self._heard]
@@ -134,8 +138,7 @@ class Interruption:
 
     def leaves(self, step: int, last_step: bool) -> bool:
         """As a step ends: whether all ranks are to save and leave after it."""
-        if self._watchdog is not None:
-            self._watchdog.passed(step)
+        self.alive(step)
         if not self._former:
             return False
         if last_step:  # the run ends by itself: nothing is to disturb that
@@ -164,8 +167,7 @@ class Interruption:
         """As the next step begins."""
         if self._progress is not None:
             self._progress.finished(step, last_step)
-        if self._watchdog is not None:
-            self._watchdog.passed(step)
+        self.alive(step)
 
     def leave(self, trainer: Any, seconds: float = 0.0) -> NoReturn:
         """Close the trainer and raise SystemExit; on all ranks at once.
