@@ -1,6 +1,8 @@
 """What the batch scripts share, in a shell with pretended commands of Slurm and of GPU drivers."""
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,14 @@ def test_python(shell: Any) -> None:
     assert shell("run_python", VIRTUAL_ENV="/b") == "/b/bin/python"
     expected = ROOT / ".venv" / "bin" / "python"
     assert shell("run_python") == (str(expected) if expected.exists() else "python3")
+
+
+def test_network_variables(shell: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "launch" / "slurm"
+    shutil.copytree(ROOT / "launch" / "slurm", folder, ignore=shutil.ignore_patterns("network.sh"))
+    call = f". {folder}/common.sh; network_variables; bash -c 'echo ${{NCCL_IB_HCA:-none}}'"
+    assert shell(call) == "none"
+    example = (folder / "network.example.sh").read_text()
+    assert [line for line in example.splitlines() if line and not line.startswith("#")] == []
+    (folder / "network.sh").write_text(re.sub("^#export", "export", example, flags=re.MULTILINE))
+    assert shell(call, SLURM_SUBMIT_DIR="/", SLURM_JOB_ID="7") == "^mlx5_bond_0"
