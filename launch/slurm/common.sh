@@ -11,7 +11,8 @@ repository_root() {
 # that Slurm has for the node, else the first that the node itself says it has.
 head_address() {
     local head address
-    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+    head="${head%%$'\n'*}"
     address="$(scontrol --oneliner show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')"
     case "$address" in
     *:* | [0-9]*.[0-9]*.[0-9]*.[0-9]*) ;;
@@ -45,5 +46,30 @@ gpus_per_node() {
         rocm-smi --showid 2>/dev/null | grep -o '^GPU\[[0-9]*\]' | sort -u | grep -c . || true
     else
         echo 0
+    fi
+}
+
+# The Python of a run: $PYTHON, else that of the active virtual environment, else the repository's .venv, else python3.
+run_python() {
+    local root
+    root="$(repository_root)"
+    if [ -n "${PYTHON:-}" ]; then
+        echo "$PYTHON"
+    elif [ -n "${VIRTUAL_ENV:-}" ]; then
+        echo "$VIRTUAL_ENV/bin/python"
+    elif [ -x "$root/.venv/bin/python" ]; then
+        echo "$root/.venv/bin/python"
+    else
+        echo python3
+    fi
+}
+
+# The variables of this cluster's network, from network.sh in this folder if there is one: see network.example.sh.
+network_variables() {
+    local file
+    file="$(repository_root)/launch/slurm/network.sh"
+    if [ -f "$file" ]; then
+        # shellcheck source=launch/slurm/network.example.sh
+        . "$file"
     fi
 }

@@ -53,6 +53,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
+# Ports of jobs come from their ids, and two clusters may run on one machine at a time.
+FirstJobId={first_job}
 ReturnToService=2
 KillWait=5
 MinJobAge=600
@@ -227,7 +229,13 @@ class Cluster:
         node = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={}"
         nodes = "\n".join(node.format(name, host, port) for name, port in zip(self.names, ports, strict=True))
         config = CONFIG.format(
-            folder=self.folder, host=host, controller_port=controller_port, nodes=nodes, gpus=gpus, **settings
+            folder=self.folder,
+            host=host,
+            controller_port=controller_port,
+            nodes=nodes,
+            gpus=gpus,
+            first_job=random.randrange(1, 1_000_000),
+            **settings,
         )
         (self.folder / "slurm.conf").write_text(config)
 
@@ -262,9 +270,10 @@ def _tail(text: str) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below those that the kernel gives to outgoing connections, so that a killed node finds its own again."""
+    """Ports below those that the kernel gives to outgoing connections, so that a killed node finds its own again, and
+    above those of jobs."""
     free: list[int] = []
-    for port in random.sample(range(20000, 32000), 1000):
+    for port in random.sample(range(30000, 32700), 1000):
         with socket.socket() as one, suppress(OSError):
             one.bind(("127.0.0.1", port))
             free.append(port)
