@@ -8,7 +8,7 @@ from pathlib import Path
 from slurm.cluster import Cluster
 from slurm.jobs import EVERY, LONG, Jobs
 
-STEPS = 24
+STEPS = 16
 
 
 def main() -> None:
@@ -17,12 +17,12 @@ def main() -> None:
         jobs = Jobs(cluster, folder)
         calm = jobs("calm", steps=STEPS)
         jobs.done(calm)
-        job = jobs("disturbed", sbatch=("--time=1", "--signal=B:USR1@20"), steps=STEPS, STEP_SECONDS="1.5")
+        job = jobs("disturbed", sbatch=("--time=1", "--signal=B:USR1@20"), steps=STEPS, STEP_SECONDS="1")
         jobs.reach("disturbed", 3)
         urgent = folder / "urgent.sh"
         urgent.write_text("#!/bin/sh\nsleep 3\n")
         jobs.done(cluster.submit(urgent, sbatch_flags=("--nodes=4", "--partition=urgent"), cwd=folder))
-        jobs.reach("disturbed", 2 * EVERY + 2)
+        jobs.reach("disturbed", EVERY + 2)
         nodes = cluster.run("scontrol", "show", "hostnames", cluster.state(job)["NodeList"]).split()
         cluster.kill_node(nodes[1])
         cluster.wait(job, "COMPLETED", 2 * LONG)

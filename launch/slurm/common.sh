@@ -49,21 +49,6 @@ gpus_per_node() {
     fi
 }
 
-# The Python of a run: $PYTHON, else that of the active virtual environment, else the repository's .venv, else python3.
-run_python() {
-    local root
-    root="$(repository_root)"
-    if [ -n "${PYTHON:-}" ]; then
-        echo "$PYTHON"
-    elif [ -n "${VIRTUAL_ENV:-}" ]; then
-        echo "$VIRTUAL_ENV/bin/python"
-    elif [ -x "$root/.venv/bin/python" ]; then
-        echo "$root/.venv/bin/python"
-    else
-        echo python3
-    fi
-}
-
 # The variables of this cluster's network, from network.sh in this folder if there is one: see network.example.sh.
 network_variables() {
     local file

@@ -125,10 +125,7 @@ prepare() {
     export TITAN_ADAM_MINI_ONE_CURVE=1
     [ -f "$OUTPUTS/wandb_run_id" ] || echo "$SLURM_JOB_NAME-$SLURM_JOB_ID" | tr -c 'A-Za-z0-9_\n-' - >"$OUTPUTS/wandb_run_id"
     export WANDB_RUN_ID="${WANDB_RUN_ID:-$(cat "$OUTPUTS/wandb_run_id")}" WANDB_RESUME="${WANDB_RESUME:-allow}"
-    if [ -f "$LAUNCH/network.sh" ]; then
-        # shellcheck source=/dev/null
-        . "$LAUNCH/network.sh"
-    fi
+    network_variables
 }
 
 # What a later reader needs to know of this attempt; no keys and passwords.

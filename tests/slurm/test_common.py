@@ -81,10 +81,11 @@ def test_gpus_per_node_of_amd_and_none(shell: Any) -> None:
 
 
 def test_python(shell: Any) -> None:
-    assert shell("run_python", PYTHON="/a/python", VIRTUAL_ENV="/b") == "/a/python"
-    assert shell("run_python", VIRTUAL_ENV="/b") == "/b/bin/python"
+    call = f". {ROOT}/launch/python.sh; bash -c 'echo $PYTHON'"
+    assert shell(call, PYTHON="/a/python", VIRTUAL_ENV="/b") == "/a/python"
+    assert shell(call, VIRTUAL_ENV="/b") == "/b/bin/python"
     expected = ROOT / ".venv" / "bin" / "python"
-    assert shell("run_python") == (str(expected) if expected.exists() else "python3")
+    assert shell(call) == (str(expected) if expected.exists() else "python3")
 
 
 def test_network_variables(shell: Any, tmp_path: Path) -> None:
