@@ -140,10 +140,10 @@ def train(
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End a run. Its ranks are in sessions of their own: only torchrun, asked politely, takes them with it."""
+    """End a run. Its ranks are in sessions of their own: only torchrun takes them with it. TERM lets them save, INT not."""
     if process.poll() is not None:
         return
-    for number, patience in ((signal.SIGTERM, 45), (signal.SIGKILL, None)):
+    for number, patience in ((signal.SIGTERM, 45), (signal.SIGINT, 45), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
