@@ -140,7 +140,7 @@ def train(
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End a run. Its ranks are in sessions of their own: only torchrun takes them with it. TERM lets them save, INT not."""
+    """End a run. Its ranks are in sessions of their own: torchrun takes them along. TERM lets them save, INT not."""
     if process.poll() is not None:
         return
     for number, patience in ((signal.SIGTERM, 45), (signal.SIGINT, 45), (signal.SIGKILL, None)):
