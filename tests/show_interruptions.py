@@ -8,7 +8,7 @@ from pathlib import Path
 from slurm.cluster import Cluster
 from slurm.jobs import EVERY, LONG, Jobs
 
-STEPS = 16
+STEPS = 24
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         jobs = Jobs(cluster, folder)
         calm = jobs("calm", steps=STEPS)
         jobs.done(calm)
-        job = jobs("disturbed", sbatch=("--time=1", "--signal=B:USR1@20"), steps=STEPS, STEP_SECONDS="1")
+        job = jobs("disturbed", sbatch=("--time=2", "--signal=B:USR1@60"), steps=STEPS, STEP_SECONDS="3")
         jobs.reach("disturbed", 3)
         urgent = folder / "urgent.sh"
         urgent.write_text("#!/bin/sh\nsleep 3\n")
