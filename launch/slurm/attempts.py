@@ -177,9 +177,11 @@ class Attempts:
         history = [*(one for one in self.history() if one.attempt < number), attempt]
         again, why = decide(history, refused=refused, limit=limit)
         if again and not may:
-            again, why = False, "Slurm says that the job is cancelled, or must not be queued again (--no-requeue)"
+            again, why = False, "Slurm has cancelled it or queues it again itself, or was told not to (--no-requeue)"
         reason = reason_of(status, first, signalled) + (f"; bad nodes: {bad}" if bad else "")
-        self._write(attempt, ended=time.time(), reason=reason, then="requeue" if again else "stop")
+        self._write(
+            attempt, ended=time.time(), reason=reason, then="requeue" if again else "stop" if may else "left to Slurm"
+        )
         step, saved = attempt.progress.get("step"), attempt.progress.get("saved")
         _say(f"attempt {number} ended with status {status}: {reason}; last step {step}, last saved step {saved}")
         if first is not None and status not in (0, LEFT):

@@ -164,8 +164,9 @@ def test_refused_flags_and_plans(run, status: int) -> None:
     assert run(status)[0] == f"{status} stop"
 
 
-def test_a_cancelled_job_stays_cancelled(run) -> None:
+def test_a_cancelled_job_stays_cancelled(run, tmp_path: Path) -> None:
     assert run(LEFT, "--no-requeue", progress=STEPPED)[0] == f"{LEFT} stop"
+    assert lines(tmp_path)[0]["then"] == "left to Slurm"
 
 
 def test_two_jobs_in_one_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
