@@ -189,6 +189,22 @@ def test_a_node_dies(jobs: Jobs, steady: dict[int, float], which: str) -> None:
     assert jobs.losses(name) == steady
 
 
+def test_a_node_that_fails_the_health_check_is_left_out(jobs: Jobs, steady: dict[int, float]) -> None:
+    bad = jobs.folder / "bad"
+    bad.write_text("")
+    check = f'! grep -qx "$SLURMD_NODENAME" {bad}'
+    job = jobs("unhealthy", fault={"what": "kill", "rank": 1, "step": 6}, HEALTH_CHECK=check, STEP_SECONDS="0.5")
+    jobs.reach("unhealthy", 2)
+    node = jobs.cluster.run("scontrol", "show", "hostnames", jobs.cluster.state(job)["NodeList"]).split()[1]
+    bad.write_text(f"{node}\n")
+    fields = jobs.done(job)
+    assert (fields["Restarts"], fields["ExcNodeList"]) == ("1", node)
+    first, second = jobs.attempts("unhealthy")
+    assert first["reason"].endswith(f"; bad nodes: {node}")
+    assert node not in jobs.cluster.run("scontrol", "show", "hostnames", second["nodes"]).split()
+    assert jobs.losses("unhealthy") == steady
+
+
 def test_cancelled_it_stays_cancelled(jobs: Jobs) -> None:
     job = jobs("cancelled", STEP_SECONDS="0.5")
     jobs.reach("cancelled", 2)
