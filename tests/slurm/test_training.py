@@ -105,7 +105,9 @@ def test_a_rank_hangs(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[int
     assert (outcomes["hangs"].state, outcomes["hangs"].restarts) == ("COMPLETED", 1), outcomes["hangs"].log
     first, _ = jobs.attempts("hangs")
     assert (first["status"], first["reason"], first["saved"]) == ("76", "no step for too long", str(EVERY))
-    log = (jobs.folder / "outputs" / "hangs" / "attempts" / "1" / "rank-00000.log").read_text()
+    folder = jobs.folder / "outputs" / "hangs" / "attempts" / "1"
+    assert (folder / "comm_traces" / "rank_0").stat().st_size > 0, "what the flight recorder knows"
+    log = (folder / "rank-00000.log").read_text()
     assert re.search(r"faulty.py\W+line \d+ in fail", log), "the stacks say where"
     assert jobs.losses("hangs") == steady
 
