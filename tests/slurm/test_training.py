@@ -165,7 +165,7 @@ def test_pre_empted_it_saves_waits_and_goes_on(jobs: Jobs, steady: dict[int, flo
 
 
 def test_the_time_limit(jobs: Jobs, steady: dict[int, float]) -> None:
-    job = jobs("limited", sbatch=("--time=1", "--signal=B:USR1@30"), STEP_SECONDS="2.5", LEAD_SECONDS="30")
+    job = jobs("limited", sbatch=("--time=2", "--signal=B:USR1@60"), STEP_SECONDS="5", LEAD_SECONDS="60")
     assert int(jobs.done(job)["Restarts"]) >= 1
     first, *_, last = jobs.attempts("limited")
     assert first["reason"] == "left on a signal, saved" and last["reason"] == "complete"
@@ -175,7 +175,7 @@ def test_the_time_limit(jobs: Jobs, steady: dict[int, float]) -> None:
 @pytest.mark.parametrize("which", ["first", "second"])
 def test_a_node_dies(jobs: Jobs, steady: dict[int, float], which: str) -> None:
     name = f"dead_{which}"
-    job = jobs(name, STEP_SECONDS="0.5")
+    job = jobs(name, STEP_SECONDS="1")
     jobs.reach(name, 6)
     nodes = jobs.cluster.run("scontrol", "show", "hostnames", jobs.cluster.state(job)["NodeList"]).split()
     dead = nodes[0] if which == "first" else nodes[1]
