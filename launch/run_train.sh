@@ -18,14 +18,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 . "$ROOT/launch/python.sh"
 
-# CUDA_VISIBLE_DEVICES="" hides the GPUs of a machine that has some.
-if { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; } && [ -n "${CUDA_VISIBLE_DEVICES-all}" ]; then
-    NGPU="${NGPU:-8}"
-    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-else
-    NGPU="${NGPU:-2}"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
-fi
+. "$ROOT/launch/device.sh"
+[ "$GPUS" = yes ] && NGPU="${NGPU:-8}" || NGPU="${NGPU:-2}"
 export NGPU
 export LOG_RANK="${LOG_RANK:-0}"
 CONFIG_FILE="${CONFIG_FILE:-$ROOT/train_configs/debug_model.toml}"

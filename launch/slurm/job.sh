@@ -234,7 +234,7 @@ bad_nodes() {
     healthy="$(timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --no-kill --wait=30 \
         bash -c '('"${HEALTH_CHECK:-true}"') >/dev/null && echo "$SLURMD_NODENAME"' 2>/dev/null)" || true
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        state="$(scontrol show node --oneliner "$node" | sed -n 's/.* State=\([^ ]*\).*/\1/p')"
+        state="$(field "$(scontrol show node --oneliner "$node")" State)"
         if [[ "$state" =~ DOWN|DRAIN|FAIL|NOT_RESPONDING|\* ]] ||
             { [ -n "$healthy" ] && ! grep -q -x -F "$node" <<<"$healthy"; }; then
             bad+=("$node")

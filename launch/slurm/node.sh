@@ -2,12 +2,8 @@
 # What srun starts on every node: torchrun, whose ranks write one log each. job.sh sets the environment.
 set -euo pipefail
 
-# As launch/run_train.sh.
-if { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; } && [ -n "${CUDA_VISIBLE_DEVICES-all}" ]; then
-    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-else
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
-fi
+# shellcheck source=launch/device.sh
+. "$REPOSITORY/launch/device.sh"
 export FAILURES="$ATTEMPT/failures-$SLURM_NODEID.json"
 
 # shellcheck disable=SC2016 # the rank's shell expands them

@@ -7,14 +7,12 @@ import logging
 from collections import Counter
 from typing import Any
 
-import torch.distributed as dist
 import torchtitan.components.metrics as titan_metrics
 from torchtitan.components.metrics import MetricsProcessor
 
 from titan_adam_mini.titan.builder import AdamMiniContainer
 from titan_adam_mini.titan.held import held
-
-logger = logging.getLogger("titan_adam_mini")
+from titan_adam_mini.titan.log import say
 
 GIB = 1 << 30
 
@@ -36,9 +34,9 @@ class AdamMiniMetricsProcessor(MetricsProcessor):
         if isinstance(self.optimizers, AdamMiniContainer) and self.optimizers.log_memory:
             sizes = bytes_held(self.optimizers)
             extra_metrics = {**(extra_metrics or {}), **_figures(sizes)}
-            if not self._told and (not dist.is_initialized() or dist.get_rank() == 0):
+            if not self._told:
                 told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-                logger.info(f"AdamMini: bytes held by this rank: {told}.")
+                say(logging.INFO, f"AdamMini: bytes held by this rank: {told}.")
             self._told = True
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
