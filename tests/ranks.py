@@ -57,6 +57,8 @@ def _serve(rank: int, pipe: Connection, stacks: str, path: list[str]) -> None:
     torch.set_num_threads(1)
     sys.path[:] = path
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # A gloo rank that returns at once may close its connections before the others have accepted them, and fail these.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     with open(stacks, "w") as dump:
@@ -157,9 +159,9 @@ class Pool:
         reason = "waited for the failed rank" if told else f"did not answer within {timeout} s"
         for rank in sorted(pending.values()):
             told.setdefault(f"{reason}; its stacks:\n{self._stacks(rank)}", []).append(rank)
-        if pending or any(not process.is_alive() for process, _, _ in self.workers):
-            self.stop()
         if told:
+            # Ranks that failed apart count their process groups apart, and would wait for each other in the next call.
+            self.stop()
             raise RankError("\n".join(f"rank {ranks} of {size}: {text}" for text, ranks in told.items()))
         return [results[rank] for rank in range(size)]
 
