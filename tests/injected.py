@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from collectives import Collective, Collectives
 from decoder import Sizes
-from meshes import MESHES, Mesh, Placed, draw, full_shapes, layouts, local, norms_along_tp, whole
+from meshes import MESHES, Mesh, Placed, draw, factors, full_shapes, layouts, local, norms_along_tp, whole
 from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_adam_mini import AdamMini
+from titan_adam_mini.state import SECOND_MOMENTS
 
 STEPS = 20
 EPS = 1e-8
@@ -111,7 +112,8 @@ def on_one_device(
     return {
         "params": {name: param.detach() for name, param in params.items()},
         "exp_avg": {name: momentum_of(one) for name, one in state.items()},
-        **{key: {name: one[key] for name, one in state.items()} for key in ("exp_avg_sq", "step")},
+        "step": {name: one["step"] for name, one in state.items()},
+        **{key: {name: one[key] for name, one in state.items() if key in one} for key in SECOND_MOMENTS},
     }
 
 
@@ -121,7 +123,7 @@ def holdings(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {
         "params": placed.parts(),
         "exp_avg": placed.parts({name: momentum_of(one) for name, one in state.items()}),
-        "exp_avg_sq": {name: full(one["exp_avg_sq"]) for name, one in state.items()},
+        **{key: {name: full(one[key]) for name, one in state.items() if key in one} for key in SECOND_MOMENTS},
         "step": {name: float(one["step"]) for name, one in state.items()},
     }
 
@@ -144,7 +146,7 @@ def together(shapes: Mapping[str, tuple[int, ...]], ranks: list[dict[str, Any]])
     return {
         "params": whole(shapes, [one["params"] for one in ranks]),
         "exp_avg": whole(shapes, [one["exp_avg"] for one in ranks]),
-        "exp_avg_sq": agreed([one["exp_avg_sq"] for one in ranks]),
+        **{key: agreed([one[key] for one in ranks]) for key in SECOND_MOMENTS},
         "step": agreed([one["step"] for one in ranks]),
     }
 
@@ -178,10 +180,10 @@ def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
 
 
 @lru_cache
-def oracle(sizes: Sizes, steps: int = STEPS) -> Oracle:
+def oracle(sizes: Sizes, steps: int = STEPS, *, factored: bool = False) -> Oracle:
     """The oracle after so many steps."""
     shapes = full_shapes(sizes)
-    one = Oracle(values(shapes), layouts(sizes))
+    one = Oracle(values(shapes), layouts(sizes, heads=not factored), factors(sizes) if factored else None)
     for step in range(steps):
         advance(one, gradients(shapes, step), step)
     return one
@@ -193,5 +195,8 @@ def errors(got: Mapping[str, Any], want: Oracle) -> dict[str, float]:
     return {
         "params": max(error(got["params"][name], value) for name, value in want.params.items()),
         "exp_avg": max(error(got["exp_avg"][name], value) for name, value in want.exp_avg.items()),
-        "exp_avg_sq": max(error(got["exp_avg_sq"][name], value) for name, value in want.exp_avg_sq.items()),
+        **{
+            key: max((error(got[key][name], value) for name, value in getattr(want, key).items()), default=0.0)
+            for key in SECOND_MOMENTS
+        },
     }

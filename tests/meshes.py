@@ -46,7 +46,7 @@ def full_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in Decoder(sizes).named_parameters()}
 
 
-def layouts(sizes: Sizes) -> dict[str, BlockLayout]:
+def layouts(sizes: Sizes, *, heads: bool = True) -> dict[str, BlockLayout]:
     """The blocks of every parameter, by hand."""
     found = {}
     for name, shape in full_shapes(sizes).items():
@@ -55,8 +55,18 @@ def layouts(sizes: Sizes) -> dict[str, BlockLayout]:
         elif len(shape) == 1:
             found[name] = BlockLayout.of(shape, None)
         else:
-            rows = sizes.head_dim if name.endswith(("wq.weight", "wk.weight")) else 1
+            rows = sizes.head_dim if heads and name.endswith(("wq.weight", "wk.weight")) else 1
             found[name] = BlockLayout.of(shape, rows, None)
+    return found
+
+
+def factors(sizes: Sizes) -> dict[str, tuple[BlockLayout, BlockLayout]]:
+    """The columns and the whole of every matrix, or of every expert, by hand."""
+    found = {}
+    for name, shape in full_shapes(sizes).items():
+        if len(shape) > 1:
+            stack = [1] * (len(shape) - 2)
+            found[name] = (BlockLayout.of(shape, *stack, None, 1), BlockLayout.of(shape, *stack, None, None))
     return found
 
 

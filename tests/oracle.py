@@ -1,4 +1,7 @@
-"""The oracle: Adam-mini on one device in float64, block by block, straight from the paper (Algorithms 1 and 3)."""
+"""The oracle: Adam-mini on one device in float64, block by block, straight from the paper (Algorithms 1 and 3).
+
+And with factored second moments (arXiv 1804.04235, Algorithm 2): a row's mean times a column's over the whole's.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,28 @@ def blocks(layout: BlockLayout) -> Iterator[tuple[slice, ...]]:
 
 
 class Oracle:
-    """Full float64 tensors, their first moments, one second moment per block, and a step count each."""
+    """Full float64 tensors, their first moments, one second moment per block, and a step count each.
 
-    def __init__(self, params: Mapping[str, Tensor], layouts: Mapping[str, BlockLayout]) -> None:
+    What is in `factors` has two more grids, of its columns and of the whole.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        layouts: Mapping[str, BlockLayout],
+        factors: Mapping[str, tuple[BlockLayout, BlockLayout]] | None = None,
+    ) -> None:
         self.layouts = dict(layouts)
+        self.factors = dict(factors or {})
         self.params = {name: value.detach().double().clone() for name, value in params.items()}
         self.exp_avg = {name: torch.zeros_like(value) for name, value in self.params.items()}
         self.exp_avg_sq = {
             name: torch.zeros(self.layouts[name].grid_shape, dtype=torch.float64) for name in self.params
         }
+        self.exp_avg_sq_col, self.exp_avg_sq_mean = (
+            {name: torch.zeros(two[place].grid_shape, dtype=torch.float64) for name, two in self.factors.items()}
+            for place in range(2)
+        )
         self.steps = dict.fromkeys(self.params, 0)
 
     def step(
@@ -50,16 +66,28 @@ class Oracle:
             grad = grads.get(name)
             if grad is None:
                 continue
-            g, m, v = grad.double(), self.exp_avg[name], self.exp_avg_sq[name].view(-1)
+            g, m = grad.double(), self.exp_avg[name]
             self.steps[name] += 1
             t = self.steps[name]
-            here = list(blocks(self.layouts[name]))
             m.copy_(beta1 * m + (1 - beta1) * g)
-            v.copy_(beta2 * v + (1 - beta2) * torch.stack([(g[block] ** 2).mean() for block in here]))
-            denominator = torch.empty_like(p)
-            for block, root in zip(here, (v / (1 - beta2**t)).sqrt(), strict=True):
-                denominator[block] = root + eps
+            second = _moved(self.exp_avg_sq[name], self.layouts[name], g, beta2)
+            if name in self.factors:
+                grids = (self.exp_avg_sq_col[name], self.exp_avg_sq_mean[name])
+                columns, whole = (
+                    _moved(grid, layout, g, beta2) for grid, layout in zip(grids, self.factors[name], strict=True)
+                )
+                second = torch.where(whole > 0, second * columns / whole, 0.0)
+            denominator = (second / (1 - beta2**t)).sqrt() + eps
             p.copy_(p * (1 - lr * weight_decay[name]) - lr * (m / (1 - beta1**t)) / denominator)
+
+
+def _moved(grid: Tensor, layout: BlockLayout, grad: Tensor, beta2: float) -> Tensor:
+    """Move a grid on by one step; every element with the second moment of its block."""
+    v, here, elements = grid.view(-1), list(blocks(layout)), torch.empty_like(grad)
+    v.copy_(beta2 * v + (1 - beta2) * torch.stack([(grad[block] ** 2).mean() for block in here]))
+    for block, value in zip(here, v, strict=True):
+        elements[block] = value
+    return elements
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -59,7 +59,7 @@ class Convert:
             raise ValueError("the model is not known: give --job.config_file X, or set CONFIG_FILE=X")
         blocks, group, momentum_dtype = in_child(_target, arguments, self.to)
         conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
-        seconds = sum(one.layout.num_blocks for one in blocks.values())
+        seconds = sum(one.second_moments for one in blocks.values())
         total = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
         old, new = (total, seconds) if self.to == "adam_mini" else (seconds, total)
         console.print(

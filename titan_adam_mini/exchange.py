@@ -19,7 +19,7 @@ from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .kernels import Engine, Work
-from .plan import BlockPlan, BufferPlan, Group, bytes_in, ordered_groups, plan_buffers
+from .plan import BlockPlan, BufferPlan, Grid, Group, bytes_in, grids_of, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, local, local_gradient
 
 MISSING, COMPLETE, PARTIAL = 0, 1, 2
@@ -33,7 +33,7 @@ class Item:
     Attributes:
         name: its name, for messages.
         param: the parameter itself (a DTensor or a plain tensor).
-        plan: its blocks on this rank.
+        plans: its blocks on this rank, one plan per grid.
         axes: the axes, of more than one rank, of its mesh.
         dtype: dtype of its sums and second moments.
         agreed: what else must be the same on every rank that has a part of it.
@@ -41,10 +41,15 @@ class Item:
 
     name: str
     param: Tensor
-    plan: BlockPlan
+    plans: tuple[BlockPlan, ...]
     axes: tuple[Axis, ...]
     dtype: torch.dtype
     agreed: object = None
+
+    @property
+    def straddles(self) -> bool:
+        """Are there blocks on more than one rank?"""
+        return any(plan.axes for plan in self.plans)
 
 
 def mesh_axes(param: Tensor) -> tuple[Axis, ...]:
@@ -62,24 +67,29 @@ class Exchange:
         """
         self.items = list(items)
         axes = [item.axes for item in self.items]
-        self.buffers = plan_buffers([item.plan for item in self.items], axes)
+        self.grids = grids_of([item.plans for item in self.items])
+        self._grids_of: list[list[int]] = [[] for _ in self.items]
+        for number, grid in enumerate(self.grids):
+            self._grids_of[grid.param].append(number)
+        self.buffers = plan_buffers(self.grids, axes)
         self.groups = {group: self._process_group(group) for group in ordered_groups(axes)}
         self._check_plans()
         self._buffers: list[_Buffer] = []
         for plan in self.buffers:
-            wide = any(self.items[slot.param].dtype == torch.float64 for slot in plan.slots)
-            home = local(self.items[plan.slots[0].param].param).device
+            members = [self.items[self.grids[slot.grid].param] for slot in plan.slots]
+            wide = any(item.dtype == torch.float64 for item in members)
+            home = local(members[0].param).device
             data = torch.empty(plan.numel, dtype=torch.float64 if wide else torch.float32, device=home)
             self._buffers.append(_Buffer(plan, data, self.groups[plan.group], self._device(plan.group)))
         for buffer in self._buffers:
-            buffer.chain(self._buffers, [item.plan for item in self.items])
+            buffer.chain(self._buffers, self.grids)
         self._specs: list[Any] = [None for _ in self.items]
         self._partial: dict[Group, list[tuple[int, int]]] | None = None
 
     @property
     def straddling(self) -> list[int]:
         """Indices of the parameters whose blocks straddle."""
-        return list({slot.param: None for plan in self.buffers for slot in plan.slots if slot.sums is not None})
+        return [index for index, item in enumerate(self.items) if item.straddles]
 
     # Start-up
 
@@ -107,9 +117,8 @@ class Exchange:
         for item in self.items:
             place = str(getattr(item.param, "placements", ""))
             for axis in item.axes:
-                rows[axis.ranks].append(
-                    (item.name, str(item.plan.layout), place, item.plan.keep, str(item.dtype), item.agreed)
-                )
+                grids = [(str(plan.layout), plan.keep) for plan in item.plans]
+                rows[axis.ranks].append((item.name, grids, place, str(item.dtype), item.agreed))
         for buffer in self.buffers:
             rows[buffer.group].append(buffer)
         wrong = []
@@ -234,34 +243,39 @@ class Exchange:
 
     # Sums of squares
 
-    def places(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Where one parameter's numbers are in the buffers, which stay where they are: this rank's own sums before the
-        exchange, all ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks that have a
-        gradient, 0-d. None for what is not exchanged.
+    def places(self, index: int) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
+        """Where one parameter's numbers are in the buffers, which stay where they are: per grid, this rank's own sums
+        before the exchange and all ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks
+        that have a gradient, 0-d. None for what is not exchanged.
         """
-        shape = self.items[index].plan.sums_shape
-        own = complete = present = None
-        for buffer in self._buffers:
-            slot = buffer.slots.get(index)
-            if slot is None:
-                continue
-            present = buffer.data[slot.present]
-            if slot.sums is not None:
-                complete = buffer.data[slot.sums : slot.sums + math.prod(shape)].view(shape)
-                own = complete if slot.after is None else own
-        return own, complete, present
+        sums: list[tuple[Tensor | None, Tensor | None]] = []
+        present = None
+        for number in self._grids_of[index]:
+            own = complete = None
+            for buffer in self._buffers:
+                slot = buffer.slots.get(number)
+                if slot is None:
+                    continue
+                present = buffer.data[slot.present]
+                if slot.sums is not None:
+                    shape = self.grids[number].plan.sums_shape
+                    part = buffer.fine if slot.fine else buffer.data
+                    complete = part[slot.sums : slot.sums + math.prod(shape)].view(shape)
+                    own = complete if slot.after is None else own
+            sums.append((own, complete))
+        return sums, present
 
     def start(self, works: Sequence[Work], engine: Engine) -> None:
         """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
         for buffer in self._buffers:
-            buffer.clear([work.grad is not None for work in works])
-        engine.square_sums(
-            [work for work in works if work.own_sums is not None and work.grad is not None and work.grad.numel()]
-        )
+            buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])
+        engine.square_sums([work for work in works if work.waits and work.grad is not None and work.grad.numel()])
         for buffer in self._buffers:
-            for number, source, target, length in buffer.chained:
-                self._buffers[number].wait()
-                buffer.data[target : target + length] = self._buffers[number].data[source : source + length]
+            for number, fine, source, target, length in buffer.chained:
+                earlier = self._buffers[number]
+                earlier.wait()
+                into, out = (buffer.fine, earlier.fine) if fine else (buffer.data, earlier.data)
+                into[target : target + length] = out[source : source + length]
             buffer.send()
 
     def finish(self) -> None:
@@ -271,54 +285,62 @@ class Exchange:
 
 
 class _Buffer:
-    """One group's buffer; its data are staged through the group's device where the group cannot reach theirs.
+    """One group's buffer; it is sent from another tensor where the group cannot reach its device, or where it has two
+    parts, so that there is one all-reduce.
 
     Attributes:
         data: 1-D, what is exchanged.
-        slots: who stands where.
-        chained: (number of another buffer, offset there, offset here, length): what this one takes over, completed.
+        fine: 1-D float64, what is exchanged in that precision.
+        slots: which grid stands where.
+        chained: (number of another buffer, in its fine part?, offset there, offset here, length): what this one takes
+            over, completed.
     """
 
     def __init__(self, plan: BufferPlan, data: Tensor, group: dist.ProcessGroup, device: torch.device) -> None:
         self.data = data
-        self.slots = {slot.param: slot for slot in plan.slots}
-        self.chained: list[tuple[int, int, int, int]] = []
+        self.fine = torch.empty(plan.fine_numel, dtype=torch.float64, device=data.device)
+        self.slots = {slot.grid: slot for slot in plan.slots}
+        self.chained: list[tuple[int, bool, int, int, int]] = []
         self._group = group
-        self._sent = data if data.device.type == device.type else torch.empty_like(data, device=device)
+        dtype = torch.float64 if plan.fine_numel else data.dtype
+        staged = plan.fine_numel or data.device.type != device.type
+        self._sent = torch.empty(plan.numel + plan.fine_numel, dtype=dtype, device=device) if staged else data
         self._work: Any = None
         self._presence: tuple[list[bool], Tensor] | None = None
 
-    def chain(self, buffers: Sequence[_Buffer], plans: Sequence[BlockPlan]) -> None:
+    def chain(self, buffers: Sequence[_Buffer], grids: Sequence[Grid]) -> None:
         """Find out what to take over from earlier buffers, in as few pieces as possible."""
         pieces = []
         for index, slot in self.slots.items():
             if slot.sums is not None and slot.after is not None:
                 source = buffers[slot.after].slots[index].sums
                 assert source is not None
-                pieces.append((slot.after, source, slot.sums, math.prod(plans[index].sums_shape)))
-            if slot.present_after is not None:
-                pieces.append((slot.present_after, buffers[slot.present_after].slots[index].present, slot.present, 1))
-        for number, source, target, length in pieces:
+                pieces.append((slot.after, slot.fine, source, slot.sums, math.prod(grids[index].plan.sums_shape)))
+            if (after := slot.present_after) is not None:
+                pieces.append((after, False, buffers[after].slots[index].present, slot.present, 1))
+        for number, fine, source, target, length in pieces:
             if self.chained:
-                last, before, there, size = self.chained[-1]
-                if (last, before + size, there + size) == (number, source, target):
-                    self.chained[-1] = (last, before, there, size + length)
+                last, part, before, there, size = self.chained[-1]
+                if (last, part, before + size, there + size) == (number, fine, source, target):
+                    self.chained[-1] = (last, part, before, there, size + length)
                     continue
-            self.chained.append((number, source, target, length))
+            self.chained.append((number, fine, source, target, length))
 
     def clear(self, present: Sequence[bool]) -> None:
-        """Zeros, and a one for every parameter that has a gradient here."""
-        pattern = [present[index] for index in self.slots]
+        """Zeros, and a one for every slot whose parameter has a gradient here."""
+        pattern = list(present)
         if self._presence is None or self._presence[0] != pattern:
             ones = torch.zeros(self.data.shape, dtype=self.data.dtype)
             ones[[slot.present for slot, here in zip(self.slots.values(), pattern, strict=True) if here]] = 1
             self._presence = (pattern, ones.to(self.data.device))
         self.data.copy_(self._presence[1])
+        self.fine.zero_()
 
     def send(self) -> None:
         """Start the all-reduce."""
         if self._sent is not self.data:
-            self._sent.copy_(self.data)
+            for part, whole in self._parts():
+                whole.copy_(part)
         self._work = dist.all_reduce(self._sent, group=self._group, async_op=True)
 
     def wait(self) -> None:
@@ -327,9 +349,15 @@ class _Buffer:
             self._work.wait()
             self._work = None
             if self._sent is not self.data:
-                self.data.copy_(self._sent)
+                for part, whole in self._parts():
+                    part.copy_(whole)
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Each part, and its place in what is sent."""
+        parts = (self.data, self.fine)
+        return list(zip(parts, self._sent.split([part.numel() for part in parts]), strict=True))
 
 
 def bytes_exchanged(items: Sequence[Item], buffers: Sequence[BufferPlan]) -> dict[int, int]:
     """Bytes per step that each straddling parameter puts into the exchange, presence slots included."""
-    return bytes_in(buffers, [item.plan for item in items], [item.dtype.itemsize for item in items])
+    return bytes_in(buffers, grids_of([item.plans for item in items]), [item.dtype.itemsize for item in items])

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from . import kernels, momentum
 from .arguments import NAMES_NEEDED, check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
-from .kernels import Work, int8, rounding, vectorized
+from .kernels import Factor, Work, int8, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
 from .report import heads_cut, table
 from .sharding import as_state, local, shard_of
-from .state import adopt_all
+from .state import SECOND_MOMENTS, adopt_all
 
 log = logging.getLogger("titan_adam_mini")
 
@@ -44,6 +44,8 @@ class AdamMini(Optimizer):
         head_dim: rows per head; a query's rows / `n_heads` and a key's rows / `n_kv_heads` if None.
         partition: a `Partition` of your own; excludes the three above.
         value_blocks: "neuron", or "tensor" for one block per value projection.
+        second_moment: "blocks", or "factored": row means times column means for every matrix, as Adafactor keeps them
+            (arXiv 1804.04235), in place of the paper's blocks.
         momentum_dtype: dtype of `exp_avg`; None for the parameter's. torch.int8 keeps a float32 scale per run of 128
             columns, for tensors of two dims or more whose columns are a multiple of 128; others stay float32.
         maximize: ascend instead of descend.
@@ -53,7 +55,8 @@ class AdamMini(Optimizer):
         seed: of that rounding; the same bits for the same seed, step and element on every mesh.
 
     State per parameter: `exp_avg` (shape and placements of the parameter), `exp_avg_sq` (the block grid, float32, or
-    float64 for float64 parameters), `step` (0-d float32); with int8, `exp_avg_scale` (float32, placed likewise).
+    float64 for float64 parameters), `step` (0-d float32); with int8, `exp_avg_scale` (float32, placed likewise); where
+    factored, `exp_avg_sq` is of the rows, `exp_avg_sq_col` of the columns, `exp_avg_sq_mean` of the whole.
 
     Raises:
         ValueError: for a wrong hyper-parameter, missing names, or a parameter that no rule of the partition knows.
@@ -72,6 +75,7 @@ class AdamMini(Optimizer):
         head_dim: int | None = None,
         partition: Partition | None = None,
         value_blocks: str = "neuron",
+        second_moment: str = "blocks",
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -86,10 +90,16 @@ class AdamMini(Optimizer):
         heads = (n_heads, n_kv_heads, head_dim)
         if partition is None:
             partition = Partition.transformer(
-                n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, value_blocks=value_blocks
+                n_heads=n_heads,
+                n_kv_heads=n_kv_heads,
+                head_dim=head_dim,
+                value_blocks=value_blocks,
+                second_moment=second_moment,
             )
-        elif any(heads) or value_blocks != "neuron":
-            raise ValueError("n_heads, n_kv_heads, head_dim and value_blocks belong to the partition if you pass one")
+        elif any(heads) or value_blocks != "neuron" or second_moment != "blocks":
+            raise ValueError(
+                "n_heads, n_kv_heads, head_dim, value_blocks and second_moment belong to the partition if you pass one"
+            )
         self.partition = partition
         self.momentum_dtype = momentum_dtype
         self.stochastic_rounding = stochastic_rounding
@@ -170,14 +180,15 @@ class AdamMini(Optimizer):
             items = []
             for name, param, _ in self._named():
                 try:
-                    plan = BlockPlan.of(self._blocks[name].layout, shard_of(param))
+                    shard = shard_of(param)
+                    plans = tuple(BlockPlan.of(layout, shard) for layout in self._blocks[name].layouts)
                     if self._momentum(param) == torch.int8:
                         momentum.check_runs(param)
                 except ValueError as error:
                     raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
                 agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
-                items.append(Item(name, param, plan, mesh_axes(param), dtype, agreed))
+                items.append(Item(name, param, plans, mesh_axes(param), dtype, agreed))
             device = local(items[0].param).device if items else torch.device("cpu")
             self.engine, self._engine_line = kernels.choose(*self._flags, device)
             self._exchange, self._key, self._works = Exchange(items), key, []
@@ -221,19 +232,20 @@ class AdamMini(Optimizer):
                 self.state[item.param] = self._fresh_state(item)
 
     def _fresh_state(self, item: Item) -> dict[str, Tensor]:
-        param, plan = item.param, item.plan
+        param = item.param
         data = local(param)
         if data.is_meta:
             raise ValueError(f"{item.name!r} is on the meta device: materialise the model (to_empty, then initialise)")
         same = param.placements if isinstance(param, DTensor) else ()
-        grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
         exp_avg = torch.zeros_like(data, dtype=self._momentum(param))
-        exp_avg_sq = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
         state = {
             "step": torch.zeros((), dtype=torch.float32, device=data.device if self.engine.step_on_device else "cpu"),
             "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
-            "exp_avg_sq": as_state(exp_avg_sq, param, plan.layout.grid_shape, grid),
         }
+        for key, plan in zip(SECOND_MOMENTS, item.plans, strict=False):
+            grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
+            zeros = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
+            state[key] = as_state(zeros, param, plan.layout.grid_shape, grid)
         if exp_avg.dtype == torch.int8:
             scale = torch.zeros(int8.scale_shape(data.shape), dtype=torch.float32, device=data.device)
             state["exp_avg_scale"] = as_state(scale, param, int8.scale_shape(param.shape), same)
@@ -257,12 +269,12 @@ class AdamMini(Optimizer):
             exchange.start(works, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
             # Whoever needs no other rank goes first, while the sums travel.
-            alone = [work for work in works if work.grad is not None and work.sums is None]
+            alone = [work for work in works if work.grad is not None and not work.waits]
             self.engine.update(alone)
             with torch.profiler.record_function("AdamMini.wait"):
                 exchange.finish()
             self.engine.update(
-                [work for work in works if work.sums is not None or (work.grad is None and work.present is not None)]
+                [work for work in works if work.waits or (work.grad is None and work.present is not None)]
             )
         for work in works:
             work.grad = None  # whoever drops the gradients wants their memory back
@@ -272,13 +284,14 @@ class AdamMini(Optimizer):
         """What the engine gets of every parameter: local tensors, taken anew."""
         if not self._works:
             for index, (item, (name, _, group)) in enumerate(zip(exchange.items, self._named(), strict=True)):
-                own, complete, present = exchange.places(index)
+                ((own, complete), *others), present = exchange.places(index)
+                plan, *more = item.plans
                 seed = rounding.seed_of(self.seed, clean_name(name)) if self.stochastic_rounding else None
                 nothing = torch.empty(0)
                 self._works.append(
                     Work(
                         name=name,
-                        plan=item.plan,
+                        plan=plan,
                         param=nothing,
                         grad=None,
                         exp_avg=nothing,
@@ -291,6 +304,9 @@ class AdamMini(Optimizer):
                         own_sums=own,
                         sums=complete,
                         present=present,
+                        factors=tuple(
+                            Factor(factor, nothing, *sums) for factor, sums in zip(more, others, strict=True)
+                        ),
                     )
                 )
         for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
@@ -298,13 +314,16 @@ class AdamMini(Optimizer):
             work.param, work.grad, work.step = local(item.param), grad, state["step"]
             work.exp_avg, work.exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
             work.exp_avg_scale = local(state["exp_avg_scale"]) if "exp_avg_scale" in state else None
+            for key, factor in zip(SECOND_MOMENTS[1:], work.factors, strict=False):
+                factor.exp_avg_sq = local(state[key])
         return self._works
 
     # Saving and loading
 
     @torch.no_grad()
-    def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """AdamW's second moments as AdamMini's: their mean over every block, placed as `exp_avg_sq` is. Collective.
+    def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """AdamW's second moments as AdamMini's: their mean over every block, by its key in the state, placed as the
+        state is. Collective.
 
         Args:
             exp_avg_sq: one per trainable parameter, with its shape and placements.
@@ -317,11 +336,13 @@ class AdamMini(Optimizer):
         plain = Tensorwise("foreach", vectorized)
         exchange.start(works, plain)
         exchange.finish()
-        means = {}
+        means: dict[Tensor, dict[str, Tensor]] = {}
         for work, item in zip(works, exchange.items, strict=True):
-            like = self.state[item.param]["exp_avg_sq"]
-            placements = like.placements if isinstance(like, DTensor) else ()
-            means[item.param] = as_state(plain.block_means(work), item.param, like.shape, placements)
+            means[item.param] = {}
+            for key, mean in zip(SECOND_MOMENTS, plain.block_means(work), strict=False):
+                like = self.state[item.param][key]
+                placements = like.placements if isinstance(like, DTensor) else ()
+                means[item.param][key] = as_state(mean, item.param, like.shape, placements)
             work.grad = None
         return means
 

@@ -140,20 +140,52 @@ def _is_aligned(tiles: Tiles, chunks: int) -> bool:
     )
 
 
+COLUMNS = 1
+"""Which of a factored parameter's grids (rows, columns, whole) is that of the columns."""
+
+
 @dataclass(frozen=True)
-class Slot:
-    """One parameter's place in one group's buffer.
+class Grid:
+    """One block grid among all that an optimizer exchanges.
 
     Attributes:
-        param: index of the parameter.
+        param: index of its parameter.
+        number: which of the parameter's grids it is.
+        plan: its blocks on this rank.
+    """
+
+    param: int
+    number: int
+    plan: BlockPlan
+
+    @property
+    def fine(self) -> bool:
+        """Do its sums travel as float64? Sums over a column are those of many rows, added in an order that the
+        sharding decides: they stay the same where the sum of the roundings is exact, or far below float32's."""
+        return self.number == COLUMNS
+
+
+def grids_of(plans: Sequence[Sequence[BlockPlan]]) -> list[Grid]:
+    """The grids of all parameters, in the order of the exchange; `plans` has those of every parameter."""
+    return [Grid(param, number, plan) for param, own in enumerate(plans) for number, plan in enumerate(own)]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One block grid's place in one group's buffer.
+
+    Attributes:
+        grid: its index.
         sums: offset of its sums, which have the plan's `sums_shape`; None if they are not exchanged here.
-        present: offset of the number of ranks that have a gradient.
+        fine: do they stand in the buffer's float64 part?
+        present: offset of the number of ranks that have a gradient; never in that part.
         after: index, in the list of buffers, of the one whose result goes into this one; None for the first.
         present_after: the same for the number of ranks.
     """
 
-    param: int
+    grid: int
     sums: int | None
+    fine: bool
     present: int
     after: int | None
     present_after: int | None
@@ -161,62 +193,65 @@ class Slot:
 
 @dataclass(frozen=True)
 class BufferPlan:
-    """One group's buffer: the same on all ranks of the group."""
+    """One group's buffer, the same on all ranks of the group: `numel` entries, and `fine_numel` that are float64."""
 
     group: Group
     slots: tuple[Slot, ...]
     numel: int
+    fine_numel: int
 
 
-def plan_buffers(plans: Sequence[BlockPlan], axes: Sequence[Sequence[Axis]]) -> tuple[BufferPlan, ...]:
-    """The exchange of all parameters of an optimizer: one buffer per group that has anything to complete.
+def plan_buffers(grids: Sequence[Grid], axes: Sequence[Sequence[Axis]]) -> tuple[BufferPlan, ...]:
+    """The exchange of all block grids of an optimizer: one buffer per group that has anything to complete.
 
     Args:
-        plans: one per parameter, in an order that all ranks share.
-        axes: for each parameter, the axes (of more than one rank) of its mesh.
+        grids: see `grids_of`; all ranks have the same order.
+        axes: of every parameter, the axes (of more than one rank) of its mesh.
 
     The order of the buffers is one total order for all ranks: by position in the mesh, since a block cut on two
     axes is reduced on each in turn, then by ranks. Where a group exchanges at all, every parameter that it shards
     tells how many ranks have its gradient, so that `step` stays the same everywhere.
     """
-    busy = {axis.ranks for plan, mesh in zip(plans, axes, strict=True) for axis in mesh if axis.index in plan.axes}
+    busy = {axis.ranks for grid in grids for axis in axes[grid.param] if axis.index in grid.plan.axes}
     order = {group: number for number, group in enumerate(ordered_groups(axes)) if group in busy}
     members: dict[Group, list[tuple[int, bool]]] = {group: [] for group in order}
-    for index, (plan, mesh) in enumerate(zip(plans, axes, strict=True)):
-        cut = {one.axis for one in plan.shard.cuts} | set(plan.axes)
-        for axis in mesh:
+    for index, grid in enumerate(grids):
+        cut = {one.axis for one in grid.plan.shard.cuts} | set(grid.plan.axes)
+        for axis in axes[grid.param]:
             if axis.ranks in busy and axis.index in cut:
-                members[axis.ranks].append((index, axis.index in plan.axes))
+                members[axis.ranks].append((index, axis.index in grid.plan.axes))
 
     buffers: list[BufferPlan] = []
     sums_in: dict[int, int] = {}
     present_in: dict[int, int] = {}
     for group in order:
-        slots, offset = [], 0
+        slots, ends = [], [0, 0]
         for index, exchanged in members[group]:
-            numel = prod(plans[index].sums_shape) if exchanged else 0
-            after = sums_in.get(index) if exchanged else None
-            slots.append(Slot(index, offset if exchanged else None, offset + numel, after, present_in.get(index)))
-            offset += numel + 1
-            present_in[index] = len(buffers)
+            sums, after, part = None, None, int(grids[index].fine)
             if exchanged:
+                sums, after = ends[part], sums_in.get(index)
+                ends[part] += prod(grids[index].plan.sums_shape)
                 sums_in[index] = len(buffers)
-        buffers.append(BufferPlan(group, tuple(slots), offset))
+            slots.append(Slot(index, sums, grids[index].fine, ends[0], after, present_in.get(index)))
+            ends[0] += 1
+            present_in[index] = len(buffers)
+        buffers.append(BufferPlan(group, tuple(slots), *ends))
     return tuple(buffers)
 
 
-def bytes_in(buffers: Sequence[BufferPlan], plans: Sequence[BlockPlan], itemsizes: Sequence[int]) -> dict[int, int]:
+def bytes_in(buffers: Sequence[BufferPlan], grids: Sequence[Grid], itemsizes: Sequence[int]) -> dict[int, int]:
     """Bytes that each parameter has in the buffers, presence slots included; those that have none are left out.
 
     Args:
-        plans, itemsizes: of every parameter; one buffer has the type of the widest in it.
+        itemsizes: of every parameter; one buffer travels in the type of the widest in it.
     """
     result: dict[int, int] = {}
     for buffer in buffers:
-        wide = max(itemsizes[slot.param] for slot in buffer.slots)
-        for slot in buffer.slots:
-            numel = 1 + (prod(plans[slot.param].sums_shape) if slot.sums is not None else 0)
-            result[slot.param] = result.get(slot.param, 0) + numel * wide
+        own = [grids[slot.grid] for slot in buffer.slots]
+        wide = max([8 if buffer.fine_numel else 0, *(itemsizes[grid.param] for grid in own)])
+        for slot, grid in zip(buffer.slots, own, strict=True):
+            numel = 1 + (prod(grid.plan.sums_shape) if slot.sums is not None else 0)
+            result[grid.param] = result.get(grid.param, 0) + numel * wide
     return result
 
 

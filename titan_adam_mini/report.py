@@ -19,14 +19,14 @@ def table(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence
     rows = [HEADINGS]
     for row in summarize(blocks[item.name] for item in items):
         members = [index[name] for name in row.names]
-        cut = sum(bool(items[number].plan.axes) for number in members)
+        cut = sum(items[number].straddles for number in members)
         straddling = "no" if not cut else "yes" if cut == len(members) else f"{cut} of {len(members)}"
         spent = sum(cost.get(number, 0) for number in members)
         shape = "x".join(map(str, row.shape))
-        layout, decay = f"{row.layout.num_blocks:,} ({row.layout})", "yes" if row.decay else "no"
+        layout, decay = f"{row.second_moments:,} ({row.cuts})", "yes" if row.decay else "no"
         rows.append((row.pattern, str(len(members)), shape, row.role, layout, decay, straddling, f"{spent:,}"))
-    total = sum(blocks[item.name].layout.num_blocks for item in items)
-    cut = sum(bool(item.plan.axes) for item in items)
+    total = sum(blocks[item.name].second_moments for item in items)
+    cut = sum(item.straddles for item in items)
     rows.append(("total", str(len(items)), "", "", f"{total:,}", "", str(cut), f"{sum(cost.values()):,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     right = (1, 7)
@@ -44,12 +44,13 @@ def heads_cut(blocks: Mapping[str, Blocks], items: Sequence[Item]) -> int:
     total = 0
     for item in items:
         role = blocks[item.name].role
-        if role.removesuffix(TRANSPOSED) not in HEADED:
+        if role.removesuffix(TRANSPOSED) not in HEADED or blocks[item.name].factors:
             continue
-        dim = 0 if role.removesuffix(TRANSPOSED) == role else len(item.plan.layout.dims) - 1
-        tiles = item.plan.layout.dims[dim]
+        plan = item.plans[0]
+        dim = 0 if role.removesuffix(TRANSPOSED) == role else len(plan.layout.dims) - 1
+        tiles = plan.layout.dims[dim]
         starts, lengths = tiles.starts(), tiles.lengths()
-        edges = {stop for _, stop in item.plan.shard.pieces(dim) if 0 < stop < tiles.size}
+        edges = {stop for _, stop in plan.shard.pieces(dim) if 0 < stop < tiles.size}
         cut = {tiles.tile_of(edge) for edge in edges.difference(starts)}
         total += sum(lengths[tile] == lengths[0] for tile in cut)
     return total

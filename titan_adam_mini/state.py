@@ -16,6 +16,8 @@ CONVERT = (
     "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
     "[optimizer.adam_mini] load_adamw_state = true"
 )
+SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_col", "exp_avg_sq_mean")
+"""Keys of a parameter's grids: that of its blocks, and where it is factored those of its columns and of the whole."""
 FOREIGN = ("vmean", "head_per_gpu", "neuron_per_gpu")
 """State that only the authors' adam-mini keeps: statistics of one GPU's part of a tensor."""
 AUTHORS = (

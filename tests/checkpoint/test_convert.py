@@ -16,7 +16,8 @@ from meshes import DENSE, full_shapes, layouts
 from oracle import error
 from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
-from titan_adam_mini.checkpoint.convert import Conversion, convert, spread
+from titan_adam_mini.checkpoint.convert import Conversion, convert
+from titan_adam_mini.checkpoint.moments import spread
 from titan_adam_mini.checkpoint.stored import Stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,9 +123,9 @@ def test_a_box_is_spread_as_the_whole_is() -> None:
     layout = layouts(DENSE)["layers.0.attention.wk.weight"]
     grid = torch.arange(layout.num_blocks, dtype=torch.float32).reshape(layout.grid_shape)
     rows, columns = layout.shape
-    whole = spread(grid, layout, [(0, rows), (0, columns)])
-    assert torch.equal(spread(grid, layout, [(3, rows - 1), (1, 2)]), whole[3 : rows - 1, 1:2])
-    assert spread(grid, layout, [(rows, rows), (0, columns)]).shape == (0, columns)
+    whole = spread([grid], [layout], [(0, rows), (0, columns)])
+    assert torch.equal(spread([grid], [layout], [(3, rows - 1), (1, 2)]), whole[3 : rows - 1, 1:2])
+    assert spread([grid], [layout], [(rows, rows), (0, columns)]).shape == (0, columns)
 
 
 # Refusals

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_adam_mini.kernels import vectorized
 from titan_adam_mini.layout import BlockLayout, Tiles
-from titan_adam_mini.plan import BlockPlan, BufferPlan, ordered_groups, plan_buffers
+from titan_adam_mini.plan import BlockPlan, BufferPlan, grids_of, ordered_groups, plan_buffers
 from titan_adam_mini.sharding import Axis, box_shape
 from titan_adam_mini.sharding import Shard as Part
 
@@ -54,7 +54,8 @@ class World:
             shards = {name: Part.of(layouts[name].shape, places[name], mesh, coordinate) for name in layouts}
             self.plans.append([BlockPlan.of(layouts[name], shards[name]) for name in layouts])
         self.buffers: list[tuple[BufferPlan, ...]] = [
-            plan_buffers(plans, [axes] * len(plans)) for plans, axes in zip(self.plans, self.axes, strict=True)
+            plan_buffers(grids_of([[plan] for plan in plans]), [axes] * len(plans))
+            for plans, axes in zip(self.plans, self.axes, strict=True)
         ]
 
     def sums(self, rank: int, index: int, grad: Tensor) -> Tensor:
@@ -80,11 +81,11 @@ class World:
                 continue
             for slot in plan.slots:
                 if slot.sums is not None:
-                    total = torch.zeros_like(state[group[0]][slot.param])
+                    total = torch.zeros_like(state[group[0]][slot.grid])
                     for rank in group:
-                        total = total + state[rank][slot.param]
+                        total = total + state[rank][slot.grid]
                     for rank in group:
-                        state[rank][slot.param] = total.clone()
+                        state[rank][slot.grid] = total.clone()
         for rank in ranks:
             for index, plan in enumerate(self.plans[rank]):
                 sums = state[rank][index]
@@ -176,7 +177,7 @@ def test_llama3_8b_bytes_per_step(ranks: int, megabytes: float) -> None:
         }
     shards = [Part.of(layout.shape, [Shard(0)], (ranks,), (3,)) for layout in layouts.values()]
     plans = [BlockPlan.of(layout, shard) for layout, shard in zip(layouts.values(), shards, strict=True)]
-    (buffer,) = plan_buffers(plans, [axes_at((ranks,), (3,))] * len(plans))
+    (buffer,) = plan_buffers(grids_of([[plan] for plan in plans]), [axes_at((ranks,), (3,))] * len(plans))
     heads = 32 * (4096 + 1024) if ranks == 64 else 0
     assert buffer.numel == 65 * 4096 + heads + len(layouts)
     assert abs(buffer.numel * 4 / 1e6 - megabytes) < 0.006

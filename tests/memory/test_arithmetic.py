@@ -44,7 +44,7 @@ def kinds(draw: st.DrawFn) -> Kind:
         "none": (Replicate(), Shard(0), Replicate()),
     }[column]
     rows = draw(st.sampled_from([size for size in range(1, shape[0] + 1) if shape[0] % size == 0]))
-    return Kind(shape, torch.float32, placements, mesh, BlockLayout.of(shape, rows, None), fsdp=1)
+    return Kind(shape, torch.float32, placements, mesh, (BlockLayout.of(shape, rows, None),), fsdp=1)
 
 
 def copies(kind: Kind) -> int:

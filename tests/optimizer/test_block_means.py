@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from injected import agreed, full, make
-from meshes import CATALOGUE, DENSE, Placed, draw, full_shapes, layouts
+from meshes import CATALOGUE, DENSE, Placed, draw, factors, full_shapes, layouts
 from oracle import error
 from ranks import run
 from torch import Tensor
+
+from titan_adam_mini.state import SECOND_MOMENTS
 
 
 @lru_cache
@@ -22,34 +24,43 @@ def elementwise(name: str) -> dict[str, Tensor]:
     return {key: value.square() * 10.0 ** (number % 7 - 9) for number, (key, value) in enumerate(drawn.items())}
 
 
-def means(rank: int, world: int, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def means(rank: int, world: int, name: str, dtype: torch.dtype, second_moment: str) -> dict[str, Any]:
     mesh = CATALOGUE[name]
     placed, second = (Placed.decoder(mesh, dtype).fill(elementwise(name)) for _ in range(2))
-    optimizer = make("AdamMini", placed.params, mesh.sizes)
+    optimizer = make("AdamMini", placed.params, mesh.sizes, second_moment=second_moment)
     found = optimizer.block_means({placed.params[key]: value.detach() for key, value in second.params.items()})
-    for param, value in found.items():
-        like = optimizer.state[param]["exp_avg_sq"]
-        assert value.shape == like.shape and value.dtype == like.dtype
-        assert getattr(value, "placements", None) == getattr(like, "placements", None)
-    return {key: full(found[param]) for key, param in placed.params.items()}
+    for param, values in found.items():
+        for key, value in values.items():
+            like = optimizer.state[param][key]
+            assert value.shape == like.shape and value.dtype == like.dtype
+            assert getattr(value, "placements", None) == getattr(like, "placements", None)
+    return {
+        f"{name} {key}": full(value) for name, param in placed.params.items() for key, value in found[param].items()
+    }
 
 
 MESHES = ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "HSDP x TP 2x2x2", "FSDP2 x EP 2x2", "PP 2"]
 
 
+@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
 @pytest.mark.parametrize("name", MESHES)
-def test_they_are_the_means(name: str) -> None:
-    got = agreed(run(means, CATALOGUE[name].world, name, torch.float64))
-    for key, layout in layouts(CATALOGUE[name].sizes).items():
-        want = elementwise(name)[key]
-        for dim, tiles in enumerate(layout.dims):
-            want = torch.cat([tile.mean(dim, keepdim=True) for tile in want.split(tiles.lengths(), dim)], dim)
-        assert error(got[key], want) < 1e-13, key
+def test_they_are_the_means(name: str, second_moment: str) -> None:
+    sizes, factored = CATALOGUE[name].sizes, second_moment == "factored"
+    got = agreed(run(means, CATALOGUE[name].world, name, torch.float64, second_moment))
+    for key, layout in layouts(sizes, heads=not factored).items():
+        others = factors(sizes).get(key, ()) if factored else ()
+        for suffix, cut in zip(SECOND_MOMENTS, (layout, *others), strict=False):
+            want = elementwise(name)[key]
+            for dim, tiles in enumerate(cut.dims):
+                want = torch.cat([tile.mean(dim, keepdim=True) for tile in want.split(tiles.lengths(), dim)], dim)
+            assert error(got.pop(f"{key} {suffix}"), want) < 1e-13, key
+    assert not got
 
 
+@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
 @pytest.mark.parametrize("name", ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "PP 2"])
-def test_the_bits_are_those_of_one_device(name: str) -> None:
+def test_the_bits_are_those_of_one_device(name: str, second_moment: str) -> None:
     assert CATALOGUE[name].sizes == DENSE
-    got = agreed(run(means, CATALOGUE[name].world, name, torch.float32))
-    want = agreed(run(means, 1, "one rank", torch.float32))
+    got = agreed(run(means, CATALOGUE[name].world, name, torch.float32, second_moment))
+    want = agreed(run(means, 1, "one rank", torch.float32, second_moment))
     assert all(torch.equal(got[key], value) for key, value in want.items())

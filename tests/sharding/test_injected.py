@@ -11,6 +11,8 @@ from injected import errors, on_mesh, on_one_device, oracle
 from meshes import CATALOGUE, DENSE
 from oracle import error
 
+from titan_adam_mini.state import SECOND_MOMENTS
+
 # Collectives of any later step, and of the first: that one also checks the plan (one per process group) and, where
 # parameters are replicated on a group, agrees on which gradients are Partial (one more for that group).
 COLLECTIVES = {
@@ -61,6 +63,35 @@ def test_float64_equals_the_oracle_with_the_stated_collectives(name: str) -> Non
         assert {one.op for step in steps for one in step} <= {"allreduce_"}
         assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
         assert all(rank in one.ranks for step in steps for one in step)
+
+
+FACTORED = {
+    **COLLECTIVES,
+    # The columns of experts are cut along dp, everything else along all ranks.
+    "FSDP2 x EP 2x2, experts Shard(1)": (2, 5),
+}
+"""The same where every matrix is factored."""
+
+
+@pytest.mark.parametrize("name", marked(FAST))
+def test_factored_equals_the_oracle_too(name: str) -> None:
+    got, ranks = on_mesh(name, second_moment="factored")
+    worst = errors(got, oracle(CATALOGUE[name].sizes, factored=True))
+    assert max(worst.values()) < 1e-12, worst
+    for steps in ranks:
+        assert [len(steps[0]), len(steps[1])] == list(reversed(FACTORED[name]))
+        assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
+        assert all(step == steps[1] for step in steps[2:]), "every step asks for the same"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factored_has_the_bits_of_one_device_under_fsdp_and_hsdp(dtype: torch.dtype) -> None:
+    want = on_one_device(DENSE, dtype=dtype, steps=6, second_moment="factored")
+    for name in BITS if dtype == torch.float32 else ["FSDP2 3", "HSDP 2x3"]:
+        got, _ = on_mesh(name, dtype=dtype, steps=6, second_moment="factored")
+        for kind in ("params", "exp_avg", *SECOND_MOMENTS):
+            for key, value in want[kind].items():
+                assert got[kind][key].dtype == value.dtype and torch.equal(got[kind][key], value), (name, kind, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from ..sharding import Shard, box_shape, shard_of
-from ..state import AUTHORS, CONVERT
+from ..state import AUTHORS, CONVERT, SECOND_MOMENTS
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
 
 _SHOWN = 3
@@ -120,6 +120,7 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
         raise ValueError(f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}")
     if kind == "AdamMini" and elementwise and len(grids) > 1:
         raise ValueError(f"{stored.path} holds AdamMini's optimizer state, not AdamW's: leave out load_adamw_state")
+    _check_factors(stored, start, wanted)
     missing = [name.removeprefix(start) for name in grids if name not in stored]
     if missing:
         known = set(stored.parameters(prefix))
@@ -140,6 +141,26 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
             "value_blocks of the run that saved it, or take AdamW's state to change the partition"
         )
     _check_momentum(stored, prefix, wanted)
+
+
+def _check_factors(stored: Stored, start: str, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError if a second moment is factored here and not there, or the other way round."""
+    suffix = "." + SECOND_MOMENTS[1]
+    there, here = (
+        {
+            name.removeprefix(start).removesuffix(suffix)
+            for name in names
+            if name.startswith(start) and name.endswith(suffix)
+        }
+        for names in (stored.tensors, wanted)
+    )
+    here_only, there_only = sorted(here - there), sorted(there - here)
+    for told, names in (("here and not there", here_only), ("there and not here", there_only)):
+        if names:
+            raise ValueError(
+                f"{stored.path} was saved with another second moment: that of {some(names)} is factored {told}. Give "
+                "this run the second_moment and roles of the run that saved it, or take AdamW's state to change them"
+            )
 
 
 def _check_momentum(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> None:

@@ -29,16 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ..kernels import int8, vectorized
-from ..kernels.tensorwise import Tensorwise
-from ..layout import BlockLayout, Tiles
+from ..kernels import int8
 from ..momentum import dtype_of
 from ..partition import Blocks
-from ..plan import BlockPlan
-from ..sharding import Shard
-from ..state import AUTHORS
+from ..state import AUTHORS, SECOND_MOMENTS
 from .appearing import appearing
 from .check import some
+from .moments import block_means, spread
 from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
@@ -111,16 +108,21 @@ class Conversion:
                 raise ValueError(f"{stored.path} {told.format(shown)}: is it the configuration of this run?")
         for name in names:
             blocks = self.blocks[name]
-            size, grid = self._size(name, EXP_AVG), self._size(name, EXP_AVG_SQ)
+            size, _ = self._size(name, EXP_AVG), self._size(name, EXP_AVG_SQ)
             if self.dtypes(name)[0] == torch.int8:
                 self._size(name, EXP_AVG_SCALE)
             if size != blocks.shape:
                 raise ValueError(f"{name} is {size} in {stored.path} and {blocks.shape} in the configuration's model")
-            if self.to == "adamw" and grid != blocks.layout.grid_shape:
-                raise ValueError(
-                    f"{name} has second moments of shape {grid} in {stored.path}, the configuration's partition "
-                    f"{blocks.layout.grid_shape}: give head counts, roles and value_blocks of the run that saved it"
-                )
+            if self.to == "adamw":
+                there = [stored.tensors.get(f"{_OPTIMIZER}{STATE}{name}.{key}") for key in SECOND_MOMENTS]
+                grids = [tuple(one.size) for one in there if one is not None]
+                here = [layout.grid_shape for layout in blocks.layouts]
+                if grids != here:
+                    raise ValueError(
+                        f"{name} has second moments of shape {_words(grids)} in {stored.path}, the configuration's "
+                        f"partition {_words(here)}: give head counts, roles, value_blocks and second_moment of the run "
+                        "that saved it"
+                    )
         if self.lr is not None and not self.lr >= 0:
             raise ValueError(f"--lr {self.lr} is not a learning rate")
 
@@ -209,21 +211,12 @@ class Conversion:
         key = name.rpartition(".")[2]
         return key not in self.group and key != "initial_lr"
 
-    def block_means(self, name: str) -> tuple[Tensor, Tensor]:
-        """AdamW's second moments of a parameter as roots, and their means per block in the target's dtype.
+    def second_moments(self, name: str) -> list[Tensor]:
+        """A parameter's second moments in the source, grid by grid; one, with its shape, if they are AdamW's."""
+        keys = [f"{_OPTIMIZER}{STATE}{name}.{key}" for key in SECOND_MOMENTS]
+        return [self.stored.read(key) for key in keys if key in self.stored.tensors]
 
-        They are read as roots because the engine, whose order of summation this is, squares.
-        """
-        roots = self.stored.read(_OPTIMIZER + STATE + name + EXP_AVG_SQ)
-        dtype = torch.float64 if roots.dtype == torch.float64 else torch.float32
-        roots = roots.to(dtype).sqrt_()
-        plan = BlockPlan.of(self.blocks[name].layout, Shard(tuple(roots.shape)))
-        plain, sums = Tensorwise("foreach", vectorized), roots.new_zeros(plan.sums_shape)
-        plain.add_sums(plan, roots, sums)
-        means = plain.means(plan, sums)
-        return roots, means.to(self.dtype(name))
-
-    def compare(self, name: str, roots: Tensor | None, grid: Tensor, roles: Roles) -> None:
+    def compare(self, name: str, roots: Tensor | None, grids: list[Tensor], roles: Roles) -> None:
         """Add a parameter's next update to `roles`: before, with AdamW's second moments if there are `roots` of them,
         and with those of the blocks."""
         stored, start = self.stored, f"{_OPTIMIZER}{GROUPS}{name}."
@@ -233,7 +226,7 @@ class Conversion:
             return
         first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
         momentum = self.momentum(name)
-        layout, before, after = self.blocks[name].layout, 0.0, 0.0
+        layouts, before, after = self.blocks[name].layouts, 0.0, 0.0
         rows = max(1, (1 << 20) // max(1, math.prod(momentum.shape[1:])))
         for lo in range(0, max(1, momentum.shape[0] if momentum.ndim else 1), rows):
             here = slice(lo, lo + rows) if momentum.ndim else ()
@@ -241,7 +234,7 @@ class Conversion:
             box = [(0, size) for size in momentum.shape]
             if box:
                 box[0] = (lo, min(lo + rows, momentum.shape[0]))
-            shared = spread(grid, layout, box).double().sqrt()
+            shared = spread(grids, layouts, box).double().sqrt()
             own = shared if roots is None else roots[here].double()
             before += float((update / (own / second**0.5 + eps)).square().sum())
             after += float((update / (shared / second**0.5 + eps)).square().sum())
@@ -255,21 +248,11 @@ def _runs(chunk: ChunkStorageMetadata) -> ChunkStorageMetadata:
 
 
 def _is_second_moment(name: str) -> bool:
-    return name.startswith(_OPTIMIZER + STATE) and name.endswith(EXP_AVG_SQ)
+    return name.startswith(_OPTIMIZER + STATE) and name.rpartition(".")[2] in SECOND_MOMENTS
 
 
-def spread(grid: Tensor, layout: BlockLayout, box: list[tuple[int, int]]) -> Tensor:
-    """The elements of `box`, each with the value of its block."""
-    for dim, (tiles, (start, stop)) in enumerate(zip(layout.dims, box, strict=True)):
-        grid = grid.index_select(dim, _tiles_of(tiles, start, stop)) if not tiles.is_whole else grid
-    return grid.expand([stop - start for start, stop in box])
-
-
-def _tiles_of(tiles: Tiles, start: int, stop: int) -> Tensor:
-    """The number of the tile of every index in [start, stop)."""
-    first, last = tiles.span(start, stop)
-    lengths = torch.tensor(tiles.clip(start, stop).lengths(), dtype=torch.int64)
-    return torch.arange(first, last).repeat_interleave(lengths)
+def _words(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes))
 
 
 def convert(
@@ -375,28 +358,29 @@ class _Writer:
             return
         conversion = self.conversion
         name = index.fqn.removeprefix(start).removesuffix(EXP_AVG)
-        key, blocks, dtype = start + name + EXP_AVG_SQ, conversion.blocks[name], conversion.dtype(name)
-        properties = TensorProperties(dtype=dtype)
-        momentum = conversion.stored.tensors[index.fqn]
-        if conversion.to == "adam_mini":
-            if name in self.seen:
-                return
-            roots, grid = conversion.block_means(name)
-            conversion.compare(name, roots, grid, self.roles)
-            offsets, size = torch.Size([0] * grid.ndim), grid.size()
-            self.entries[key] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(offsets, size)])
-            part = grid.clone()
-        else:
-            grid = conversion.stored.read(key)
-            if name not in self.seen:
-                conversion.compare(name, None, grid, self.roles)
-                self.entries[key] = TensorStorageMetadata(properties, momentum.size, momentum.chunks)
-            offsets = index.offset if index.offset is not None else torch.Size([0] * len(momentum.size))
-            chunk = next(chunk for chunk in momentum.chunks if chunk.offsets == offsets)
-            box = [(lo, lo + size) for lo, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            part = spread(grid, blocks.layout, box).to(dtype).contiguous().clone()
+        blocks, dtype, first = conversion.blocks[name], conversion.dtype(name), name not in self.seen
         self.seen.add(name)
-        yield MetadataIndex(key, offsets), part
+        properties = TensorProperties(dtype=dtype)
+        momentum, grids = conversion.stored.tensors[index.fqn], conversion.second_moments(name)
+        if conversion.to == "adam_mini":
+            if not first:
+                return
+            roots, means = block_means(grids[0], blocks.layouts)
+            grids = [mean.to(dtype) for mean in means]
+            conversion.compare(name, roots, grids, self.roles)
+            for key, grid in zip(SECOND_MOMENTS, grids, strict=False):
+                full, offsets, size = f"{start}{name}.{key}", torch.Size([0] * grid.ndim), grid.size()
+                self.entries[full] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(offsets, size)])
+                yield MetadataIndex(full, offsets), grid.clone()
+            return
+        key = start + name + EXP_AVG_SQ
+        if first:
+            conversion.compare(name, None, grids, self.roles)
+            self.entries[key] = TensorStorageMetadata(properties, momentum.size, momentum.chunks)
+        offsets = index.offset if index.offset is not None else torch.Size([0] * len(momentum.size))
+        chunk = next(chunk for chunk in momentum.chunks if chunk.offsets == offsets)
+        box = [(lo, lo + size) for lo, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        yield MetadataIndex(key, offsets), spread(grids, blocks.layouts, box).to(dtype).contiguous().clone()
 
     def finish(self) -> None:
         """Write the metadata, by torch's own writer."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels import int8
 from ..momentum import Ways, converted, room
 from ..sharding import as_state, local
+from ..state import SECOND_MOMENTS
 from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, STATE, Kind
 
 MOMENTUM = (EXP_AVG, EXP_AVG_SCALE)
@@ -45,6 +46,8 @@ def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, 
             state.pop(start + EXP_AVG_SCALE, None)
             state |= {f"{start}.{key}": value for key, value in fresh.items()}
         if kind.elementwise:
+            for key in SECOND_MOMENTS:
+                state.pop(f"{start}.{key}", None)
             data, same = torch.empty_like(local(live), dtype=kind.second), getattr(live, "placements", ())
             state[start + EXP_AVG_SQ] = as_state(data, live, live.shape, same, live.stride())
     return state

@@ -26,6 +26,16 @@ log = logging.getLogger("titan_adam_mini")
 
 
 @dataclass
+class Factor:
+    """A further grid of a factored second moment, of its columns or of the whole; see the same names of `Work`."""
+
+    plan: BlockPlan
+    exp_avg_sq: Tensor
+    own_sums: Tensor | None = None
+    sums: Tensor | None = None
+
+
+@dataclass
 class Work:
     """One parameter in one step: plain tensors with this rank's data.
 
@@ -44,6 +54,8 @@ class Work:
         own_sums: [plan.sums_shape] where this rank's sums of squares go; None if nothing straddles.
         sums: [plan.sums_shape] where they are found when all ranks have added theirs; None if nothing straddles.
         present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
+        factors: of a factored second moment, whose first grid is that of its rows: the columns, whose sums are
+            float64, and the whole. Else nothing.
     """
 
     name: str
@@ -60,6 +72,12 @@ class Work:
     own_sums: Tensor | None = None
     sums: Tensor | None = None
     present: Tensor | None = None
+    factors: tuple[Factor, ...] = ()
+
+    @property
+    def waits(self) -> bool:
+        """Are there sums that other ranks add to?"""
+        return self.sums is not None or any(factor.sums is not None for factor in self.factors)
 
 
 class Engine(Protocol):
@@ -72,7 +90,7 @@ class Engine(Protocol):
     """Whether `step` lives where the parameter does; on the CPU otherwise."""
 
     def square_sums(self, works: Sequence[Work]) -> None:
-        """Write this rank's sums of squares into every work's zeroed `own_sums`."""
+        """Write this rank's sums of squares into every work's zeroed `own_sums`, those of its factors too."""
 
     def update(self, works: Sequence[Work]) -> None:
         """One step of Adam-mini for every work (arXiv 2406.16793, Algorithm 1), everything in place."""

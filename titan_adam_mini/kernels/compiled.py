@@ -95,6 +95,8 @@ class Compiled:
 
     def _reason(self, work: Work, lines: Lines) -> str | None:
         """Why a parameter cannot be served by compiled code; None if it can."""
+        if work.factors:
+            return "its second moment is factored"
         kinds = [work.param.dtype, work.exp_avg.dtype, *([] if work.grad is None else [work.grad.dtype])]
         unknown = [str(one) for one in kinds if one not in (*self.dtypes, torch.int8)]
         if work.param.device.type != self.device_type:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Tiles
 from ..plan import BlockPlan
-from . import Work, int8, rounding
+from . import Factor, Work, factored, int8, rounding, vectorized
 
 
 class Arithmetic(Protocol):
@@ -63,8 +63,15 @@ class Tensorwise:
     def square_sums(self, works: Sequence[Work]) -> None:
         """See `Engine.square_sums`."""
         for work in works:
-            assert work.grad is not None and work.own_sums is not None
-            self.add_sums(work.plan, work.grad, work.own_sums)
+            assert work.grad is not None
+            if work.own_sums is not None:
+                self.add_sums(work.plan, work.grad, work.own_sums)
+            if work.factors:
+                columns, whole = work.factors
+                if columns.own_sums is not None:
+                    factored.add_sums(columns, work, columns.own_sums)
+                if whole.own_sums is not None:
+                    self.add_sums(whole.plan, work.grad, whole.own_sums)
 
     def add_sums(self, plan: BlockPlan, grad: Tensor, sums: Tensor) -> None:
         """Add the sums of squares of this rank's part to `sums`, [plan.sums_shape]."""
@@ -82,14 +89,27 @@ class Tensorwise:
                 sums = sums / _lengths(tiles, sums.dtype, sums.device).view(-1, *[1] * (sums.ndim - dim - 1))
         return sums / math.prod(tiles.uniform or 1 for tiles in plan.reach_tiles)
 
-    def block_means(self, work: Work) -> Tensor:
-        """Mean square of the gradient over every block of this rank's reach; a missing gradient counts as zeros."""
-        sums = work.sums
+    def block_means(self, work: Work) -> list[Tensor]:
+        """Mean square of the gradient over every block of this rank's reach, for each of its grids; a missing gradient
+        counts as zeros."""
+        means = [self._means(work, work)]
+        if work.factors:
+            columns, whole = work.factors
+            sums = columns.sums
+            if sums is None:
+                sums = torch.zeros(columns.plan.sums_shape, dtype=torch.float64, device=work.param.device)
+                if work.grad is not None:
+                    factored.add_sums(columns, work, sums)
+            means += [self.means(columns.plan, sums).to(work.exp_avg_sq.dtype), self._means(whole, work)]
+        return means
+
+    def _means(self, grid: Work | Factor, work: Work) -> Tensor:
+        sums = grid.sums
         if sums is None:
-            sums = torch.zeros(work.plan.sums_shape, dtype=work.exp_avg_sq.dtype, device=work.param.device)
+            sums = torch.zeros(grid.plan.sums_shape, dtype=work.exp_avg_sq.dtype, device=work.param.device)
             if work.grad is not None:
-                self.add_sums(work.plan, work.grad, sums)
-        return self.means(work.plan, sums.to(work.exp_avg_sq.dtype))
+                self.add_sums(grid.plan, work.grad, sums)
+        return self.means(grid.plan, sums.to(work.exp_avg_sq.dtype))
 
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
@@ -101,14 +121,20 @@ class Tensorwise:
         plan, grad, group = work.plan, work.grad, work.group
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
+        grids = [work.exp_avg_sq, *(factor.exp_avg_sq for factor in work.factors)]
         means = self.block_means(work)
         work.step += 1
         step = float(work.step)
-        work.exp_avg_sq.mul_(beta2).add_(means * (1 - beta2))
+        for grid, mean in zip(grids, means, strict=True):
+            grid.mul_(beta2).add_(mean * (1 - beta2))
         if grad is None or grad.numel() == 0:
             return
-        root = (work.exp_avg_sq / (1 - beta2**step)).sqrt_()
-        scale = (lr / (1 - beta1**step)) / root.add_(group["eps"])
+
+        def scale(second_moments: Tensor) -> Tensor:
+            """What the momentum is multiplied with."""
+            root = (second_moments / (1 - beta2**step)).sqrt_()
+            return (lr / (1 - beta1**step)) / root.add_(group["eps"])
+
         decay = 1 - lr * group["weight_decay"] if work.decay else 1.0
         weight = (beta1 - 1) if group["maximize"] else (1 - beta1)
 
@@ -116,10 +142,18 @@ class Tensorwise:
         if work.exp_avg_scale is not None:
             exp_avg = int8.dequantized(exp_avg, work.exp_avg_scale)
         if rounds := work.seed is not None and param.dtype == torch.bfloat16:
-            param = param.to(scale.dtype)
+            param = param.to(work.exp_avg_sq.dtype)
         views = plan.shard.views
-        for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), plan.parts, strict=True):
-            self.arithmetic.update(p, g, m, scale[blocks], tiles, decay=decay, momentum=beta1, weight=weight)
+        numbers = {"decay": decay, "momentum": beta1, "weight": weight}
+        if work.factors:
+            for number, tensors in enumerate(zip(views(param), views(grad), views(exp_avg), strict=True)):
+                for rows, second_moments in factored.products(work, number):
+                    p, g, m = (tensor[rows] for tensor in tensors)
+                    vectorized.update(p, g, m, scale(second_moments), (), **numbers)
+        else:
+            scales = scale(work.exp_avg_sq)
+            for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), plan.parts, strict=True):
+                self.arithmetic.update(p, g, m, scales[blocks], tiles, **numbers)
         if work.exp_avg_scale is not None:
             int8.quantize(exp_avg, work.exp_avg, work.exp_avg_scale)
         if rounds:

@@ -21,7 +21,7 @@ CHUNK, GPU_CHUNK = 1 << 18, 1 << 24
 def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
     """See `Arithmetic.square_sums`."""
     parts = []
-    for rows in _chunks(grad):
+    for rows in chunks(grad):
         sums = grad[rows].to(dtype)
         sums = sums * sums
         for dim in range(grad.ndim - 1, max(keep, 0), -1):
@@ -54,7 +54,7 @@ def update(
     for dim, tile in enumerate(tiles):
         if not (tile.is_whole or tile.is_unit):
             scale = scale.index_select(dim, _tile_numbers(tile, scale.device))
-    for rows in _chunks(param):
+    for rows in chunks(param):
         value, average = param[rows], exp_avg[rows]
         result, new_average = value.to(dtype), average.to(dtype)  # the same memory where the dtype is the same
         new_average.mul_(momentum).add_(grad[rows].to(dtype) * weight)
@@ -65,7 +65,7 @@ def update(
             average.copy_(new_average)
 
 
-def _chunks(x: Tensor) -> Iterator[slice | tuple[()]]:
+def chunks(x: Tensor) -> Iterator[slice | tuple[()]]:
     """Indices that go through `x` along its first dim, about CHUNK elements at a time."""
     if x.ndim == 0:
         yield ()

@@ -51,7 +51,7 @@ import torch
 
 from ..momentum import TYPES
 from ..partition import summarize
-from ..plan import BlockPlan, bytes_in, plan_buffers
+from ..plan import BlockPlan, bytes_in, grids_of, plan_buffers
 from .checks import check_checkpoints, check_matrices, refusal
 from .holdings import Held, Kind, Optimizer, Param, Run
 
@@ -99,7 +99,7 @@ def facts(run: Run) -> dict[str, Any]:
         "mesh": run.meshes,
         "parameters": total,
         "frozen": total - sum(prod(param.kind.shape) for param in trained),
-        "second_moments": sum(param.blocks.layout.num_blocks for param in trained if param.blocks),
+        "second_moments": sum(param.blocks.second_moments for param in trained if param.blocks),
         "second_moments_adamw": sum(prod(param.kind.shape) for param in trained),
         "configured": configured,
         "optimizers": {key: one.title for key, one in optimizers.items()},
@@ -177,8 +177,8 @@ def _patterns(run: Run) -> list[dict[str, Any]]:
                     "shape": list(row.shape),
                     "placements": placements,
                     "role": row.role,
-                    "blocks": row.layout.num_blocks,
-                    "layout": str(row.layout),
+                    "blocks": row.second_moments,
+                    "layout": row.cuts,
                     "decay": row.decay,
                     "local_bytes": local,
                     "straddling": cut,
@@ -197,19 +197,20 @@ def _on_first_ranks(run: Run) -> dict[str, tuple[int, int, int]]:
         rank = stage.ranks[0]
         for part in stage.parts:
             params = [param for param in part if param.blocks]
-            plans = [_block_plan(param, rank) for param in params]
+            plans = [_block_plans(param, rank) for param in params]
+            grids = grids_of(plans)
             axes = [param.kind.mesh.axes(rank) for param in params]
             widths = [8 if param.kind.dtype == torch.float64 else 4 for param in params]
-            sent = bytes_in(plan_buffers(plans, axes), plans, widths)
-            for number, (param, plan) in enumerate(zip(params, plans, strict=True)):
-                held = prod(stop - start for start, stop in plan.shard.box()) * param.kind.dtype.itemsize
-                seen[param.name] = (held, int(bool(plan.axes)), sent.get(number, 0))
+            sent = bytes_in(plan_buffers(grids, axes), grids, widths)
+            for number, (param, own) in enumerate(zip(params, plans, strict=True)):
+                held = prod(stop - start for start, stop in own[0].shard.box()) * param.kind.dtype.itemsize
+                seen[param.name] = (held, int(any(plan.axes for plan in own)), sent.get(number, 0))
     return seen
 
 
-def _block_plan(param: Param, rank: int) -> BlockPlan:
-    assert param.kind.layout is not None
-    return BlockPlan.of(param.kind.layout, param.kind.shard(param.kind.mesh.coordinate(rank)))
+def _block_plans(param: Param, rank: int) -> list[BlockPlan]:
+    shard = param.kind.shard(param.kind.mesh.coordinate(rank))
+    return [BlockPlan.of(layout, shard) for layout in param.kind.layouts]
 
 
 def _placed(kind: Kind) -> str:

@@ -77,7 +77,7 @@ class Kind:
         dtype: of the parameter and its gradient.
         placements: DTensor placements, one per axis of `mesh`.
         mesh: the mesh it lives on.
-        layout: its blocks; None for a frozen parameter, which has neither gradient nor state.
+        layouts: its block grids; none for a frozen parameter, which has neither gradient nor state.
         fsdp: the mesh axis along which FSDP2 shards it; None if FSDP2 does not manage it.
         whole_gradient: is its gradient not cut where it is cut? So torch leaves that of an embedding whose rows are
             shared out by tensor parallelism without FSDP.
@@ -87,7 +87,7 @@ class Kind:
     dtype: torch.dtype
     placements: tuple[Placement, ...] = ()
     mesh: Mesh = ALONE
-    layout: BlockLayout | None = None
+    layouts: tuple[BlockLayout, ...] = ()
     fsdp: int | None = None
     whole_gradient: bool = False
 
@@ -156,13 +156,13 @@ class Counts:
     Attributes:
         numel: of its part.
         padded: of its part with FSDP2's padding.
-        grid: of its part of the block grid, the second moments.
+        grids: of its part of each block grid, the second moments.
         scales: of int8 momentum.
     """
 
     numel: int
     padded: int
-    grid: int
+    grids: tuple[int, ...]
     scales: int
 
 
@@ -171,8 +171,8 @@ def counts(kind: Kind, place: tuple[int, ...]) -> Counts:
     """The elements that the rank at `place` (see `Kind.place`) holds."""
     shard = kind.shard(place)
     local = box_shape(shard.box())
-    grid = prod(BlockPlan.of(kind.layout, shard).grid_shape) if kind.layout else 0
-    return Counts(prod(local), prod(padded_shape(shard, kind.fsdp)), grid, _scales(kind.shape, local))
+    grids = tuple(prod(BlockPlan.of(layout, shard).grid_shape) for layout in kind.layouts)
+    return Counts(prod(local), prod(padded_shape(shard, kind.fsdp)), grids, _scales(kind.shape, local))
 
 
 def padded_shape(shard: Shard, fsdp: int | None) -> tuple[int, ...]:
@@ -208,21 +208,21 @@ class Optimizer:
     momentum: torch.dtype | None = None
     step_on_device: bool = True
 
-    def tensors(self, kind: Kind, numel: int, grid: int, scales: int) -> list[int]:
+    def tensors(self, kind: Kind, numel: int, grids: Iterable[int], scales: int) -> list[int]:
         """Bytes of each tensor of the state of one parameter with so many elements, but for `step`."""
         if not self.mini:
             return 2 * [numel * kind.dtype.itemsize]
         dtype = dtype_of(self.momentum, kind.dtype, kind.shape)
         second = 8 if kind.dtype == torch.float64 else 4
-        state = [numel * dtype.itemsize, grid * second]
+        state = [numel * dtype.itemsize, *(grid * second for grid in grids)]
         return [*state, scales * 4] if dtype == torch.int8 else state
 
     def whole(self, kind: Kind) -> int:
         """Bytes of the state of one parameter in a checkpoint, where every element is kept once."""
-        if kind.layout is None:
+        if not kind.layouts:
             return 0
-        scales = _scales(kind.shape, kind.shape)
-        return STEP + sum(self.tensors(kind, prod(kind.shape), kind.layout.num_blocks, scales))
+        scales, grids = _scales(kind.shape, kind.shape), [layout.num_blocks for layout in kind.layouts]
+        return STEP + sum(self.tensors(kind, prod(kind.shape), grids, scales))
 
 
 @dataclass(frozen=True)
@@ -283,10 +283,10 @@ class Stage:
         for kind, times in self._kinds.items():
             seen, size = here[kind], kind.dtype.itemsize
             parameters += Bytes.of([(seen.numel * size, seen.padded * size)], times, on_device=device)
-            if kind.layout is None:
+            if not kind.layouts:
                 continue
             for key, optimizer in optimizers.items():
-                tensors = optimizer.tensors(kind, seen.numel, seen.grid, seen.scales)
+                tensors = optimizer.tensors(kind, seen.numel, seen.grids, seen.scales)
                 state[key] += Bytes.of([(size, size) for size in tensors], times, on_device=device)
                 state[key] += Bytes.of([(STEP, STEP)], times, on_device=device and optimizer.step_on_device)
         for kinds, times in self._gradient_buffers.items():

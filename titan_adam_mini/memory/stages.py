@@ -94,8 +94,8 @@ def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> S
                 mesh = meshes.setdefault(param.device_mesh, _mesh(param.device_mesh))
                 placements = tuple(param.placements)
             whole = param in embeddings and param not in managed
-            layout = own.layout if own else None
-            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layout, axis, whole)
+            layouts = own.layouts if own else ()
+            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layouts, axis, whole)
             params.append(Param(clean_name(name), kind, group, own))
         told.append(tuple(params))
     buffers = tuple(_bytes(local(buffer)) for part in parts for buffer in part.buffers())

@@ -15,17 +15,39 @@ from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition import roles as _roles
 from titan_adam_mini.partition.geometry import Geometry
 from titan_adam_mini.partition.orientation import Orientation
-from titan_adam_mini.partition.roles import ROLES, VALUE_BLOCKS
+from titan_adam_mini.partition.roles import ROLES, SECOND_MOMENTS, VALUE_BLOCKS
 from titan_adam_mini.partition.rules import TRANSFORMER, Index, Rule, clean_name, fits
 
-__all__ = ["ROLES", "VALUE_BLOCKS", "Blocks", "Geometry", "Partition", "Row", "Rule", "clean_name", "summarize"]
+__all__ = [
+    "ROLES",
+    "SECOND_MOMENTS",
+    "VALUE_BLOCKS",
+    "Blocks",
+    "Geometry",
+    "Partition",
+    "Row",
+    "Rule",
+    "clean_name",
+    "summarize",
+]
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one parameter is cut: its cleaned name, global shape, role, layout, decay, and the rule that said so."""
+    """How one parameter is cut.
+
+    Attributes:
+        name: the cleaned one.
+        shape: the global one.
+        role: what the parameter is.
+        layout: its blocks, one second moment each.
+        decay: does weight decay apply?
+        pattern: the rule that said so.
+        factors: the columns and the whole, where the second moment of an element is that of its block (a row) times
+            that of its column over that of the whole; else nothing.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -33,6 +55,17 @@ class Blocks:
     layout: BlockLayout
     decay: bool
     pattern: str
+    factors: tuple[BlockLayout, ...] = ()
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        """All grids of second moments."""
+        return (self.layout, *self.factors)
+
+    @property
+    def second_moments(self) -> int:
+        """How many there are."""
+        return sum(layout.num_blocks for layout in self.layouts)
 
 
 @dataclass(frozen=True)
@@ -43,8 +76,23 @@ class Row:
     shape: tuple[int, ...]
     role: str
     layout: BlockLayout
+    factors: tuple[BlockLayout, ...]
     decay: bool
     names: tuple[str, ...]
+
+    @property
+    def second_moments(self) -> int:
+        """How many each of them has."""
+        return sum(layout.num_blocks for layout in (self.layout, *self.factors))
+
+    @property
+    def cuts(self) -> str:
+        """The blocks in a word: tiles per dim, of rows and of columns where factored."""
+        return (
+            " times ".join(f"({layout})" for layout in (self.layout, self.factors[0]))
+            if self.factors
+            else str(self.layout)
+        )
 
 
 @dataclass(frozen=True)
@@ -58,10 +106,13 @@ class Partition:
     geometry: Geometry = field(default_factory=Geometry)
     value_blocks: str = "neuron"
     undecayed: Sequence[str] = ()
+    second_moment: str = "blocks"
 
     def __post_init__(self) -> None:
         if self.value_blocks not in VALUE_BLOCKS:
             raise ValueError(f"value_blocks must be one of {', '.join(VALUE_BLOCKS)}, not {self.value_blocks!r}")
+        if self.second_moment not in SECOND_MOMENTS:
+            raise ValueError(f"second_moment must be one of {', '.join(SECOND_MOMENTS)}, not {self.second_moment!r}")
         for rule in self.rules:
             _roles.find(rule.role)
         if isinstance(self.undecayed, str):
@@ -78,6 +129,7 @@ class Partition:
         value_blocks: str = "neuron",
         roles: Mapping[str, str] | None = None,
         undecayed: Sequence[str] = (),
+        second_moment: str = "blocks",
     ) -> Partition:
         """The blocks of arXiv 2406.16793, Algorithm 3, for the transformers in `rules.py`.
 
@@ -86,13 +138,14 @@ class Partition:
             value_blocks: "neuron", one block per row of a value projection, or "tensor", one for all its rows.
             roles: pattern -> role (see ROLES), tried in order before the built-in rules.
             undecayed: patterns, or names of roles, of the parameters without weight decay.
+            second_moment: "blocks", or "factored": every matrix, whatever its role, as the role "factored".
 
-        Raises ValueError for a number that is not positive and for an unknown role or value_blocks.
+        Raises ValueError for a number that is not positive and for an unknown role, value_blocks or second_moment.
         """
         said = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
         geometry = replace(geometry or Geometry(), **{k: v for k, v in said.items() if v is not None})
         given = tuple(Rule(pattern, role, given=True) for pattern, role in (roles or {}).items())
-        return Partition(given + TRANSFORMER, geometry, value_blocks, undecayed)
+        return Partition(given + TRANSFORMER, geometry, value_blocks, undecayed, second_moment)
 
     @staticmethod
     def from_config(
@@ -101,9 +154,16 @@ class Partition:
         value_blocks: str = "neuron",
         roles: Mapping[str, str] | None = None,
         undecayed: Sequence[str] = (),
+        second_moment: str = "blocks",
     ) -> Partition:
         """`transformer`, with the heads read from torchtitan model args or a Hugging Face config (or a dict)."""
-        return Partition.transformer(Geometry.of(config), value_blocks=value_blocks, roles=roles, undecayed=undecayed)
+        return Partition.transformer(
+            Geometry.of(config),
+            value_blocks=value_blocks,
+            roles=roles,
+            undecayed=undecayed,
+            second_moment=second_moment,
+        )
 
     @staticmethod
     def per_tensor(undecayed: Sequence[str] = ()) -> Partition:
@@ -137,10 +197,15 @@ class Partition:
             assert rule is not None
             try:
                 role = rule.role + _roles.TRANSPOSED * orientation.transposed(rule.orientation, name)
-                layout = _layout(role, shape, model)
+                factored = role == _roles.FACTORED or (
+                    self.second_moment == "factored" and _roles.find(role)[0].matrix and len(shape) in (2, 3)
+                )
+                layout = _layout(_roles.FACTORED if factored else role, shape, model)
+                factors = _roles.factors(shape) if factored else ()
             except ValueError as error:
                 raise ValueError(f"parameter {name} of shape {shape}, role {rule.role}: {error}") from None
-            assigned[given] = Blocks(name, shape, role, layout, self._decays(name, rule.role), rule.pattern)
+            decays = self._decays(name, rule.role)
+            assigned[given] = Blocks(name, shape, role, layout, decays, rule.pattern, factors)
         if self.geometry.qk_head_dim is None:
             _check_heads(assigned.values())
         return assigned
@@ -166,6 +231,8 @@ class Partition:
 
     def __str__(self) -> str:
         lines = [f"Partition: {self.geometry}; values by {self.value_blocks}; the first rule that matches wins"]
+        if self.second_moment == "factored":
+            lines.append("  every matrix, whatever its role below, by its rows and columns")
         for (role, given), rules in groupby(self.rules, key=lambda rule: (rule.role, rule.given)):
             patterns = "  ".join(rule.pattern for rule in rules)
             lines.append(f"  {role}{' (yours)' if given else ''}: {_roles.find(role)[0].blocks}\n      {patterns}")
@@ -175,9 +242,9 @@ class Partition:
 
 def summarize(blocks: Iterable[Blocks]) -> list[Row]:
     """Blocks with the numbers in their names collapsed to `*`, alike ones in one row, in order of appearance."""
-    rows: dict[tuple[str, tuple[int, ...], str, BlockLayout, bool], list[str]] = {}
+    rows: dict[tuple[str, tuple[int, ...], str, BlockLayout, tuple[BlockLayout, ...], bool], list[str]] = {}
     for b in blocks:
-        rows.setdefault((_collapse(b.name), b.shape, b.role, b.layout, b.decay), []).append(b.name)
+        rows.setdefault((_collapse(b.name), b.shape, b.role, b.layout, b.factors, b.decay), []).append(b.name)
     return [Row(*key, tuple(names)) for key, names in rows.items()]
 
 
@@ -195,7 +262,7 @@ def _check_heads(assigned: Iterable[Blocks]) -> None:
     seen: dict[int, Blocks] = {}
     for blocks in assigned:
         role = blocks.role.removesuffix(_roles.TRANSPOSED)
-        if role in _roles.HEADED:
+        if role in _roles.HEADED and not blocks.factors:
             outputs = blocks.layout.dims[0 if role == blocks.role else -1]
             for _, length in outputs.runs[:1]:
                 seen.setdefault(length, blocks)

@@ -14,6 +14,8 @@ from titan_adam_mini.partition.geometry import Geometry
 
 Shape = tuple[int, ...]
 VALUE_BLOCKS = ("neuron", "tensor")
+SECOND_MOMENTS = ("blocks", "factored")
+FACTORED = "factored"
 TRANSPOSED = ".T"
 
 
@@ -35,12 +37,19 @@ Cut = Callable[[int, int, Model], Sequence[Run]]
 
 @dataclass(frozen=True)
 class Role:
-    """One row of the table of roles. `dims` are the numbers of dims that a tensor of this role may have."""
+    """One row of the table of roles.
+
+    Attributes:
+        blocks: what they are, in words.
+        dims: the numbers of dims that a tensor of this role may have.
+        layout: (shape, model, is it transposed?) -> blocks.
+        matrix: is it a matrix, or a stack of them, whose outputs may lie along its last dim, or be factored?
+    """
 
     blocks: str
     dims: range
     layout: Callable[[Shape, Model, bool], BlockLayout]
-    turnable: bool = False
+    matrix: bool = False
 
 
 def _neurons(rows: int, inputs: int, model: Model) -> Sequence[Run]:
@@ -120,6 +129,20 @@ def _experts(shape: Shape, model: Model, transposed: bool) -> BlockLayout:
     return BlockLayout.of(shape, 1, None, 1) if transposed else BlockLayout.of(shape, 1, 1, None)
 
 
+def _rows_of_matrices(shape: Shape, model: Model, transposed: bool) -> BlockLayout:
+    return BlockLayout.of(shape, *(1 for _ in shape[:-1]), None)
+
+
+def factors(shape: Shape) -> tuple[BlockLayout, BlockLayout]:
+    """What a factored second moment has beside its rows: the columns of a matrix, or of each of a stack, and the whole.
+
+    The second moment of an element is that of its row times that of its column over that of the whole (Adafactor,
+    arXiv 1804.04235, section 3).
+    """
+    stack = [1 for _ in shape[:-2]]
+    return BlockLayout.of(shape, *stack, None, 1), BlockLayout.of(shape, *stack, None, None)
+
+
 def _whole(shape: Shape, model: Model, transposed: bool) -> BlockLayout:
     return BlockLayout.of(shape, *(None for _ in shape))
 
@@ -159,6 +182,11 @@ TABLE: Mapping[str, Role] = {
         _matrix(_latent_kv_out),
         True,
     ),
+    FACTORED: Role(
+        "row means times column means, as Adafactor (arXiv 1804.04235) keeps them: of a matrix, or of each expert",
+        range(2, 4),
+        _rows_of_matrices,
+    ),
     "convolution": Role("one per output channel (first dim)", range(3, 6), _matrix(_neurons)),
     "norm": Role("one for the whole vector: norms and other vectors", _VECTOR, _whole),
     "bias": Role("one per element, plain Adam: biases, per-head scalars", _ANY, _elementwise),
@@ -180,7 +208,7 @@ def find(role: str) -> tuple[Role, bool]:
     name = role.removesuffix(TRANSPOSED) if isinstance(role, str) else ""
     transposed = name != role
     row = _row(name)
-    if row is None or (transposed and not row.turnable):
+    if row is None or (transposed and not row.matrix):
         raise ValueError(f"unknown role {role!r}; {valid_roles()}")
     return row, transposed
 

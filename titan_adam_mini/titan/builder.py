@@ -59,14 +59,11 @@ class AdamMiniContainer(OptimizersContainer):
                 own = {name: optimizer.state[param] for param, name in names.items()}
                 state_dict = as_expected(state_dict, own, ways)
                 if any(self.holds[name].elementwise for name in own):
-                    means = optimizer.block_means({param: state_dict[_second(name)] for param, name in names.items()})
-                    state_dict |= {_second(names[param]): value for param, value in means.items()}
+                    second = {param: state_dict[STATE + name + EXP_AVG_SQ] for param, name in names.items()}
+                    for param, means in optimizer.block_means(second).items():
+                        state_dict |= {f"{STATE}{names[param]}.{key}": value for key, value in means.items()}
             say(ways)
         super().load_state_dict(state_dict)
-
-
-def _second(name: str) -> str:
-    return STATE + name + EXP_AVG_SQ
 
 
 def build_adam_mini(
@@ -159,7 +156,13 @@ def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Parti
         )
 
     def partition(roles: dict[str, str], undecayed: list[str]) -> Partition:
-        return Partition.from_config(model_args, value_blocks=knobs.value_blocks, roles=roles, undecayed=undecayed)
+        return Partition.from_config(
+            model_args,
+            value_blocks=knobs.value_blocks,
+            roles=roles,
+            undecayed=undecayed,
+            second_moment=knobs.second_moment,
+        )
 
     whole = partition(knobs.roles, knobs.undecayed)
     if not staged:

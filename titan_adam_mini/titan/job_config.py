@@ -62,6 +62,13 @@ class AdamMini:
     matrix, which the authors of Adam-mini advise for runs of fewer than 10,000 to 20,000 steps.
     """
 
+    second_moment: Literal["blocks", "factored"] = "blocks"
+    """
+    "blocks", one second moment per block as in the Adam-mini paper, or "factored": for every matrix, one per row and
+    one per column, multiplied, as Adafactor (arXiv 1804.04235) keeps them, with Adam-mini's momentum. A matrix of
+    rows x columns then has rows + columns + 1 second moments. For single ones: `roles = {"*.wv.weight" = "factored"}`.
+    """
+
     momentum_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
     """
     Type of the first moment. "" means the parameter's own; "int8" has one scale per 128 columns, for tensors of two

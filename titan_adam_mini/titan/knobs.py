@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from titan_adam_mini.momentum import TYPES
+from titan_adam_mini.partition import SECOND_MOMENTS, VALUE_BLOCKS
 
 _MOMENTUM_DTYPES = {"": None, **TYPES}
-_VALUE_BLOCKS = ("neuron", "tensor")
 _HYPER_PARAMETERS = ("checkpoint", "config")
 
 
@@ -19,6 +19,7 @@ class Knobs:
     roles: dict[str, str] = field(default_factory=dict)
     undecayed: list[str] = field(default_factory=list)
     value_blocks: str = "neuron"
+    second_moment: str = "blocks"
     momentum_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
     load_adamw_state: bool = False
@@ -48,8 +49,11 @@ def read_knobs(optimizer_config: Any) -> Knobs:
     if not isinstance(undecayed, list | tuple) or not all(isinstance(pattern, str) for pattern in undecayed):
         raise _refusal("undecayed", undecayed, 'a list of name patterns or roles, such as ["norm", "*.bias"]')
     value_blocks = values.get("value_blocks", "neuron")
-    if value_blocks not in _VALUE_BLOCKS:
+    if value_blocks not in VALUE_BLOCKS:
         raise _refusal("value_blocks", value_blocks, '"neuron" or "tensor"')
+    second_moment = values.get("second_moment", "blocks")
+    if second_moment not in SECOND_MOMENTS:
+        raise _refusal("second_moment", second_moment, '"blocks" or "factored"')
     momentum_dtype = values.get("momentum_dtype", "")
     if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
         raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32", "bfloat16" or "int8"')
@@ -65,6 +69,7 @@ def read_knobs(optimizer_config: Any) -> Knobs:
         # The command line gives [""] for an empty string, which means an empty list.
         undecayed=[pattern.strip() for pattern in undecayed if pattern.strip()],
         value_blocks=value_blocks,
+        second_moment=second_moment,
         momentum_dtype=_MOMENTUM_DTYPES[momentum_dtype],
         hyper_parameters=hyper_parameters,
         **flags,
