@@ -1,68 +1,43 @@
-"""Real text that every machine has: Python's standard library as a data set, and a small tokenizer trained on it.
+"""Real text as a data set, and a small tokenizer trained on it: Python's standard library, which every machine has, or
+an English dictionary that apt-get downloads (sources.py).
 
 Writes, under one folder:
 
-    tokenizer/         a byte-level BPE tokenizer of 512 tokens, in the files torchtitan reads
+    tokenizer/         a byte-level BPE tokenizer, in the files torchtitan reads
     train-N/           training documents as jsonl, one folder per number of ranks N
+    train-N-order-K/   instead, where several orders are asked for: the same documents, shuffled with seed K
     validation/        documents from other source files
 
 Every document is exactly one training sequence. torchtitan gives each data-parallel rank one contiguous piece of the
 data set, so the documents of `train-N` are ordered such that every optimizer step sees the same documents for every N.
+torchtitan 0.2 reads them in the order of the file, whatever its seed: the orders are for runs with several seeds.
 """
 
 import argparse
 import hashlib
 import json
+import random
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sources
+
 VOCAB_SIZE = 512
 BOS, EOS = "<|begin|>", "<|end|>"
 VALIDATION_SHARE = 10  # every tenth source file is held out
-# Generated tables, and text that is no prose of programmers: they would be most of a small corpus.
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
-_SKIPPED_FILES = {"pydoc_data/topics.py", "html/entities.py"}
 
 
-def source_files() -> list[Path]:
-    """The standard library's Python files, in an order that looks random and is the same on every run."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in root.rglob("*.py"):
-        inner = path.relative_to(root)
-        if not _SKIPPED_FOLDERS.intersection(inner.parts) and inner.as_posix() not in _SKIPPED_FILES:
-            found.append((hashlib.sha256(inner.as_posix().encode()).hexdigest(), path))
-    if len(found) < 50:
-        raise SystemExit(
-            f"Only {len(found)} Python files found under {root}: the corpus is Python's standard library as source "
-            "files. Use a Python that has them (a zipped or stripped one does not)."
-        )
-    return [path for _, path in sorted(found)]
-
-
-def read_texts(paths: list[Path]) -> Iterator[str]:
-    """The files' texts; those that are not UTF-8 or nearly empty are left out."""
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if len(text) > 500:
-            yield text
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> Any:
-    """Train the tokenizer and write it where torchtitan's `--model.hf_assets_path` can read it."""
+def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> Any:
+    """Train a tokenizer of `vocab_size` tokens and write it where torchtitan's `--model.hf_assets_path` can read it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -121,7 +96,18 @@ def write_jsonl(documents: list[str], folder: Path) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def build(out: Path, *, seq_len: int, global_batch: int, steps: int, ranks: list[int], validation: int) -> str:
+def build(
+    out: Path,
+    *,
+    seq_len: int,
+    global_batch: int,
+    steps: int,
+    ranks: list[int],
+    validation: int,
+    source: str = "stdlib",
+    vocab_size: int = VOCAB_SIZE,
+    orders: int = 0,
+) -> str:
     """Build the corpus under `out`, unless it is there already; returns one line that says what it is.
 
     Args:
@@ -131,15 +117,23 @@ def build(out: Path, *, seq_len: int, global_batch: int, steps: int, ranks: list
         steps: number of steps for which there must be documents.
         ranks: numbers of data-parallel ranks to write `train-N` for.
         validation: number of held-out documents.
+        source: a name in `sources.SOURCES`.
+        vocab_size: tokens of the tokenizer, at least the 256 bytes and 2.
+        orders: number of shuffled orders; 0: the source's texts take turns, so that the last documents are those of
+            the longest texts.
     """
+    scripts = (Path(__file__), Path(sources.__file__))
     wanted: dict[str, Any] = {
         "seq_len": seq_len,
         "global_batch": global_batch,
         "steps": steps,
         "ranks": sorted(set(ranks)),
         "validation": validation,
+        "source": source,
+        "vocab_size": vocab_size,
+        "orders": orders,
         "python": sys.version.split()[0],
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "scripts": [hashlib.sha256(script.read_bytes()).hexdigest() for script in scripts],
     }
     stamp = out / "corpus.json"
     if stamp.is_file():
@@ -147,47 +141,60 @@ def build(out: Path, *, seq_len: int, global_batch: int, steps: int, ranks: list
         if made["wanted"] == wanted:
             return f"{made['summary']}, as built before"
 
-    paths = source_files()
-    held_out, training = paths[::VALIDATION_SHARE], [p for i, p in enumerate(paths) if i % VALIDATION_SHARE]
-    training_texts = list(read_texts(training))
-    tokenizer = train_tokenizer(training_texts[:400], out / "tokenizer")
+    found = sources.SOURCES[source](out / "package")
+    held_out = found.texts[::VALIDATION_SHARE]
+    training = [text for number, text in enumerate(found.texts) if number % VALIDATION_SHARE]
+    tokenizer = train_tokenizer(training[:400], vocab_size, out / "tokenizer")
     # A sequence of seq_len inputs and as many labels is seq_len + 1 tokens; the data loader adds begin and end.
     tokens = seq_len + 1 - 2
-    train_documents = _interleave(training_texts, tokenizer, tokens, steps * global_batch)
-    validation_documents = _interleave(list(read_texts(held_out)), tokenizer, tokens, validation)
+    seen: set[str] = set()
+    train_documents = _interleave(training, tokenizer, tokens, steps * global_batch, seen)
+    validation_documents = _interleave(held_out, tokenizer, tokens, validation, seen)
     for count in wanted["ranks"]:
-        write_jsonl(order_for_ranks(train_documents, count, global_batch // count), out / f"train-{count}")
+        for name, documents in _orders(train_documents, orders).items():
+            ordered = order_for_ranks(documents, count, global_batch // count)
+            write_jsonl(ordered, out / f"train-{count}{name}")
     write_jsonl(validation_documents, out / "validation")
     summary = (
         f"{len(train_documents):,} training and {len(validation_documents):,} held-out documents of {seq_len} tokens "
-        f"from {len(paths)} files of Python {wanted['python']}'s standard library; "
-        f"byte-level BPE of {tokenizer.get_vocab_size():,} tokens"
+        f"from {found.title}; byte-level BPE of {tokenizer.get_vocab_size():,} tokens"
     )
     stamp.write_text(json.dumps({"wanted": wanted, "summary": summary}, indent=2) + "\n")
     return summary
 
 
-def _interleave(texts: list[str], tokenizer: Any, tokens: int, count: int) -> list[str]:
-    """`count` documents taken from the texts in turn, so that neighbouring documents come from different files."""
-    sources = [cut_documents(text, tokenizer, tokens) for text in texts]
+def _interleave(texts: list[str], tokenizer: Any, tokens: int, count: int, seen: set[str]) -> list[str]:
+    """`count` documents taken from the texts in turn, so that neighbouring documents come from different texts.
+
+    Documents that are in `seen` are left out, and those returned are added to it.
+    """
+    pieces = [cut_documents(text, tokenizer, tokens) for text in texts]
     documents: list[str] = []
-    while sources and len(documents) < count:
+    while pieces and len(documents) < count:
         alive = []
-        for source in sources:
-            document = next(source, None)
+        for piece in pieces:
+            document = next((found for found in piece if found not in seen), None)
             if document is None:
                 continue
             documents.append(document)
-            alive.append(source)
+            seen.add(document)
+            alive.append(piece)
             if len(documents) == count:
                 break
-        sources = alive
+        pieces = alive
     if len(documents) < count:
         raise SystemExit(
-            f"The standard library of this Python gives {len(documents)} documents of {tokens} tokens, {count} are "
-            "needed: ask for fewer steps or a smaller batch."
+            f"The source gives {len(documents):,} documents of {tokens} tokens here, {count:,} are needed: ask for "
+            "fewer steps, a smaller batch or a smaller vocabulary."
         )
     return documents
+
+
+def _orders(documents: list[str], orders: int) -> dict[str, list[str]]:
+    """Ending of the folder's name -> documents: as they are, or shuffled with the seeds 0 to `orders` - 1."""
+    if orders == 0:
+        return {"": documents}
+    return {f"-order-{seed}": random.Random(seed).sample(documents, len(documents)) for seed in range(orders)}
 
 
 def main() -> None:
@@ -199,6 +206,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--validation", type=int, default=64)
+    parser.add_argument("--source", choices=sources.SOURCES, default="stdlib")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--orders", type=int, default=0, help="write train-N-order-0 and so on instead of train-N")
     options = vars(parser.parse_args())
     print(build(options.pop("out"), **options))
 
