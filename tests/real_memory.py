@@ -72,6 +72,7 @@ _LONG = {
     "etp": "expert_tensor_parallel",
 }
 _VIRTUAL = (("parallelism.pipeline_parallel_schedule", "Interleaved1F1B"),)
+_FACTORED = (("optimizer.adam_mini.second_moment", "factored"),)
 CASES = {
     "one rank": Case(1, "nasty"),
     "FSDP2 2": Case(2, "nasty"),
@@ -85,6 +86,9 @@ CASES = {
     "FSDP2 x TP 2x2": Case(4, "even", (("tp", 2),)),
     "FSDP2 x TP 2x2, uneven": Case(4, "odd", (("tp", 2),), int8=False),
     "CP 2": Case(2, "nasty", (("cp", 2),), forward=False),
+    "FSDP2 3, factored": Case(3, "nasty", settings=_FACTORED),
+    "FSDP2 x TP 2x2, factored": Case(4, "even", (("tp", 2),), _FACTORED),
+    "MoE, FSDP2 x EP 2x2, factored": Case(4, "nasty_moe", (("ep", 2),), _FACTORED),
     "PP 2": Case(2, "nasty", (("pp", 2),)),
     "PP 2, virtual stages": Case(2, "nasty", (("pp", 2),), _VIRTUAL),
     "PP x FSDP2 2x2": Case(4, "nasty", (("pp", 2),)),
@@ -102,6 +106,7 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
     from torchtitan.components.checkpoint import ModelWrapper
     from torchtitan.config import ConfigManager
 
+    from titan_adam_mini.state import SECOND_MOMENTS
     from titan_adam_mini.titan import build_optimizers, device
 
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", NGPU=str(world))
@@ -140,7 +145,7 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
         states = [one for optimizer in optimizers for one in optimizer.state.values()]
         told["state"][key] = _bytes([value for one in states for value in one.values()])
         told["second moments"][key] = {  # by name: stages have others, ranks of one stage the same
-            name: optimizer.state[param]["exp_avg_sq"].numel()
+            name: sum(value.numel() for key, value in optimizer.state[param].items() if key in SECOND_MOMENTS)
             for part, optimizer in zip(parts, optimizers, strict=True)
             for name, param in part.named_parameters()
             if param.requires_grad

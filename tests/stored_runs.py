@@ -19,9 +19,10 @@ from titan_adam_mini import AdamMini, Partition
 LR, FACTOR, STEPS = 1e-3, 0.25, 4
 
 
-def partition(sizes: Sizes = DENSE) -> Partition:
+def partition(sizes: Sizes = DENSE, second_moment: str = "blocks") -> Partition:
     """The decoder's."""
-    return Partition.transformer(n_heads=sizes.n_heads, n_kv_heads=sizes.n_kv_heads, head_dim=sizes.head_dim)
+    heads = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "head_dim": sizes.head_dim}
+    return Partition.transformer(**heads, second_moment=second_moment)
 
 
 def _train_and_save(
@@ -33,7 +34,9 @@ def _train_and_save(
     if kind == "AdamW":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(list(placed.params.values()), lr=LR, foreach=True)
     else:
-        optimizer = AdamMini(list(placed.params.items()), lr=LR, partition=partition(mesh.sizes), **options)
+        second_moment = options.pop("second_moment", "blocks")
+        own = partition(mesh.sizes, second_moment)
+        optimizer = AdamMini(list(placed.params.items()), lr=LR, partition=own, **options)
     scheduler = LambdaLR(optimizer, lambda step: FACTOR)
     for step in range(STEPS):
         placed.inject(gradients(shapes, step))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from meshes import DENSE, full_shapes, layouts
+from meshes import DENSE, factors, full_shapes, layouts
 from oracle import error
 from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
@@ -24,12 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = "optimizer.state."
 
 
-def blocks() -> dict[str, Any]:
-    return partition().assign(full_shapes(DENSE))
+def blocks(second_moment: str = "blocks") -> dict[str, Any]:
+    return partition(second_moment=second_moment).assign(full_shapes(DENSE))
 
 
-def conversion(source: Path, to: str, lr: float | None = None) -> Conversion:
-    return Conversion(Stored(source), to, blocks(), group_of("AdamW" if to == "adamw" else "AdamMini"), lr)
+def conversion(source: Path, to: str, lr: float | None = None, second_moment: str = "blocks") -> Conversion:
+    group = group_of("AdamW" if to == "adamw" else "AdamMini")
+    return Conversion(Stored(source), to, blocks(second_moment), group, lr)
 
 
 def entries(path: Path) -> dict[str, Any]:
@@ -97,6 +98,31 @@ def test_there_and_back_the_second_moments_are_the_same(mini: Path, tmp_path: Pa
     assert set(one) == set(other)
     for key, value in one.items():
         assert error(other[key], value) < 1e-6 if key.endswith(".exp_avg_sq") else same(value, other[key]), key
+
+
+def test_factored_there_and_back(adamw: Path, tmp_path: Path) -> None:
+    """Rows, columns and the whole are AdamW's means; an element becomes their product, and has the same means again."""
+    like = entries(saved(tmp_path / "like", "AdamMini", second_moment="factored"))
+    convert(conversion(adamw, "adam_mini", second_moment="factored"), tmp_path / "a")
+    rows = convert(conversion(tmp_path / "a", "adamw", second_moment="factored"), tmp_path / "b")
+    convert(conversion(tmp_path / "b", "adam_mini", second_moment="factored"), tmp_path / "c")
+    old, one, back, again = entries(adamw), entries(tmp_path / "a"), entries(tmp_path / "b"), entries(tmp_path / "c")
+    assert set(one) == set(again) == set(like) and set(back) == set(old)
+    assert all(before == after for _, before, after in rows), "the next update stays as it is"
+    for name, two in factors(DENSE).items():
+        second, key = old[f"{STATE}{name}.exp_avg_sq"].double(), f"{STATE}{name}.exp_avg_sq"
+        row, column = second.mean(-1, keepdim=True), second.mean(-2, keepdim=True)
+        whole = second.mean((-1, -2), keepdim=True)
+        for suffix, want, shape in (
+            ("", row, row.shape),
+            ("_col", column, two[0].grid_shape),
+            ("_mean", whole, two[1].grid_shape),
+        ):
+            assert one[key + suffix].shape == shape and one[key + suffix].dtype == torch.float32
+            assert error(one[key + suffix], want) < 1e-6 and error(again[key + suffix], want) < 1e-5
+        assert error(back[key], row * column / whole) < 1e-6
+    with pytest.raises(ValueError, match=r"second moments of shape .* and .*the configuration's partition"):
+        conversion(tmp_path / "a", "adamw")
 
 
 def test_a_new_learning_rate_keeps_the_place_in_the_schedule(adamw: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from titan_adam_mini.child import in_child
 from titan_adam_mini.memory.facts import facts, optimizers_of
 from titan_adam_mini.memory.plan import _read_run
 
-FAST = ("FSDP2 4", "PP x FSDP2 2x2", "TP 2", "MoE, FSDP2 x EP 2x2")
+FAST = ("FSDP2 4", "FSDP2 3, factored", "PP x FSDP2 2x2", "TP 2", "MoE, FSDP2 x EP 2x2")
 
 
 def planned_as(key: str) -> str:

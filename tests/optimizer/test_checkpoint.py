@@ -12,7 +12,9 @@ from oracle import error
 from ranks import RankError
 from resharding import PAIRS, STEPS, moved
 
-KINDS = ("params", "exp_avg", "exp_avg_sq")
+from titan_adam_mini.state import SECOND_MOMENTS
+
+KINDS = ("params", "exp_avg", *SECOND_MOMENTS)
 FAST = {
     *(("FSDP2 2", "FSDP2 5"), ("PP 2", "FSDP2 3"), ("FSDP2 3, even", "FSDP2 x TP 2x2, even")),
     *(("FSDP2 x TP 2x2, even", "FSDP2 3, even"), ("EP 2", "FSDP2 4, experts")),
@@ -34,15 +36,29 @@ def test_between_meshes(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
         assert max(error(after[kind][key], value) for key, value in want[kind].items()) < 1e-12, kind
 
 
+@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
 @pytest.mark.parametrize(
     ("saved_on", "loaded_on"), [("FSDP2 2", "FSDP2 5"), ("FSDP2 7", "HSDP 2x2"), ("HSDP 2x3", "FSDP2 3")]
 )
-def test_fsdp_to_fsdp_has_the_bits_of_a_run_without_a_break(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
-    *_, after = moved(saved_on, loaded_on, torch.float32, tmp_path)
-    want = on_one_device(CATALOGUE[loaded_on].sizes, dtype=torch.float32, steps=STEPS)
+def test_fsdp_to_fsdp_has_the_bits_of_a_run_without_a_break(
+    saved_on: str, loaded_on: str, second_moment: str, tmp_path: Path
+) -> None:
+    *_, after = moved(saved_on, loaded_on, torch.float32, tmp_path, second_moment=second_moment)
+    want = on_one_device(CATALOGUE[loaded_on].sizes, dtype=torch.float32, steps=STEPS, second_moment=second_moment)
     for kind in KINDS:
         for key, value in want[kind].items():
             assert after[kind][key].dtype == value.dtype and torch.equal(after[kind][key], value), (kind, key)
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"), [("FSDP2 3, even", "FSDP2 x TP 2x2, even"), ("FSDP2 x EP 2x2", "EP 2")]
+)
+def test_factored_moves_to_other_kinds_of_mesh(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
+    saved, loaded, after = moved(saved_on, loaded_on, torch.float64, tmp_path, second_moment="factored")
+    want = on_one_device(CATALOGUE[loaded_on].sizes, steps=STEPS, second_moment="factored")
+    for kind in KINDS:
+        assert want[kind] and all(torch.equal(loaded[kind][key], value) for key, value in saved[kind].items()), kind
+        assert max(error(after[kind][key], value) for key, value in want[kind].items()) < 1e-12, kind
 
 
 def test_nested_state_dicts_serve_as_well(tmp_path: Path) -> None:

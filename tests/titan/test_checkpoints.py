@@ -95,6 +95,25 @@ def test_adamw_goes_on_as_adam_mini_and_back(trainer: Trainer, adamw: Any, tmp_p
     assert list(again.losses) == [2 * HALF + 1, 2 * HALF + 2, 2 * HALF + 3]
 
 
+def test_adamw_goes_on_factored(trainer: Trainer, adamw: Any, two: Any, tmp_path: Path) -> None:
+    """Converted beside the run or in it: the same to the bit; and what was blocks is refused, with the cure."""
+    from runs import RunFailed
+
+    knob = "optimizer.adam_mini.second_moment"
+    words = ["--to", "adam_mini", f"--{knob}", "factored"]
+    convert(trainer.checkpoint("adamw", HALF), tmp_path / "mini" / "step-6", *words)
+    settings = {**WHOLE, knob: "factored"}
+    offline = resumed(trainer, tmp_path / "mini" / "step-6", "offline_factored", **settings)
+    inside = resumed(trainer, "adamw", "inside_factored", **settings, **{"optimizer.adam_mini.load_adamw_state": True})
+    assert difference(offline, inside, first=HALF + 1) == 0
+    one, other = state(trainer, "offline_factored", 2 * HALF), state(trainer, "inside_factored", 2 * HALF)
+    assert set(one) == set(other) and any(key.endswith("wq.weight.exp_avg_sq_col") for key in one)
+    assert all(torch.equal(one[key], other[key]) for key in one if key.startswith("optimizer.state."))
+    assert 0 < difference(offline, adamw, first=HALF + 1) < 0.05 * adamw.losses[HALF]
+    with pytest.raises(RunFailed, match=r"is factored here and not there.*second_moment"):
+        resumed(trainer, "two", "blocks_factored", **settings)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3"])
 def test_mixtures_of_experts_go_on_too(even: Trainer, tmp_path: Path, name: str) -> None:
     short = {

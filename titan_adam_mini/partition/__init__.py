@@ -87,12 +87,11 @@ class Row:
 
     @property
     def cuts(self) -> str:
-        """The blocks in a word: tiles per dim, of rows and of columns where factored."""
-        return (
-            " times ".join(f"({layout})" for layout in (self.layout, self.factors[0]))
-            if self.factors
-            else str(self.layout)
-        )
+        """The blocks in a few words: the tiles of every dim, or rows and columns where factored."""
+        if not self.factors:
+            return str(self.layout)
+        *stack, rows, columns = self.shape
+        return f"{''.join(f'{size} x ' for size in stack)}{rows} rows times {columns} columns"
 
 
 @dataclass(frozen=True)
