@@ -140,6 +140,7 @@ def build(
         made = json.loads(stamp.read_text())
         if made["wanted"] == wanted:
             return f"{made['summary']}, as built before"
+        stamp.unlink()  # a build that fails must not leave another's tokenizer under this name
 
     found = sources.SOURCES[source](out / "package")
     held_out = found.texts[::VALIDATION_SHARE]

@@ -68,6 +68,7 @@ def _read(paths: list[Path]) -> Iterator[str]:
 # file: the Debian handbook (1.0 million characters) and the King James Bible (4.3) are prose, but too short.
 _PACKAGE = "dict-gcide"
 _DICTIONARY = "usr/share/dictd/gcide.dict.dz"
+_INSTALLED = Path("/", _DICTIONARY)
 _SHORTEST_ENTRY = 100  # characters: half of the entries say only "In a humble manner" or what they are a form of
 
 
@@ -106,8 +107,8 @@ def plain(entry: str) -> str:
 
 def _fetch(cache: Path) -> Path:
     """The dictionary's file: of the installed package, or of one that apt-get downloads and dpkg-deb unpacks."""
-    unpacked, installed = cache / _DICTIONARY, Path("/") / _DICTIONARY
-    for file in (unpacked, installed):
+    unpacked = cache / _DICTIONARY
+    for file in (unpacked, _INSTALLED):
         if file.is_file():
             return file
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]:
@@ -128,7 +129,7 @@ def _call(command: list[str], folder: Path) -> None:
     if ran.returncode != 0:
         said = (ran.stderr.strip() or "nothing").splitlines()[-1]
         raise SystemExit(
-            f"The English corpus is Debian's package {_PACKAGE}, and `{' '.join(command)}` failed: {said} "
+            f"The English corpus is Debian's package {_PACKAGE}, and `{' '.join(command)}` failed: {said}. "
             "Run `apt-get update` as root first, or take --source stdlib."
         )
 
