@@ -21,6 +21,7 @@ from .bench.command import Bench
 from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
 from .child import in_child
+from .compare.command import Compare
 from .memory.estimate import Estimate
 from .memory.plan import Plan
 from .memory.snapshot_command import SnapshotCommand
@@ -124,6 +125,7 @@ COMMANDS = {
     "snapshot": SnapshotCommand,
     "convert": Convert,
     "bench": Bench,
+    "compare": Compare,
 }
 
 

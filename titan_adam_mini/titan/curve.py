@@ -32,15 +32,18 @@ class TensorBoardLogger(original):
         if not _wanted():
             super().__init__(log_dir, tag)
             return
-        self.tag, self.writer = tag, None
+        self.tag = tag
+        self.writer: Any = None
         self._folder = _STAMP.sub(r"\1", log_dir)
         titan_metrics.logger.info(f"TensorBoard logging enabled. All starts of this run are in {self._folder}")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if self.writer is None:
-            # A killed process loses what it has not flushed, and steps before the last checkpoint are not done again.
-            self.writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=10, purge_step=step)
+            self.writer = SummaryWriter(self._folder, max_queue=1000, purge_step=step)
         super().log(metrics, step)
+        if _wanted():
+            # A killed process loses what it has not flushed, and steps before the last checkpoint are not done again.
+            self.writer.flush()
 
     def close(self) -> None:
         if self.writer is not None:

@@ -8,11 +8,11 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.protocols import train_spec
 
-from titan_adam_mini.titan import checkpoint, curve, device, flavor, interruption, metrics, snapshots
+from titan_adam_mini.titan import checkpoint, curve, device, flavor, interruption, metrics, snapshots, validation
 from titan_adam_mini.titan.builder import NAME, build_adam_mini
 
 _MARK = "titan_adam_mini_wraps"
-_KEEPERS = (__name__, *(one.__name__ for one in (checkpoint, curve, interruption, metrics, snapshots)))
+_KEEPERS = (__name__, *(one.__name__ for one in (checkpoint, curve, interruption, metrics, snapshots, validation)))
 """Modules that need what they replace."""
 
 # A reload of this module finds its own older wrapper there, and must not wrap it a second time.
@@ -66,6 +66,7 @@ def enable() -> None:
     _replace_everywhere((CheckpointManager,), checkpoint.AdamMiniCheckpointManager)
     _replace_everywhere((MetricsProcessor,), metrics.AdamMiniMetricsProcessor)
     _replace_everywhere((curve.original,), curve.TensorBoardLogger)
+    _replace_everywhere((validation.original,), validation.Validator)
     _replace_everywhere((snapshots.original,), snapshots.maybe_enable_memory_snapshot)
     _replace_everywhere((interruption.original,), interruption.init_distributed)
     flavor.add()

@@ -1,0 +1,214 @@
+"""The command `compare`: arguments, refusals, and the order of what is done."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from ..child import child
+from ..flags import ConfigFile, check_config, number_of_ranks
+from .plan import sweep, wanted
+from .report import Report
+from .settled import alone, settle
+from .variants import Variant, check_alike, parse, trainer_words
+from .work import Work
+
+if TYPE_CHECKING:
+    from ..titan.compared import Compared
+
+
+@dataclass
+class Compare:
+    """Train with AdamW and AdamMini from equal starts on equal data, and report whether their losses differ.
+
+    torchtitan's own trainer does the training, with the validation that the configuration asks for. Every run, a
+    variant at a learning rate with a seed, is done once: a command that was stopped, however, goes on where it was;
+    runs with --checkpoint.enable go on from their checkpoints. Takes any of torchtitan's --section.key value besides,
+    for all variants; the configuration may also be given as --job.config_file X or CONFIG_FILE=X.
+    """
+
+    config: ConfigFile
+    """torchtitan's configuration, with [validation] in it."""
+
+    optimizers: str = "AdamW,AdamMini"
+    """What is compared, with the configuration's settings; the first is what the others are held against."""
+
+    variant: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """One more, with settings of its own, in quotes: "NAME=OPTIMIZER --section.key value ...", such as "tensor=AdamMini
+    --optimizer.adam_mini.value_blocks tensor". May be given several times."""
+
+    seeds: int = 3
+    """How many seeds: 0, 1, ... A seed gives the initial weights."""
+
+    lr: str = ""
+    """Learning rates to try with the first seed, such as 1e-3,2e-3: the others are run at each variant's best. While
+    that is at an edge of the list, the list is extended. Without it, the configuration's."""
+
+    out: Path | None = None
+    """Folder of the runs and the report; outputs/compare/NAME for NAME.toml."""
+
+    ngpu: int | None = None
+    """Number of ranks of a run; NGPU, or one, if not given."""
+
+    jobs: int = 1
+    """So many runs at once, each with its own GPUs; on a CPU every rank has one core, or OMP_NUM_THREADS of them."""
+
+    def __call__(self, console: Console, arguments: list[str]) -> None:
+        variants, lrs, ranks = self._checked()
+        words = trainer_words(self.config, arguments)
+        compared = _configurations(variants, words, ranks)
+        first = next(iter(compared.values())).config
+        _check_validation(first)
+        own_start = _own_start(first)
+        if own_start and self.seeds > 1:
+            raise ValueError(
+                "all seeds would start from the checkpoint that the configuration names, and read the same data: give "
+                "--seeds 1"
+            )
+        out = (self.out or Path("outputs/compare") / Path(self.config).stem).absolute()
+        with alone(out), _signals():
+            devices = _devices(ranks, self.jobs)
+            common = {"ranks": ranks, "threads": int(os.environ.get("OMP_NUM_THREADS") or 1)}
+            common = settle(out, {name: one.config for name, one in compared.items()}, common)
+            work = Work(
+                out=out,
+                variants={one.name: [*words, *one.arguments] for one in variants},
+                ranks=ranks,
+                shown={name: one.shown for name, one in compared.items()},
+                steps=first["training"]["steps"],
+                frequency=first["validation"]["freq"],
+                saves=first["checkpoint"]["enable"] and not first["checkpoint"]["load_only"],
+                own_start=own_start,
+                variables=[{"OMP_NUM_THREADS": str(common["threads"]), **one} for one in devices],
+            )
+            work.collect()
+            own = {name: one.config["optimizer"]["lr"] for name, one in compared.items()}
+            report = Report(
+                out=out,
+                command=self._command(arguments),
+                config=self.config,
+                variants=variants,
+                compared=compared,
+                lrs=lrs,
+                own=own,
+                seeds=self.seeds,
+                ranks=ranks,
+                threads=common["threads"],
+            )
+
+            def expected() -> int:
+                swept = [len(sweep(name, lrs, work.losses())[0]) if lrs else 1 for name in own]
+                return sum(swept) + len(own) * (self.seeds - 1)
+
+            work.do(
+                lambda: wanted(own, lrs, self.seeds, work.losses()),
+                expected,
+                console,
+                lambda: report.write(work.records),
+            )
+            for line in report.write(work.records):
+                console.print(line, soft_wrap=True, highlight=False)
+            console.print(f"Written: {out / 'report.md'}", soft_wrap=True, highlight=False)
+
+    def _checked(self) -> tuple[list[Variant], list[float], int]:
+        """Variants, learning rates and ranks; ValueError for flags that cannot be served."""
+        check_config(self.config)
+        variants = parse(self.optimizers, self.variant)
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be 1 or more, not {self.seeds}")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs must be 1 or more, not {self.jobs}")
+        lrs = []
+        for word in filter(None, self.lr.split(",")):
+            try:
+                lrs.append(float(word))
+            except ValueError:
+                lrs.append(math.nan)
+            if not 0 < lrs[-1] < math.inf:
+                raise ValueError(f"--lr takes learning rates such as 1e-3,2e-3, not {word!r}")
+        for one in variants:
+            if lrs and any(word.partition("=")[0] == "--optimizer.lr" for word in one.words):
+                raise ValueError(f"the variant {one.name} has an --optimizer.lr of its own, and --lr is given: use one")
+        return variants, lrs, number_of_ranks(self.ngpu) if self.ngpu is not None or os.environ.get("NGPU") else 1
+
+    def _command(self, arguments: list[str]) -> str:
+        """The command that was given, whichever way its parts came in."""
+        words = ["titan-adam-mini", "compare", self.config]
+        for name in ("optimizers", "seeds", "lr", "out", "ngpu", "jobs"):
+            if (value := getattr(self, name)) != getattr(Compare, name):
+                words += [f"--{name}", str(value)]
+        for one in self.variant:
+            words += ["--variant", one]
+        return shlex.join([*words, *arguments[2:]])
+
+
+def _configurations(variants: list[Variant], words: list[str], ranks: int) -> dict[str, Compared]:
+    """Name -> what torchtitan makes of a variant's words; ValueError if it does not take them."""
+    with child() as call:
+        compared = {one.name: call(_read, [*words, *one.arguments], ranks) for one in variants}
+    check_alike({name: one.config for name, one in compared.items()})
+    return compared
+
+
+def _read(*args: Any) -> Any:
+    from ..titan.compared import read_compared
+
+    return read_compared(*args)
+
+
+def _check_validation(config: dict[str, Any]) -> None:
+    validation, steps = config["validation"], config["training"]["steps"]
+    if not validation["enable"]:
+        raise ValueError(
+            "there is no validation set: set [validation] enable, dataset, dataset_path, freq and steps, or give "
+            "--validation.enable and the others"
+        )
+    if steps % validation["freq"]:
+        raise ValueError(
+            f"the last of {steps} steps would not be validated: choose a --validation.freq that divides it, "
+            f"not {validation['freq']}"
+        )
+
+
+def _own_start(config: dict[str, Any]) -> bool:
+    checkpoint = config["checkpoint"]
+    return bool(checkpoint["enable"] and (checkpoint["initial_load_path"] or checkpoint["initial_load_in_hf"]))
+
+
+def _devices(ranks: int, jobs: int) -> list[dict[str, str]]:
+    """For each of the runs at once: the variable that shows it its GPUs; none without GPUs."""
+    if not torch.cuda.is_available():
+        return [{} for _ in range(jobs)]
+    count = torch.cuda.device_count()
+    if ranks * jobs > count:
+        raise ValueError(f"{jobs} runs of {ranks} ranks at once need {ranks * jobs} GPUs, and there are {count}")
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(
+        map(str, range(count))
+    )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[job * ranks :][:ranks])} for job in range(jobs)]
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """While it lasts a TERM or HUP unwinds as an interrupt does, which ends the runs."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, leave) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for one, former in before.items():
+            signal.signal(one, former)

@@ -1,0 +1,168 @@
+"""One run of torchtitan's trainer in a folder of its own: started, watched through its log, ended.
+
+The trainer writes into files and holds the folder's lock. It outlives a command that is killed, and the next one waits
+for it where it stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
+"""Names in a run's folder. The lock's content is the trainer's process id."""
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_STEP = re.compile(r"(?<!validate )step:\s*(\d+)\s+loss:\s*([-+\w.]+)")
+_ERROR = re.compile(r"(?:\[\w+\]:\s*)*((?:[\w.]*(?:Error|Exception|Interrupt)|AssertionError)\b.*)")
+_PATIENCE = 45.0
+"""Seconds for a trainer to save and leave."""
+
+
+class Training:
+    """A trainer at work in a folder, whoever started it.
+
+    Args:
+        folder: all that the run writes goes below it.
+        words: torchtitan's command line, without the folder.
+        ranks: number of processes; one runs without torchrun.
+        shown: the rank whose output is kept.
+        variables: more environment variables.
+        known: the step up to which the run's figures are on record: it goes on from a checkpoint no later than that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        words: Sequence[str],
+        *,
+        ranks: int,
+        shown: int,
+        variables: Mapping[str, str],
+        known: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.step, self.loss = 0, ""
+        self._begin = self._read = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = open(folder / LOCK, "a+")  # noqa: SIM115
+        self.adopted = not self._locked()
+        """Whether the trainer is that of an earlier command, which was killed."""
+        if self.adopted:
+            return
+        self.goes_on_from = _prepare(folder, known)
+        self._begin = self._read = (folder / LOG).stat().st_size if (folder / LOG).exists() else 0
+        environment = {**os.environ, **variables, "LOG_RANK": str(shown), "TITAN_ADAM_MINI_ONE_CURVE": "1"}
+        environment |= {"TITAN_ADAM_MINI_SAME_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m"]
+        if ranks == 1:
+            command += ["torchtitan.train"]
+            # The only process is the one that all others would ask: a port that nobody knows will do.
+            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        else:
+            command += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
+            command += ["--rdzv_endpoint=localhost:0", f"--local-ranks-filter={shown}", "--role=rank", "--tee=3"]
+            command += ["-m", "torchtitan.train"]
+        with open(folder / LOG, "ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *words, "--job.dump_folder", str(folder)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self._lock.fileno()],
+            )
+        self._lock.truncate(0)
+        self._lock.write(f"{self._process.pid}\n")
+        self._lock.flush()
+
+    def running(self) -> bool:
+        """Whether it still is; reads what it has said since the last call."""
+        # Asked first: what the log holds after the end is everything.
+        running = self._process.poll() is None if self._process is not None else not self._locked()
+        self._follow()
+        return running
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it has said a loss that is no finite number."""
+        return self.loss.strip("+-").lower() in ("nan", "inf")
+
+    @property
+    def failure(self) -> str:
+        """What went wrong, "" if nothing did as far as this command can know; after the end."""
+        if self._process is None or self._process.returncode == 0:
+            return ""
+        lines = [_ANSI.sub("", line).strip() for line in self._log(self._begin).decode(errors="replace").splitlines()]
+        errors = [found[1] for line in lines if (found := _ERROR.match(line)) and "ChildFailedError" not in line]
+        told = errors[-1] if errors else (lines or ["it said nothing"])[-1]
+        return f"{told} (status {self._process.returncode}; log: {self.folder / LOG})"
+
+    def end(self) -> None:
+        """End it: a run that keeps checkpoints saves first. A trainer of an earlier command is left alone."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        # Ranks are in sessions of their own; torchrun takes them along on TERM, where KILL would leave them.
+        for number, patience in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                return
+
+    def close(self) -> None:
+        """Let go of the folder, after the end."""
+        self._lock.close()
+
+    def _locked(self) -> bool:
+        """Whether the folder is this process's, or that of the trainer it started."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _follow(self) -> None:
+        whole = self._log(self._read).rpartition(b"\n")
+        self._read += len(whole[0]) + len(whole[1])
+        for line in whole[0].decode(errors="replace").splitlines():
+            if found := _STEP.search(_ANSI.sub("", line)):
+                self.step, self.loss = int(found[1]), found[2]
+
+    def _log(self, begin: int) -> bytes:
+        try:
+            with open(self.folder / LOG, "rb") as log:
+                log.seek(begin)
+                return log.read()
+        except FileNotFoundError:
+            return b""
+
+
+def steps_saved(folder: Path) -> dict[int, Path]:
+    """step -> checkpoint, of the whole ones in a run's folder."""
+    found = {int(one.parent.name[5:]): one.parent for one in (folder / CHECKPOINTS).glob("step-*/.metadata")}
+    return dict(sorted(found.items()))
+
+
+def _prepare(folder: Path, known: int) -> int:
+    """Leave what a start can go on from: the checkpoints up to the step `known`, or nothing. Returns that step."""
+    kept = [step for step in steps_saved(folder) if 0 < step <= known]
+    for one in folder.iterdir():
+        if one.name == CHECKPOINTS and kept:
+            for checkpoint in one.iterdir():
+                if checkpoint.name not in [f"step-{step}" for step in kept]:
+                    shutil.rmtree(checkpoint)
+        elif one.name != LOCK and not kept:
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+    return max(kept, default=0)

@@ -1,0 +1,118 @@
+"""What is compared: optimizers with settings of their own, and the words that torchtitan's trainer gets for each."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+OPTIMIZERS = ("AdamW", "AdamMini", "Adam")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+"""What a variant may be called: its runs lie in a folder of that name."""
+ALIKE = ("steps", "seq_len", "local_batch_size", "global_batch_size", "dataset", "dataset_path")
+"""Settings of [training] that all variants have in common."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer with settings of its own.
+
+    Attributes:
+        name: in reports, and of its folder.
+        optimizer: torchtitan's `optimizer.name`.
+        words: more of torchtitan's command line, such as `("--optimizer.weight_decay", "0")`.
+    """
+
+    name: str
+    optimizer: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The words that make a run one of this variant."""
+        return ["--optimizer.name", self.optimizer, *self.words]
+
+
+def parse(optimizers: str, variants: Sequence[str]) -> list[Variant]:
+    """The variants of `--optimizers A,B` and of every `--variant "NAME=OPTIMIZER --section.key value"`, in this order.
+
+    Raises:
+        ValueError: an unknown optimizer, a name that stands twice or cannot be a folder's, nothing to compare.
+    """
+    found = [Variant(name, _known(name)) for name in (one.strip() for one in optimizers.split(",")) if name]
+    for given in variants:
+        try:
+            words = shlex.split(given)
+        except ValueError as error:
+            raise ValueError(f"--variant {given!r} cannot be read: {error}") from None
+        name, equals, optimizer = (words or [""])[0].partition("=")
+        if not equals or not NAME.fullmatch(name):
+            raise ValueError(
+                f"--variant {given!r} is not of the form 'NAME=OPTIMIZER --section.key value ...', where NAME has "
+                "letters, digits and . _ + -"
+            )
+        found.append(Variant(name, _known(optimizer), tuple(words[1:])))
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two variants are called {name!r}: give one of them another name with --variant NAME=...")
+    if not found:
+        raise ValueError("there is nothing to compare: name optimizers with --optimizers AdamW,AdamMini")
+    return found
+
+
+def _known(optimizer: str) -> str:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"the optimizer {optimizer!r} is unknown: there are {', '.join(OPTIMIZERS)}")
+    return optimizer
+
+
+def trainer_words(config: str, given: Sequence[str]) -> list[str]:
+    """The words that all runs have in common, the user's last.
+
+    AdamMini and its knobs are made known to torchtitan where neither file nor command line does.
+
+    Args:
+        config: the TOML file.
+        given: the user's words, `--job.config_file X` first.
+    """
+    try:
+        toml = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{config} is no TOML file: {error}") from None
+    words = list(given[:2])
+    for section, key, module in (
+        ("experimental", "custom_import", "titan_adam_mini.titan"),
+        ("job", "custom_config_module", "titan_adam_mini.titan.job_config"),
+    ):
+        flag = f"--{section}.{key}"
+        told = any(word.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for word in given)
+        if not told and not toml.get(section, {}).get(key):
+            words += [flag, module]
+    return [*words, "--debug.deterministic", *given[2:]]
+
+
+def check_alike(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError unless all variants have the same model, data, length and validation.
+
+    Args:
+        configs: variant -> torchtitan's job configuration as a dictionary.
+    """
+    (first, mine), *others = configs.items()
+    for name, config in others:
+        for section in ("model", "training", "validation"):
+            keys = ALIKE if section == "training" else tuple(mine[section])
+            for key in keys:
+                if config[section][key] != mine[section][key]:
+                    raise ValueError(
+                        f"the variants {first} and {name} cannot be compared: {section}.{key} is "
+                        f"{mine[section][key]!r} for one and {config[section][key]!r} for the other"
+                    )

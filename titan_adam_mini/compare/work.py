@@ -1,0 +1,239 @@
+"""The runs of a comparison, done on this machine: several at once, each once, from one start per seed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .plan import Run
+from .record import Record, read
+from .training import BOARD, CHECKPOINTS, Training, steps_saved
+
+RECORD, EXPORT = "record.json", "losses.txt"
+_LOOK, _TELL = 0.5, 30.0
+"""Seconds between two looks at the runs, and between two lines about a run where output is no terminal."""
+_DEGREES = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+)
+
+
+@dataclass
+class Work:
+    """What all runs of a comparison have in common.
+
+    Attributes:
+        out: the comparison's folder.
+        variants: name -> torchtitan's command line for it, the configuration among it.
+        ranks: processes of a run.
+        shown: variant -> the rank that knows the loss.
+        steps: training steps of a run.
+        frequency: steps between validations.
+        saves: whether runs keep checkpoints to go on from.
+        own_start: whether the configuration itself says which checkpoint runs start from.
+        variables: environment variables, one mapping for each of the runs that may be at work at once.
+        records: what is done.
+    """
+
+    out: Path
+    variants: Mapping[str, list[str]]
+    ranks: int
+    shown: Mapping[str, int]
+    steps: int
+    frequency: int
+    saves: bool
+    own_start: bool
+    variables: list[dict[str, str]]
+    records: dict[Run, Record] = field(default_factory=dict)
+
+    def collect(self, runs: list[Run] | None = None) -> None:
+        """Take up what earlier commands, or jobs elsewhere, have finished: these runs, or all that have a record."""
+        for file in self.out.glob(f"runs/*/*/*/{RECORD}"):
+            record = Record.load(file)
+            if record.run.variant in self.variants:
+                self.records[record.run] = record
+        for run in runs or []:
+            if run not in self.records and (self.out / run.folder / BOARD).is_dir():
+                self._settle(run)
+
+    def words(self, run: Run) -> list[str]:
+        """torchtitan's command line for a run, without its folder."""
+        words = [*self.variants[run.variant], "--optimizer.lr", str(run.lr), "--debug.seed", str(run.seed)]
+        words += ["--metrics.log_freq", "1", "--metrics.enable_tensorboard", "--metrics.save_tb_folder", BOARD]
+        words += ["--metrics.no-save_for_all_ranks", "--metrics.disable_color_printing"]
+        words += ["--checkpoint.enable", "--checkpoint.folder", CHECKPOINTS, "--checkpoint.initial_load_model_only"]
+        if not self.saves:
+            words += ["--checkpoint.load_only"]
+        if not self.own_start:
+            words += ["--checkpoint.initial_load_path", str(self.start(run.seed))]
+        return words
+
+    def start(self, seed: int) -> Path:
+        """The checkpoint that all runs with this seed start from."""
+        return self.out / f"seeds/seed-{seed}" / CHECKPOINTS / "step-0"
+
+    def make_start(self, seed: int) -> None:
+        """Write that checkpoint, unless it is there: on one rank, which holds the whole model.
+
+        Raises:
+            ValueError: the trainer failed.
+        """
+        folder = self.start(seed).parents[1]
+        while not self.own_start and 0 not in steps_saved(folder):
+            words = [*next(iter(self.variants.values())), "--debug.seed", str(seed)]
+            words += ["--checkpoint.create_seed_checkpoint", "--checkpoint.enable", "--checkpoint.folder", CHECKPOINTS]
+            words += ["--checkpoint.last_save_model_only", "--checkpoint.no-last_save_in_hf"]
+            words += ["--checkpoint.export_dtype", "float32", "--validation.no-enable", "--compile.no-enable"]
+            for name in _DEGREES:
+                words += [f"--parallelism.{name}", "1"]
+            training = Training(folder, words, ranks=1, shown=0, variables=self.variables[0])
+            try:
+                while training.running():
+                    time.sleep(_LOOK)
+            finally:
+                training.end()
+                training.close()
+            if not training.adopted and 0 not in steps_saved(folder):
+                raise ValueError(f"the start of seed {seed} could not be made: {training.failure or 'no checkpoint'}")
+
+    def do(
+        self, todo: Callable[[], list[Run]], expected: Callable[[], int], console: Console, done: Callable[[], object]
+    ) -> None:
+        """Do runs until there are none left to do.
+
+        Args:
+            todo: the runs that are still wanted, in order, as far as is known now.
+            expected: how many runs the whole comparison will have, as far as is known now.
+            console: for progress.
+            done: called after every run.
+
+        Raises:
+            ValueError: a run failed, in words; the others are ended, and what is done stays.
+        """
+        free = list(range(len(self.variables)))
+        working: dict[Run, tuple[Training, int]] = {}
+        told = _Told(console, self.steps)
+        try:
+            with told:
+                while (waiting := [run for run in todo() if run not in working]) or working:
+                    while free and waiting:
+                        run = waiting.pop(0)
+                        if self._settle(run):
+                            done()
+                            break
+                        slot = free.pop(0)
+                        self.make_start(run.seed)
+                        working[run] = self._begin(run, slot), slot
+                        told.begins(run, working[run][0])
+                    time.sleep(_LOOK if working else 0)
+                    for run, (training, slot) in list(working.items()):
+                        running = training.running()
+                        if running and training.diverged:
+                            training.end()
+                        elif running:
+                            told.goes_on(run, training)
+                            continue
+                        training.close()
+                        del working[run]
+                        free.append(slot)
+                        finished = self._settle(run)
+                        told.ends(run, training, self.records.get(run))
+                        if not finished and not training.adopted:
+                            why = training.failure or f"it ended at step {training.step} of {self.steps}: out of data?"
+                            raise ValueError(f"the run {run} failed: {why}")
+                        done()
+                    told.total(len(self.records), expected(), [training for training, _ in working.values()])
+        finally:
+            for training, _ in working.values():
+                training.end()
+
+    def _begin(self, run: Run, slot: int) -> Training:
+        folder = self.out / run.folder
+        known = read(folder / BOARD, run, self.ranks).known(self.frequency) if self.saves else 0
+        shown, variables = self.shown[run.variant], self.variables[slot]
+        return Training(folder, self.words(run), ranks=self.ranks, shown=shown, variables=variables, known=known)
+
+    def _settle(self, run: Run) -> bool:
+        """Whether a run is over; what it said is then on record, and its checkpoints but the last are gone."""
+        folder = self.out / run.folder
+        record = read(folder / BOARD, run, self.ranks)
+        if record.diverged is None and record.known(self.frequency) < self.steps:
+            return False
+        lines = [f"{step} {loss}\n" for step, loss in enumerate(record.losses, 1)]
+        (folder / EXPORT).write_text("".join(lines))
+        record.write(folder / RECORD)
+        self.records[run] = record
+        for step, checkpoint in steps_saved(folder).items():
+            if step < self.steps:
+                shutil.rmtree(checkpoint)
+        return True
+
+    def losses(self) -> dict[Run, float]:
+        """Finished run -> its last validation loss, infinite if it diverged."""
+        return {run: record.final for run, record in self.records.items()}
+
+
+class _Told:
+    """Progress: bars on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._all: TaskID | None = None
+        self._tasks: dict[Run, TaskID] = {}
+        self._said: dict[Run, float] = {}
+
+    def __enter__(self) -> _Told:
+        self._bars.start()
+        self._all = self._bars.add_task("all steps", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def begins(self, run: Run, training: Training) -> None:
+        self._tasks[run] = self._bars.add_task(str(run), total=self._steps)
+        self._said[run] = time.monotonic()
+        if training.adopted:
+            self._say(f"{run}: still at work since an earlier command; waiting for it")
+        elif training.goes_on_from:
+            self._say(f"{run}: goes on from the checkpoint of step {training.goes_on_from}")
+        elif not self._console.is_terminal:
+            self._say(f"{run}: begins")
+
+    def goes_on(self, run: Run, training: Training) -> None:
+        description = f"{run}: loss {training.loss}" if training.loss else str(run)
+        self._bars.update(self._tasks[run], completed=training.step, description=description)
+        if not self._console.is_terminal and time.monotonic() >= self._said[run] + _TELL:
+            self._said[run] = time.monotonic()
+            self._say(f"{run}: step {training.step} of {self._steps}, loss {training.loss or 'not known yet'}")
+
+    def ends(self, run: Run, training: Training, record: Record | None) -> None:
+        self._bars.remove_task(self._tasks.pop(run))
+        if record is None:
+            self._say(f"{run}: ended at step {training.step}")
+        elif record.diverged is not None:
+            self._say(f"{run}: diverged at step {record.diverged}")
+        else:
+            self._say(f"{run}: validation loss {record.final:.4f} after step {record.steps}")
+
+    def total(self, done: int, expected: int, working: list[Training]) -> None:
+        steps = done * self._steps + sum(training.step for training in working)
+        if self._all is not None:
+            described = f"{done} of {expected} runs"
+            self._bars.update(self._all, completed=steps, total=expected * self._steps, description=described)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, highlight=False)

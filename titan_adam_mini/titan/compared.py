@@ -1,0 +1,49 @@
+"""From a torchtitan configuration to what a comparison of optimizers must know of it before anything is run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from titan_adam_mini.memory.facts import ADAMW, facts
+from titan_adam_mini.memory.stages import read_run
+from titan_adam_mini.titan.build import configured
+from titan_adam_mini.titan.builder import NAME
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One variant's configuration.
+
+    Attributes:
+        config: torchtitan's job configuration as a dictionary.
+        model: its name and flavor.
+        parameters: of the whole model.
+        state_bytes: of the optimizer's state, every element counted once.
+        shown: the rank that knows the loss.
+    """
+
+    config: dict[str, Any]
+    model: str
+    parameters: int
+    state_bytes: int
+    shown: int
+
+
+def read_compared(arguments: list[str], ngpu: int) -> Compared:
+    """Takes the whole process: see `child.py`.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        ngpu: number of ranks.
+
+    Raises:
+        ValueError: the run could not start, in words.
+    """
+    config = configured(arguments, ngpu)
+    told = facts(read_run(arguments, ngpu))
+    states, key = told["checkpoint"]["optimizer"], told["configured"] if config.optimizer.name == NAME else ADAMW
+    degrees = config.parallelism
+    stages = degrees.pipeline_parallel_degree
+    last = degrees.pipeline_parallel_schedule != "ZBVZeroBubble"
+    return Compared(
+        config.to_dict(), told["model"], told["parameters"], states[key], ngpu // stages * (stages - 1) if last else 0
+    )
