@@ -49,7 +49,8 @@ class Compare:
     --optimizer.adam_mini.value_blocks tensor". May be given several times."""
 
     seeds: int = 3
-    """How many seeds: 0, 1, ... A seed gives the initial weights."""
+    """How many seeds: 0, 1, ... A seed gives the initial weights, and stands for {seed} in torchtitan's values: with
+    --training.dataset_path data/order-{seed} it gives the order of the data too."""
 
     lr: str = ""
     """Learning rates to try with the first seed, such as 1e-3,2e-3: the others are run at each variant's best. While

@@ -199,9 +199,9 @@ class Report:
         yield ""
         yield (
             "A seed gives the initial weights, one checkpoint per seed that every variant starts from, and torch's "
-            "generators. It does not change the data: torchtitan reads them in one order, so that what seeds differ by "
-            "holds nothing of the choice of data. Runs use deterministic algorithms (--debug.deterministic), which may "
-            "be slower than others."
+            "generators. torchtitan reads data in one order; a seed has another where {seed} stands in the path of the "
+            "data set, and only there. Runs use deterministic algorithms (--debug.deterministic), which may be slower "
+            "than others."
         )
 
     def _runs(self, records: Mapping[Run, Record], best: Mapping[str, float | None]) -> Iterator[str]:

@@ -69,7 +69,13 @@ class Work:
 
     def words(self, run: Run) -> list[str]:
         """torchtitan's command line for a run, without its folder."""
-        words = [*self.variants[run.variant], "--optimizer.lr", str(run.lr), "--debug.seed", str(run.seed)]
+        words = [
+            *seeded(self.variants[run.variant], run.seed),
+            "--optimizer.lr",
+            str(run.lr),
+            "--debug.seed",
+            str(run.seed),
+        ]
         words += ["--metrics.log_freq", "1", "--metrics.enable_tensorboard", "--metrics.save_tb_folder", BOARD]
         words += ["--metrics.no-save_for_all_ranks", "--metrics.disable_color_printing"]
         words += ["--checkpoint.enable", "--checkpoint.folder", CHECKPOINTS, "--checkpoint.initial_load_model_only"]
@@ -91,7 +97,7 @@ class Work:
         """
         folder = self.start(seed).parents[1]
         while not self.own_start and 0 not in steps_saved(folder):
-            words = [*next(iter(self.variants.values())), "--debug.seed", str(seed)]
+            words = [*seeded(next(iter(self.variants.values())), seed), "--debug.seed", str(seed)]
             words += ["--checkpoint.create_seed_checkpoint", "--checkpoint.enable", "--checkpoint.folder", CHECKPOINTS]
             words += ["--checkpoint.last_save_model_only", "--checkpoint.no-last_save_in_hf"]
             words += ["--checkpoint.export_dtype", "float32", "--validation.no-enable", "--compile.no-enable"]
@@ -182,6 +188,11 @@ class Work:
     def losses(self) -> dict[Run, float]:
         """Finished run -> its last validation loss, infinite if it diverged."""
         return {run: record.final for run, record in self.records.items()}
+
+
+def seeded(words: list[str], seed: int) -> list[str]:
+    """A command line with the seed's number where it says `{seed}`: in the path of a data set, for an order of its own."""
+    return [word.replace("{seed}", str(seed)) for word in words]
 
 
 class _Told:
