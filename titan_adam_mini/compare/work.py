@@ -191,7 +191,7 @@ class Work:
 
 
 def seeded(words: list[str], seed: int) -> list[str]:
-    """A command line with the seed's number where it says `{seed}`: in the path of a data set, for an order of its own."""
+    """A command line with the seed's number where it says `{seed}`, such as in the path of a data set."""
     return [word.replace("{seed}", str(seed)) for word in words]
 
 
