@@ -78,10 +78,14 @@ class Record:
         rates = self.columns["tokens_per_second"]
         return _median(rates[WARM_UP:] or rates) * self.ranks
 
+    def peak(self, column: str) -> float:
+        """The largest value of a column."""
+        return max(self.columns[column], default=math.nan)
+
     @property
     def grad_norm(self) -> tuple[float, float]:
         """Median and maximum."""
-        return _median(self.columns["grad_norm"]), max(self.columns["grad_norm"], default=math.nan)
+        return _median(self.columns["grad_norm"]), self.peak("grad_norm")
 
     def known(self, frequency: int) -> int:
         """The last step up to which there is everything, validation that was due included."""
