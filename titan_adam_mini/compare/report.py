@@ -16,7 +16,7 @@ from ..about import device_name, version
 from .picture import draw
 from .plan import EXTENSIONS, Plan, Run, at_edge
 from .record import DEVIATIONS, WINDOW, Record
-from .statistics import difference, mean
+from .statistics import difference, mean, median
 from .tables import perplexity, write_runs, write_steps
 from .variants import Variant
 
@@ -194,7 +194,7 @@ class Report:
                     "" if found is None else f"{found.mean:+.4f}",
                     "" if found is None or found.error is None else f"{found.error:.4f}",
                     str(sum(one.spikes for one in there)),
-                    _number(sorted(norms)[len(norms) // 2] if norms else math.nan, 3),
+                    _number(median(norms), 3),
                     _number(max(norms, default=math.nan), 3),
                     _number(max((one.peak("active_gib") for one in there), default=math.nan), 3),
                     _number(max((one.peak("reserved_gib") for one in there), default=math.nan), 3),
