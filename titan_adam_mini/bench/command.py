@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..about import device_name, version
 from ..child import in_child
 from ..flags import ConfigFile, check_config, check_folder, number_of_ranks
 from .competitors import BASELINE, chosen
@@ -124,9 +123,9 @@ class Bench:
         """What the caption says, and the JSON beside the rows."""
         held = [one for one in part.held if one.numel]
         return {
-            "device": _device_name(device),
+            "device": device_name(device, torch.get_num_threads()),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": version("triton"),
             "model": part.model,
             "config": self.config,
             "ngpu": ngpu,
@@ -157,24 +156,6 @@ def _read_part(*args: Any) -> Any:
     from ..titan.shards import read_part
 
     return read_part(*args)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _row(result: Result, part: Part, measured: Measured) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..child import child
 from ..flags import ConfigFile, check_config, number_of_ranks
-from .plan import sweep, wanted
+from .plan import Plan
 from .report import Report
 from .settled import alone, settle
 from .variants import Variant, check_alike, parse, trainer_words
@@ -65,6 +65,10 @@ class Compare:
     jobs: int = 1
     """So many runs at once, each with its own GPUs; on a CPU every rank has one core, or OMP_NUM_THREADS of them."""
 
+    slurm: bool = False
+    """Train nothing here: write the runs that are wanted now into OUT/sweep.txt for launch/slurm/sweep.sbatch, and
+    report what is there. Once the array has finished, the same command reports its runs and writes the next ones."""
+
     def __call__(self, console: Console, arguments: list[str]) -> None:
         variants, lrs, ranks = self._checked()
         words = trainer_words(self.config, arguments)
@@ -79,11 +83,13 @@ class Compare:
             )
         out = (self.out or Path("outputs/compare") / Path(self.config).stem).absolute()
         with alone(out), _signals():
-            devices = _devices(ranks, self.jobs)
+            devices = [{}] if self.slurm else _devices(ranks, self.jobs)
             common = {"ranks": ranks, "threads": int(os.environ.get("OMP_NUM_THREADS") or 1)}
             common = settle(out, {name: one.config for name, one in compared.items()}, common)
+            plan = Plan({name: one.config["optimizer"]["lr"] for name, one in compared.items()}, lrs, self.seeds)
             work = Work(
                 out=out,
+                plan=plan,
                 variants={one.name: [*words, *one.arguments] for one in variants},
                 ranks=ranks,
                 shown={name: one.shown for name, one in compared.items()},
@@ -93,34 +99,32 @@ class Compare:
                 own_start=own_start,
                 variables=[{"OMP_NUM_THREADS": str(common["threads"]), **one} for one in devices],
             )
-            work.collect()
-            own = {name: one.config["optimizer"]["lr"] for name, one in compared.items()}
             report = Report(
                 out=out,
                 command=self._command(arguments),
                 config=self.config,
+                plan=plan,
                 variants=variants,
                 compared=compared,
-                lrs=lrs,
-                own=own,
-                seeds=self.seeds,
                 ranks=ranks,
                 threads=common["threads"],
+                elsewhere=self.slurm,
             )
 
-            def expected() -> int:
-                swept = [len(sweep(name, lrs, work.losses())[0]) if lrs else 1 for name in own]
-                return sum(swept) + len(own) * (self.seeds - 1)
-
-            work.do(
-                lambda: wanted(own, lrs, self.seeds, work.losses()),
-                expected,
-                console,
-                lambda: report.write(work.records),
-            )
-            for line in report.write(work.records):
+            def say(line: str) -> None:
                 console.print(line, soft_wrap=True, highlight=False)
-            console.print(f"Written: {out / 'report.md'}", soft_wrap=True, highlight=False)
+
+            work.collect()
+            if self.slurm:
+                told = work.hand_over(self.config)
+            else:
+                told = ""
+                work.do(console, lambda: report.write(work.records, pictures=False))
+            for line in report.write(work.records):
+                say(line)
+            say(f"Written: {out / 'report.md'}")
+            if told:
+                say(told)
 
     def _checked(self) -> tuple[list[Variant], list[float], int]:
         """Variants, learning rates and ranks; ValueError for flags that cannot be served."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 
 from .plan import Run
+from .statistics import median
 
 COLUMNS = {
     "loss": "loss_metrics/global_avg_loss",
@@ -70,18 +71,22 @@ class Record:
 
     @property
     def seconds_per_step(self) -> float:
-        return _median(self.columns["seconds"][WARM_UP:] or self.columns["seconds"])
+        return median(self.columns["seconds"][WARM_UP:] or self.columns["seconds"])
 
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks together."""
         rates = self.columns["tokens_per_second"]
-        return _median(rates[WARM_UP:] or rates) * self.ranks
+        return median(rates[WARM_UP:] or rates) * self.ranks
+
+    def peak(self, column: str) -> float:
+        """The largest value of a column."""
+        return max(self.columns[column], default=math.nan)
 
     @property
     def grad_norm(self) -> tuple[float, float]:
         """Median and maximum."""
-        return _median(self.columns["grad_norm"]), max(self.columns["grad_norm"], default=math.nan)
+        return median(self.columns["grad_norm"]), self.peak("grad_norm")
 
     def known(self, frequency: int) -> int:
         """The last step up to which there is everything, validation that was due included."""
@@ -143,9 +148,5 @@ def spikes(losses: Sequence[float]) -> int:
     count = 0
     for place in range(WINDOW, len(losses)):
         before = losses[place - WINDOW : place]
-        count += losses[place] > statistics.fmean(before) + DEVIATIONS * statistics.stdev(before)
+        count += losses[place] > fmean(before) + DEVIATIONS * stdev(before)
     return count
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else math.nan

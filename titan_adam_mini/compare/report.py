@@ -1,23 +1,23 @@
-"""The report of a comparison: report.md for reading, runs.csv and steps.csv for other tools."""
+"""The report of a comparison: findings in sentences, tables, pictures."""
 
 from __future__ import annotations
 
-import csv
 import math
-import platform
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .plan import EXTENSIONS, Run, at_edge, sweep, wanted
-from .record import COLUMNS, DEVIATIONS, WINDOW, Record
-from .statistics import difference, mean
+from ..about import device_name, version
+from .picture import draw
+from .plan import EXTENSIONS, Plan, Run, at_edge
+from .record import DEVIATIONS, WINDOW, Record
+from .statistics import difference, mean, median
+from .tables import perplexity, write_runs, write_steps
 from .variants import Variant
 
 if TYPE_CHECKING:
@@ -34,45 +34,50 @@ class Report:
         out: the folder.
         command: as it was given.
         config: the TOML file.
+        plan: which runs there are to be.
         variants: what is compared; the first is what the others are held against.
         compared: name -> its configuration.
-        lrs: the learning rates that were asked for; empty without a sweep.
-        own: name -> the learning rate of its configuration.
-        seeds: how many.
         ranks: processes of a run.
         threads: of a process on a CPU.
+        elsewhere: whether the runs are done by Slurm, and not on this machine.
     """
 
     out: Path
     command: str
     config: str
+    plan: Plan
     variants: Sequence[Variant]
     compared: Mapping[str, Compared]
-    lrs: Sequence[float]
-    own: Mapping[str, float]
-    seeds: int
     ranks: int
     threads: int
+    elsewhere: bool
 
-    def write(self, records: Mapping[Run, Record]) -> list[str]:
-        """Write everything anew from the runs there are; returns the findings, a sentence each."""
+    def write(self, records: Mapping[Run, Record], *, pictures: bool = True) -> list[str]:
+        """Write everything anew from the runs there are; returns the findings, a sentence each.
+
+        Raises ValueError, once all but the pictures is written, if matplotlib is not installed.
+        """
         losses = {run: record.final for run, record in records.items()}
-        best = {name: sweep(name, self.lrs, losses)[1] if self.lrs else lr for name, lr in self.own.items()}
-        chosen = {name: _at(records, name, lr, self.seeds) for name, lr in best.items()}
-        self._write_runs(records)
-        self._write_steps(records)
+        best = {name: self.plan.sweep(name, losses)[1] for name in self.plan.variants}
+        chosen = {name: _at(records, name, lr, self.plan.seeds) for name, lr in best.items()}
+        optimizers = {one.name: one.optimizer for one in self.variants}
+        state = {name: one.state_bytes / one.parameters for name, one in self.compared.items()}
+        write_runs(self.out / "runs.csv", records, optimizers, state)
+        write_steps(self.out / "steps.csv", records)
         findings = [*self._starts(records), *self._verdicts(chosen), *self._edges(losses)]
-        missing = wanted(self.own, self.lrs, self.seeds, losses)
+        missing = self.plan.wanted(losses)
         if missing:
             findings.append(f"Not all runs are there yet; missing: {'; '.join(map(str, missing))}.")
+        *others, last = self.plan.variants
+        title = f"{', '.join(others)}{' and ' if others else ''}{last} on {self._first.model}"
         lines = [
-            f"# {' and '.join(self.own)} on {self._first.model}",
+            f"# {title}",
             "",
             *(f"- {one}" for one in findings),
             "",
             *self._about(),
             "",
-            "## Variants, at their best learning rates" if self.lrs else "## Variants",
+            "## Variants, at their best learning rates" if self.plan.lrs else "## Variants",
             "",
             *self._table(chosen, best),
             "",
@@ -82,12 +87,22 @@ class Report:
             "",
             *self._runs(records, best),
         ]
-        (self.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        file = self.out / "report.md"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if pictures:
+            drawn = draw(self.out, title, chosen, {name: self._swept(name, losses) for name in best if self.plan.lrs})
+            shown = [f"![{Path(name).stem}]({name})" for name in drawn]
+            file.write_text("\n".join([*lines, "", "## Pictures", "", *shown]) + "\n", encoding="utf-8")
         return findings
 
     @property
     def _first(self) -> Compared:
         return next(iter(self.compared.values()))
+
+    def _swept(self, name: str, losses: Mapping[Run, float]) -> dict[float, float]:
+        """Learning rate -> last validation loss of a variant's sweep, as far as it has been run."""
+        runs = [Run(name, lr, 0) for lr in self.plan.sweep(name, losses)[0]]
+        return {run.lr: losses[run] for run in runs if run in losses}
 
     # Findings
 
@@ -117,9 +132,9 @@ class Report:
                 yield f"{name} diverged with seed {', '.join(bad)}, which is left out of means and differences."
 
     def _edges(self, losses: Mapping[Run, float]) -> Iterator[str]:
-        for name in self.own if self.lrs else ():
-            swept, best = sweep(name, self.lrs, losses)
-            if best is None:
+        for name in self.plan.variants:
+            swept, best = self.plan.sweep(name, losses)
+            if best is None or not self.plan.lrs:
                 continue
             if losses[Run(name, best, 0)] == math.inf:
                 yield f"{name} diverged at every learning rate from {swept[0]:g} to {swept[-1]:g}."
@@ -143,8 +158,10 @@ class Report:
             f"- validation: every {validation['freq']} steps on {times} of {_data(validation)}, each time on the same"
             " documents"
         )
-        yield f"- device: {self.ranks} x {_device(self.threads)}"
-        yield "- versions: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+        device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"), self.threads)
+        ranks = f"{self.ranks} rank{'' if self.ranks == 1 else 's'}"
+        yield f"- device: {ranks} on {'nodes of Slurm' if self.elsewhere else f'{device}, each'}"
+        yield "- versions: " + ", ".join(f"{name} {version(name)}".strip() for name in _PACKAGES)
         if commit := _commit():
             yield f"- commit: {commit}"
         yield f"- configuration: {self.config}"
@@ -173,14 +190,14 @@ class Report:
                     "" if rate is None else f"{rate:g}",
                     str(len(there)),
                     _number(loss),
-                    _number(math.exp(min(loss, 700)), 3),
+                    _number(perplexity(loss), 3),
                     "" if found is None else f"{found.mean:+.4f}",
                     "" if found is None or found.error is None else f"{found.error:.4f}",
                     str(sum(one.spikes for one in there)),
-                    _number(sorted(norms)[len(norms) // 2] if norms else math.nan, 3),
+                    _number(median(norms), 3),
                     _number(max(norms, default=math.nan), 3),
-                    _number(max((max(one.columns["active_gib"]) for one in there), default=math.nan), 3),
-                    _number(max((max(one.columns["reserved_gib"]) for one in there), default=math.nan), 3),
+                    _number(max((one.peak("active_gib") for one in there), default=math.nan), 3),
+                    _number(max((one.peak("reserved_gib") for one in there), default=math.nan), 3),
                     _number(mean(one.tokens_per_second for one in there), 0),
                     _number(mean(one.seconds_per_step for one in there)),
                     f"{self.compared[name].state_bytes / self.compared[name].parameters:.4f}",
@@ -191,7 +208,7 @@ class Report:
     def _notes(self) -> Iterator[str]:
         yield (
             "Validation losses are those of the last step, means over the seeds; perplexity is exp of that mean; "
-            f"differences are to {next(iter(self.own))}, seed by seed. A spike is a training loss more than "
+            f"differences are to {next(iter(self.plan.variants))}, seed by seed. A spike is a training loss more than "
             f"{DEVIATIONS:g} standard deviations above the mean of the {WINDOW} before it. Gradient norms are those "
             "before clipping. Memory is that of the rank that reports (on a CPU its process's, since it began); "
             "state is the optimizer's, every element counted once."
@@ -209,56 +226,13 @@ class Report:
         rows = []
         for run, record in sorted(records.items()):
             told = f"diverged at step {record.diverged}" if record.diverged else ""
-            if self.lrs and run.lr == best.get(run.variant):
+            if self.plan.lrs and run.lr == best.get(run.variant):
                 told = told or "best"
             loss = "" if record.diverged else _number(record.final)
             norm = _number(record.grad_norm[1], 3)
             row = (run.variant, f"{run.lr:g}", str(run.seed), str(record.steps), loss, str(record.spikes), norm, told)
             rows.append(row)
         yield from _markdown(headings, rows)
-
-    # Tables for other tools
-
-    def _write_runs(self, records: Mapping[Run, Record]) -> None:
-        rows: list[dict[str, Any]] = []
-        for run, one in sorted(records.items()):
-            compared = self.compared[run.variant]
-            norm, highest = one.grad_norm
-            rows.append(
-                {
-                    "variant": run.variant,
-                    "optimizer": compared.config["optimizer"]["name"],
-                    "lr": run.lr,
-                    "seed": run.seed,
-                    "status": "finished" if one.diverged is None else "diverged",
-                    "steps": one.steps,
-                    "validation_loss": one.final,
-                    "perplexity": math.exp(min(one.final, 700)) if one.diverged is None else math.inf,
-                    "first_loss": one.losses[0] if one.losses else math.nan,
-                    "last_loss": one.losses[-1] if one.losses else math.nan,
-                    "spikes": one.spikes,
-                    "grad_norm_median": norm,
-                    "grad_norm_max": highest,
-                    "peak_active_gib": max(one.columns["active_gib"], default=math.nan),
-                    "peak_reserved_gib": max(one.columns["reserved_gib"], default=math.nan),
-                    "tokens_per_second": one.tokens_per_second,
-                    "seconds_per_step": one.seconds_per_step,
-                    "seconds": sum(one.columns["seconds"]),
-                    "state_bytes_per_parameter": compared.state_bytes / compared.parameters,
-                    "folder": run.folder,
-                }
-            )
-        _write_csv(self.out / "runs.csv", rows)
-
-    def _write_steps(self, records: Mapping[Run, Record]) -> None:
-        rows: list[dict[str, Any]] = []
-        for run, one in sorted(records.items()):
-            for place in range(one.steps):
-                columns = {"lr_now" if name == "lr" else name: one.columns[name][place] for name in COLUMNS}
-                validation = one.validation.get(place + 1, "")
-                about = {"variant": run.variant, "lr": run.lr, "seed": run.seed, "step": place + 1}
-                rows.append({**about, **columns, "validation_loss": validation})
-        _write_csv(self.out / "steps.csv", rows)
 
 
 def _at(records: Mapping[Run, Record], name: str, lr: float | None, seeds: int) -> dict[int, Record]:
@@ -269,13 +243,6 @@ def _at(records: Mapping[Run, Record], name: str, lr: float | None, seeds: int) 
 
 def _finals(records: Mapping[int, Record]) -> dict[int, float]:
     return {seed: record.final for seed, record in records.items() if record.diverged is None}
-
-
-def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as written:
-        writer = csv.DictWriter(written, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -291,24 +258,6 @@ def _number(value: float, digits: int = 4) -> str:
 
 def _data(section: Mapping[str, Any]) -> str:
     return f"{section['dataset']}{' at ' if section['dataset_path'] else ''}{section['dataset_path'] or ''}"
-
-
-def _device(threads: int) -> str:
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''} per rank"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _commit() -> str:

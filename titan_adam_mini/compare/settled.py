@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,9 @@ def settle(out: Path, configs: Mapping[str, Mapping[str, Any]], common: Mapping[
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 told.append(f"{name}: {key} {there.get(key)!r} there, {here.get(key)!r} here")
+    if told and not (out / "runs").exists():  # nothing has been run with what was there
+        shutil.rmtree(out / "seeds", ignore_errors=True)
+        kept, told = {**common, "variants": {}}, []
     if told:
         more = f", and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         raise ValueError(

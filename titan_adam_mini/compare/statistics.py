@@ -76,3 +76,9 @@ def mean(values: Iterable[float]) -> float:
     """Not a number where there are none."""
     there = list(values)
     return statistics.fmean(there) if there else math.nan
+
+
+def median(values: Iterable[float]) -> float:
+    """Not a number where there are none."""
+    there = list(values)
+    return statistics.median(there) if there else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -11,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .plan import Run
+from .plan import Plan, Run
 from .record import Record, read
 from .training import BOARD, CHECKPOINTS, Training, steps_saved
 
-RECORD, EXPORT = "record.json", "losses.txt"
+RECORD, EXPORT, SWEEP = "record.json", "losses.txt", "sweep.txt"
 _LOOK, _TELL = 0.5, 30.0
 """Seconds between two looks at the runs, and between two lines about a run where output is no terminal."""
 _DEGREES = (
@@ -35,6 +36,7 @@ class Work:
 
     Attributes:
         out: the comparison's folder.
+        plan: which runs there are to be.
         variants: name -> torchtitan's command line for it, the configuration among it.
         ranks: processes of a run.
         shown: variant -> the rank that knows the loss.
@@ -47,6 +49,7 @@ class Work:
     """
 
     out: Path
+    plan: Plan
     variants: Mapping[str, list[str]]
     ranks: int
     shown: Mapping[str, int]
@@ -57,15 +60,18 @@ class Work:
     variables: list[dict[str, str]]
     records: dict[Run, Record] = field(default_factory=dict)
 
-    def collect(self, runs: list[Run] | None = None) -> None:
-        """Take up what earlier commands, or jobs elsewhere, have finished: these runs, or all that have a record."""
+    def todo(self) -> list[Run]:
+        """The runs still to be done, as far as can be known now."""
+        return self.plan.wanted(self.losses())
+
+    def collect(self) -> None:
+        """Take up what earlier commands, or jobs elsewhere, have finished."""
         for file in self.out.glob(f"runs/*/*/*/{RECORD}"):
             record = Record.load(file)
             if record.run.variant in self.variants:
                 self.records[record.run] = record
-        for run in runs or []:
-            if run not in self.records and (self.out / run.folder / BOARD).is_dir():
-                self._settle(run)
+        while any(self._settle(run) for run in self.todo()):
+            pass
 
     def words(self, run: Run) -> list[str]:
         """torchtitan's command line for a run, without its folder."""
@@ -113,14 +119,35 @@ class Work:
             if not training.adopted and 0 not in steps_saved(folder):
                 raise ValueError(f"the start of seed {seed} could not be made: {training.failure or 'no checkpoint'}")
 
-    def do(
-        self, todo: Callable[[], list[Run]], expected: Callable[[], int], console: Console, done: Callable[[], object]
-    ) -> None:
+    def hand_over(self, config: str) -> str:
+        """Write the wanted runs into sweep.txt, one line of torchtitan's flags each, for launch/slurm/sweep.sbatch.
+
+        Args:
+            config: the TOML file.
+
+        Returns:
+            The command that submits them; "" if there is none to do.
+        """
+        runs = self.todo()
+        for seed in sorted({run.seed for run in runs}):
+            self.make_start(seed)
+        folders = [["--job.dump_folder", str(self.out / run.folder)] for run in runs]
+        # The batch script names the configuration itself.
+        lines = [shlex.join([*self.words(run)[2:], *folder]) for run, folder in zip(runs, folders, strict=True)]
+        file = self.out / SWEEP
+        file.write_text("".join(f"{line}\n" for line in lines))
+        if not runs:
+            return ""
+        settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", "TITAN_ADAM_MINI_SAME_VALIDATION=1"]
+        return (
+            f"Submit the {len(runs)} runs with as many nodes (-N) as make {self.ranks} ranks:\n"
+            f"{shlex.join(settings)} sbatch -N 1 --array=0-{len(runs) - 1} launch/slurm/sweep.sbatch"
+        )
+
+    def do(self, console: Console, done: Callable[[], object]) -> None:
         """Do runs until there are none left to do.
 
         Args:
-            todo: the runs that are still wanted, in order, as far as is known now.
-            expected: how many runs the whole comparison will have, as far as is known now.
             console: for progress.
             done: called after every run.
 
@@ -132,12 +159,9 @@ class Work:
         told = _Told(console, self.steps)
         try:
             with told:
-                while (waiting := [run for run in todo() if run not in working]) or working:
+                while (waiting := [run for run in self.todo() if run not in working]) or working:
                     while free and waiting:
                         run = waiting.pop(0)
-                        if self._settle(run):
-                            done()
-                            break
                         slot = free.pop(0)
                         self.make_start(run.seed)
                         working[run] = self._begin(run, slot), slot
@@ -159,7 +183,11 @@ class Work:
                             why = training.failure or f"it ended at step {training.step} of {self.steps}: out of data?"
                             raise ValueError(f"the run {run} failed: {why}")
                         done()
-                    told.total(len(self.records), expected(), [training for training, _ in working.values()])
+                    told.total(
+                        len(self.records),
+                        self.plan.expected(self.losses()),
+                        [training for training, _ in working.values()],
+                    )
         finally:
             for training, _ in working.values():
                 training.end()

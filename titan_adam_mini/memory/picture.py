@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 from pathlib import Path
 from typing import Any
+
+from ..drawing import bare, figure, wrapped
 
 GIB = 1 << 30
 
@@ -56,8 +57,8 @@ def stacked_bars(
     unknown = sorted({category for _, sizes in bars for category in sizes if category not in CATEGORIES})
     if unknown:
         raise ValueError(f"no colour for {', '.join(unknown)}: categories are {', '.join(CATEGORIES)}")
-    figure = _figure(width=3.4 + _PITCH * max(2, len(bars)))
-    axes = figure.add_subplot()
+    drawing = figure(3.4 + _PITCH * max(2, len(bars)), _HEIGHT)
+    axes = drawing.add_subplot()
     totals = [sum(sizes.values()) / GIB for _, sizes in bars]
     top = 1.12 * max([*totals, (budget or 0) / GIB]) or 1.0
     bottoms = [0.0] * len(bars)
@@ -89,42 +90,20 @@ def stacked_bars(
         words = f"budget\n{_number(budget / GIB)} GiB"
         beside = (1.01, budget / GIB)
         axes.text(*beside, words, transform=axes.get_yaxis_transform(), va="center", fontsize=_TEXT + 0.5)
-    figure.suptitle(_wrapped(title, figure.get_figwidth() - _LEGEND, _TITLE), x=0.02, ha="left", fontsize=_TITLE)
+    drawing.suptitle(wrapped(title, drawing.get_figwidth() - _LEGEND, _TITLE), x=0.02, ha="left", fontsize=_TITLE)
     axes.set_ylabel("GiB")
     axes.set_ylim(0, top)
     axes.set_xlim(-0.6, len(bars) - 0.4)
-    labels = [_wrapped(label, _PITCH, _TEXT + 1) for label, _ in bars]
+    labels = [wrapped(label, _PITCH, _TEXT + 1) for label, _ in bars]
     axes.set_xticks(range(len(bars)), labels, fontsize=_TEXT + 1)
     axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    bare(axes)
     # Read as the bars are: what is on top in a bar is on top in the legend.
-    figure.legend(handles=drawn[::-1], loc="outside right upper", frameon=False, fontsize=_TEXT + 1)
+    drawing.legend(handles=drawn[::-1], loc="outside right upper", frameon=False, fontsize=_TEXT + 1)
     if note:
-        words = _wrapped(note, 0.96 * figure.get_figwidth(), _TEXT)
-        figure.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050", linespacing=1.3)
-    figure.savefig(path, dpi=160)
-
-
-def _figure(width: float) -> Any:
-    """An empty figure of no window."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install 'titan-adam-mini[titan]'") from None
-    figure: Any = Figure(figsize=(width, _HEIGHT), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _wrapped(text: str, inches: float, size: float) -> str:
-    """Text in lines of that width at most; a letter is about half as wide as high."""
-    wide = int(inches * 72 / (size * 0.54))
-    return "\n".join(textwrap.fill(line, wide) for line in text.splitlines())
+        words = wrapped(note, 0.96 * drawing.get_figwidth(), _TEXT)
+        drawing.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050", linespacing=1.3)
+    drawing.savefig(path, dpi=160)
 
 
 def _number(gib: float) -> str:

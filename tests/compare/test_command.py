@@ -1,0 +1,157 @@
+"""The command from end to end on a small model: killed and started again, it reports what an undisturbed one does."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from titan_adam_mini.cli import main
+from titan_adam_mini.compare.plan import Run
+from titan_adam_mini.compare.record import Record
+
+from .conftest import BATCH, CONFIG, SEQ_LEN
+
+STEPS, EVERY = 80, 20
+RUNS = [Run(name, 4e-3, 0) for name in ("AdamW", "AdamMini")]
+
+
+@pytest.fixture(scope="session")
+def words(corpus_dir: Path) -> list[str]:
+    """A comparison of AdamW and AdamMini with one seed, that saves and validates every EVERY steps."""
+    settings = {
+        "model.hf_assets_path": corpus_dir / "tokenizer",
+        "training.dataset_path": corpus_dir / "train-1",
+        "training.seq_len": SEQ_LEN,
+        "training.local_batch_size": BATCH,
+        "training.steps": STEPS,
+        "validation.dataset_path": corpus_dir / "validation",
+        "validation.seq_len": SEQ_LEN,
+        "validation.local_batch_size": 2,
+        "validation.freq": EVERY,
+        "validation.steps": 2,
+        "checkpoint.interval": EVERY,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["compare", str(CONFIG), "--seeds", "1", *flags, "--validation.enable", "--checkpoint.enable"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--optimizers", "AdamW,Lion"], "the optimizer 'Lion' is unknown"),
+        (["--seeds", "0"], "--seeds must be 1 or more, not 0"),
+        (["--jobs", "0"], "--jobs must be 1 or more, not 0"),
+        (["--lr", "1e-3,fast"], "--lr takes learning rates such as 1e-3,2e-3, not 'fast'"),
+        (["--lr", "-1"], "not '-1'"),
+        (["--lr", "1e-3", "--variant", "a=AdamW --optimizer.lr 1"], "has an --optimizer.lr of its own, and --lr"),
+        (["--training.stepps", "3"], "torchtitan does not take these arguments"),
+        (["--validation.no-enable"], "there is no validation set"),
+        (["--validation.freq", "7"], "the last of 80 steps would not be validated"),
+        (
+            ["--variant", "a=AdamMini --optimizer.adam_mini.roles '*.nothing=neuron'"],
+            "'*.nothing' matches no parameter",
+        ),
+        (["--variant", "a=AdamMini --training.seq_len 32"], "cannot be compared: training.seq_len is 64 for one"),
+        (["--seeds", "2", "--checkpoint.initial_load_path", "a"], "give --seeds 1"),
+    ],
+)
+def test_what_is_refused_before_anything_is_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--out", str(tmp_path / "out"), *more])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "titan-adam-mini: " in error and told in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "nowhere.toml"])
+    assert ended.value.code == 1 and "there is no configuration nowhere.toml" in capsys.readouterr().err
+
+
+def records(out: Path) -> dict[Run, Record]:
+    return {run: Record.load(out / run.folder / "record.json") for run in RUNS}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison that nobody touched, both runs at once."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    main([*words, "--out", str(out), "--jobs", "2"])
+    return out
+
+
+@pytest.mark.slow
+def test_a_comparison(undisturbed: Path) -> None:
+    seen = records(undisturbed)
+    adamw, mini = (seen[run] for run in RUNS)
+    for one in (adamw, mini):
+        assert one.steps == STEPS and list(one.validation) == [1, *range(EVERY, STEPS + 1, EVERY)]
+        assert one.diverged is None and one.final < 0.8 * one.losses[0], "it learns"
+    assert adamw.losses[0] == mini.losses[0] and adamw.losses[2:] != mini.losses[2:]
+    text = (undisturbed / "report.md").read_text()
+    assert "Equal starts: the loss of step 1, before any update, is the same to the bit in all runs" in text
+    assert f"AdamMini ends {abs(mini.final - adamw.final):.4f}" in text
+    with open(undisturbed / "runs.csv") as file:
+        rows = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in csv.DictReader(file)}
+    assert 8 < rows["AdamW"] < 8.001 and 4 < rows["AdamMini"] < 4.05
+    checkpoints = {one.name for run in RUNS for one in (undisturbed / run.folder / "checkpoint").iterdir()}
+    assert checkpoints == {f"step-{STEPS}"}, "nobody goes on from the others"
+
+
+def wait_for(log: Path, step: int, command: "subprocess.Popen[str]") -> None:
+    """Until a run's log has a step."""
+    end = time.monotonic() + 300
+    while not (log.is_file() and f"step: {step:2}  loss" in log.read_text(errors="replace")):
+        assert time.monotonic() < end and command.poll() is None
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(
+    words: list[str], undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command is killed in the first run, whose trainer lives on, and in the second, with the trainer."""
+    out = tmp_path / "out"
+    adamw, mini = (out / run.folder for run in RUNS)
+
+    def command() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "titan_adam_mini.cli", *words, "--out", str(out)], stdout=subprocess.PIPE, text=True
+        )
+
+    first = command()
+    wait_for(adamw / "train.log", 5, first)
+    first.kill()
+    assert "begins" in first.communicate()[0] and not (adamw / "record.json").exists()
+    second = command()
+    wait_for(mini / "train.log", EVERY + 5, second)
+    second.kill()
+    os.kill(int((mini / "lock").read_text()), signal.SIGKILL)
+    told = second.communicate()[0]
+    assert "AdamW, lr 0.004, seed 0: still at work since an earlier command" in told or (
+        "AdamW" not in told and (adamw / "record.json").exists()
+    ), "unless it had ended before the second command looked"
+    assert not (mini / "record.json").exists()
+    done = {file: file.stat().st_mtime_ns for file in (adamw / "record.json", adamw / "train.log")}
+
+    main([*words, "--out", str(out)])
+    told = capfd.readouterr().out
+    assert "AdamMini, lr 0.004, seed 0: goes on from the checkpoint of step" in told and "AdamW, lr" not in told
+    assert done == {file: file.stat().st_mtime_ns for file in done}, "what is done is not done again"
+    mine, other = records(out), records(undisturbed)
+    for run in RUNS:
+        assert mine[run].losses == other[run].losses and mine[run].validation == other[run].validation, run
+        assert (out / run.folder / "losses.txt").read_bytes() == (undisturbed / run.folder / "losses.txt").read_bytes()
+
+    with pytest.raises(SystemExit):
+        main([*words, "--out", str(out), "--training.max_norm", "2"])
+    assert "training.max_norm 1.0 there, 2.0 here" in capfd.readouterr().err

@@ -1,0 +1,100 @@
+"""From the command line to variants and to the trainer's words."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from titan_adam_mini.compare.settled import alone, settle
+from titan_adam_mini.compare.variants import Variant, check_alike, parse, trainer_words
+
+ROLES = "*.wv.weight=neuron.T,*.wo.weight=token"
+
+
+def test_variants_in_the_order_they_were_given() -> None:
+    given = f"rows=AdamMini --optimizer.adam_mini.roles '{ROLES}' --lr_scheduler.warmup_steps 5"
+    found = parse("AdamW, AdamMini", [given, "again=AdamW"])
+    words = ("--optimizer.adam_mini.roles", ROLES, "--lr_scheduler.warmup_steps", "5")
+    assert found == [
+        Variant("AdamW", "AdamW"),
+        Variant("AdamMini", "AdamMini"),
+        Variant("rows", "AdamMini", words),
+        Variant("again", "AdamW"),
+    ]
+    assert found[2].arguments == ["--optimizer.name", "AdamMini", *words]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "variants", "told"),
+    [
+        ("AdamW,Lion", [], "the optimizer 'Lion' is unknown: there are AdamW, AdamMini, Adam"),
+        ("", [], "nothing to compare"),
+        ("AdamW,AdamW", [], "two variants are called 'AdamW'"),
+        ("AdamW", ["AdamW=AdamMini"], "two variants are called 'AdamW'"),
+        ("AdamW", ["AdamMini"], "is not of the form 'NAME=OPTIMIZER --section.key value ...'"),
+        ("AdamW", ["a/b=AdamMini"], "is not of the form"),
+        ("AdamW", ["a=adamw"], "the optimizer 'adamw' is unknown"),
+        ("AdamW", ["a=AdamW --optimizer.adam_mini.roles '*"], "No closing quotation"),
+    ],
+)
+def test_what_cannot_be_a_variant(optimizers: str, variants: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        parse(optimizers, variants)
+
+
+def test_adam_mini_is_made_known_where_it_is_not(tmp_path: Path) -> None:
+    config = str(tmp_path / "a.toml")
+    ours = ["--experimental.custom_import", "titan_adam_mini.titan"]
+    knobs = ["--job.custom_config_module", "titan_adam_mini.titan.job_config"]
+    given = ["--job.config_file", config, "--training.steps", "3"]
+    Path(config).write_text("")
+    expected = [*given[:2], *ours, *knobs, "--debug.deterministic", *given[2:]]
+    assert trainer_words(config, given) == expected, "the user's words come last, and count"
+    Path(config).write_text('[experimental]\ncustom_import = "mine"\n[job]\ncustom_config_module = "mine.config"\n')
+    assert trainer_words(config, given) == [*given[:2], "--debug.deterministic", *given[2:]]
+    Path(config).write_text("")
+    # Of two of these torchtitan takes the first.
+    mine = [*given, "--job.custom-config-module=mine.config"]
+    assert trainer_words(config, mine) == [*given[:2], *ours, "--debug.deterministic", *mine[2:]]
+    Path(config).write_text("steps = = 3")
+    with pytest.raises(ValueError, match=r"a\.toml is no TOML file"):
+        trainer_words(config, given)
+
+
+def config(**training: object) -> dict[str, dict[str, object]]:
+    settings = {"steps": 1, "seq_len": 2, "local_batch_size": 3, "global_batch_size": 4, "dataset": "a"}
+    return {
+        "model": {"name": "m"},
+        "training": {**settings, "dataset_path": "b", **training},
+        "validation": {"freq": 1},
+    }
+
+
+def test_variants_share_model_and_data() -> None:
+    check_alike({"a": config(), "b": config(max_norm=2.0)})
+    with pytest.raises(ValueError, match=r"a and b cannot be compared: training\.seq_len is 2 for one and 5 for the"):
+        check_alike({"a": config(), "b": config(seq_len=5)})
+    with pytest.raises(ValueError, match=r"validation\.freq"):
+        check_alike({"a": config(), "b": {**config(), "validation": {"freq": 2}}})
+
+
+def test_a_folder_keeps_what_it_was_made_with(tmp_path: Path) -> None:
+    common = {"ranks": 2, "threads": 1}
+    assert settle(tmp_path, {"a": config()}, common) == common
+    (tmp_path / "seeds").mkdir()
+    assert settle(tmp_path, {"a": config(steps=5)}, common) == common, "nothing has been run"
+    assert not (tmp_path / "seeds").exists(), "it may be of another model"
+    (tmp_path / "runs").mkdir()
+    assert settle(tmp_path, {"a": config(steps=5)}, {"ranks": 2, "threads": 8}) == common, "threads change sums"
+    assert settle(tmp_path, {"b": config(steps=5, max_norm=2.0)}, common) == common, "a variant more"
+    with pytest.raises(ValueError, match=r"another configuration \(b: training.max_norm 2.0 there, 3.0 here\): name"):
+        settle(tmp_path, {"a": config(steps=5), "b": config(steps=5, max_norm=3.0)}, common)
+    with pytest.raises(ValueError, match="2 ranks there, 4 here"):
+        settle(tmp_path, {"a": config(steps=5)}, {"ranks": 4, "threads": 1})
+
+
+def test_one_command_in_a_folder(tmp_path: Path) -> None:
+    with alone(tmp_path / "a"), pytest.raises(ValueError, match="another compare is at work in"), alone(tmp_path / "a"):
+        pass
+    with alone(tmp_path / "a"):
+        pass

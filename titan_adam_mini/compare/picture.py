@@ -1,0 +1,123 @@
+"""Pictures of a comparison: a line per variant, the mean over its seeds, and a band from the lowest to the highest."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..drawing import COLOURS, bare, figure, wrapped
+from .record import Record
+
+LOSS, VALIDATION, SWEEP, NORM = "loss.png", "validation.png", "lr.png", "grad_norm.png"
+_WIDTH, _HEIGHT, _TEXT, _TITLE = 7.5, 4.4, 8, 11
+_WINDOWS = 50
+"""A curve of training losses is a running mean over a share of so many of its steps."""
+
+Curve = tuple[list[float], list[float]]
+"""x and y."""
+
+
+def draw(
+    out: Path,
+    title: str,
+    chosen: Mapping[str, Mapping[int, Record]],
+    swept: Mapping[str, Mapping[float, float]],
+) -> list[str]:
+    """Draw all pictures into a folder; returns the names of those that there is something in.
+
+    Args:
+        out: the folder.
+        title: what was trained.
+        chosen: variant -> seed -> its run at the variant's learning rate.
+        swept: variant -> learning rate -> last validation loss with the first seed; empty without a sweep.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    there = {name: [one for one in runs.values() if one.diverged is None] for name, runs in chosen.items()}
+    longest = max((one.steps for runs in there.values() for one in runs), default=0)
+    window = max(1, longest // _WINDOWS)
+    smooth = f"Training loss, a running mean over {window} steps." if window > 1 else "Training loss."
+    drawn = []
+    if longest:
+        made = figure(2 * _WIDTH, _HEIGHT)
+        left, right = made.subplots(1, 2, sharey=True)
+        _lines(left, there, lambda one: _smooth(list(range(1, one.steps + 1)), one.losses, window))
+        _lines(right, there, lambda one: _smooth(list(accumulate(one.columns["seconds"])), one.losses, window))
+        left.set(xlabel="step", ylabel="loss")
+        right.set_xlabel("seconds, without validation")
+        _finish(made, out / LOSS, title, f"{smooth} {_bands(there)}")
+        made, axes = _one()
+        _lines(axes, there, lambda one: (list(map(float, one.validation)), list(one.validation.values())), marker="o")
+        axes.set(xlabel="step", ylabel="validation loss")
+        _finish(made, out / VALIDATION, title, _bands(there))
+        made, axes = _one()
+        _lines(axes, there, lambda one: (list(map(float, range(1, one.steps + 1))), one.columns["grad_norm"]))
+        axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+        _finish(made, out / NORM, title, _bands(there))
+        drawn += [LOSS, VALIDATION, NORM]
+    if any(math.isfinite(loss) for losses in swept.values() for loss in losses.values()):
+        made, axes = _one()
+        for (name, losses), colour in zip(swept.items(), _colours(), strict=False):
+            finite = [(lr, loss) for lr, loss in sorted(losses.items()) if math.isfinite(loss)]
+            axes.plot(*zip(*finite, strict=True), marker="o", color=colour, label=name) if finite else None
+        axes.set(xlabel="learning rate", ylabel="last validation loss", xscale="log")
+        rates = sorted({lr for losses in swept.values() for lr in losses})
+        axes.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=_TEXT)
+        axes.minorticks_off()
+        _finish(made, out / SWEEP, title, "The first seed. Runs that diverged are not shown.")
+        drawn.append(SWEEP)
+    return drawn
+
+
+def _one() -> tuple[Any, Any]:
+    made = figure(_WIDTH, _HEIGHT)
+    return made, made.add_subplot()
+
+
+def _colours() -> list[str]:
+    return list(COLOURS) * 8
+
+
+def _lines(
+    axes: Any, runs: Mapping[str, Sequence[Record]], curve: Callable[[Record], Curve], marker: str | None = None
+) -> None:
+    """A line and a band per variant, as far as all its seeds go."""
+    for (name, records), colour in zip(runs.items(), _colours(), strict=False):
+        if not records:
+            continue
+        curves = [curve(one) for one in records]
+        x = [statistics.fmean(values) for values in zip(*(one[0] for one in curves), strict=False)]
+        y = list(zip(*(one[1] for one in curves), strict=False))
+        axes.plot(x, [statistics.fmean(values) for values in y], color=colour, linewidth=1.2, marker=marker, label=name)
+        if len(records) > 1:
+            axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.2, linewidth=0)
+
+
+def _smooth(x: Sequence[float], y: Sequence[float], window: int) -> Curve:
+    """Means over the last `window` values, from the first place where there are so many."""
+    places = range(window, len(y) + 1)
+    return [float(x[end - 1]) for end in places], [statistics.fmean(y[end - window : end]) for end in places]
+
+
+def _bands(runs: Mapping[str, Sequence[Record]]) -> str:
+    return (
+        "Mean over the seeds; bands go from the lowest to the highest."
+        if any(len(one) > 1 for one in runs.values())
+        else ""
+    )
+
+
+def _finish(made: Any, file: Path, title: str, note: str) -> None:
+    for axes in made.axes:
+        bare(axes)
+    made.axes[-1].legend(frameon=False, fontsize=_TEXT + 1)
+    made.suptitle(wrapped(title, made.get_figwidth(), _TITLE), x=0.02, ha="left", fontsize=_TITLE)
+    if note:
+        words = wrapped(note, 0.96 * made.get_figwidth(), _TEXT)
+        made.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050")
+    made.savefig(file, dpi=130)

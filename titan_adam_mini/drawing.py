@@ -1,0 +1,36 @@
+"""What pictures share: a figure of no window, and text in lines."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+"""Okabe and Ito's (2008), which people of every colour vision tell apart, for lines on white."""
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure of that many inches. Raises ValueError if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install 'titan-adam-mini[titan]'") from None
+    made: Any = Figure(figsize=(width, height), layout="constrained")
+    made.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    FigureCanvasAgg(made)
+    return made
+
+
+def wrapped(text: str, inches: float, size: float) -> str:
+    """Text in lines of that width at most; a letter is about half as wide as high."""
+    wide = int(inches * 72 / (size * 0.54))
+    return "\n".join(textwrap.fill(line, wide) for line in text.splitlines())
+
+
+def bare(axes: Any) -> None:
+    """Axes with lines of a grid in place of a box."""
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
