@@ -21,6 +21,7 @@ from .bench.command import Bench
 from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
 from .child import in_child
+from .inspect.command import Inspect
 from .memory.estimate import Estimate
 from .memory.plan import Plan
 from .memory.snapshot_command import SnapshotCommand
@@ -123,6 +124,7 @@ COMMANDS = {
     "estimate": Estimate,
     "snapshot": SnapshotCommand,
     "convert": Convert,
+    "inspect": Inspect,
     "bench": Bench,
 }
 

@@ -38,7 +38,7 @@ from ..plan import BlockPlan
 from ..sharding import Shard
 from ..state import AUTHORS
 from .appearing import appearing
-from .check import some
+from .check import check_parameters
 from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
@@ -101,15 +101,8 @@ class Conversion:
         if kind == "adam-mini":
             raise ValueError(f"{stored.path} holds {AUTHORS}")
         stored.check_files()
-        names = stored.parameters()
-        for told, odd in (
-            ("has state for {} that the model of the configuration does not have", set(names) - set(self.blocks)),
-            ("has no state for {} of the configuration's model", set(self.blocks) - set(names)),
-        ):
-            if odd:
-                shown = some(sorted(odd))
-                raise ValueError(f"{stored.path} {told.format(shown)}: is it the configuration of this run?")
-        for name in names:
+        check_parameters(stored, self.blocks)
+        for name in stored.parameters():
             blocks = self.blocks[name]
             size, grid = self._size(name, EXP_AVG), self._size(name, EXP_AVG_SQ)
             if self.dtypes(name)[0] == torch.int8:
