@@ -65,7 +65,7 @@ class Inspect:
             self._inspect(stored, str(self.checkpoint), console, arguments)
             return
         assert self.steps is not None
-        with short_run(arguments, self.steps, self.ngpu, self.out) as path:
+        with short_run(arguments, self.steps, self.ngpu, self.out, console) as path:
             source = str(path) if self.out else f"a run of {self.steps} steps"
             self._inspect(Stored(path), source, console, arguments)
 

@@ -3,6 +3,7 @@
 `Inspection.facts` are the keys of the JSON. Ratios that are infinite are null there, their noise is 0; `rms_ratio` and
 `distance` are null where nothing is known of updates.
 
+    config, model, source   what the command was given, and its model
     candidates  names, the partition's own first
     parameters  [{name, pattern, shape, step, candidates: {name: {role, layout, entries, noise, snr, block_snr,
                 rms_ratio, distance}}}]

@@ -69,6 +69,7 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks], fontsize=_TEXT + 0.5)
     bar.set_label(f"signal-to-noise ratio (safe above {THRESHOLD:g})", fontsize=_TEXT + 1)
     figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
+    figure.supxlabel("Hatched: not cut in this way.", x=0.01, ha="left", fontsize=_TEXT, color="#505050")
     figure.savefig(path, dpi=160)
 
 

@@ -81,42 +81,54 @@ def measure(moments: Moments, estimates: Mapping[str, Estimate], window: int = W
 
     Raises ValueError, naming the parameter, if second moments are not finite.
     """
-    lossy = {name: one for name, one in estimates.items() if not one.elementwise}
+    lossy = {one.layouts: one for one in estimates.values() if not one.elementwise}
     means = _Means({layout for one in lossy.values() for layout in (*one.layouts, one.blocks)})
     for box in moments.windows(window):
         means.add(moments.second(box).double(), box)
     means.finish(moments.name)
-    errors = {name: torch.zeros_like(means.grids[one.blocks]) for name, one in lossy.items()}
-    alive = {one.blocks: torch.zeros_like(means.grids[one.blocks]) for one in lossy.values()}
-    elements, own, new, apart = 0, 0.0, dict.fromkeys(lossy, 0.0), dict.fromkeys(lossy, 0.0)
+    tallies = {layouts: _Tally(one) for layouts, one in lossy.items()}
+    elements, own = 0, 0.0
     for box in moments.windows(window):
         second = moments.second(box).double()
         first = moments.first(box).double() if moments.first is not None and moments.step > 0 else None
         update = None if first is None else _update(moments, first, second)
+        elements += int((second > 0).sum())
         own += 0.0 if update is None else float(update.square().sum())
-        counted = second > 0
-        elements += int(counted.sum())
-        for blocks, counts in alive.items():
-            _add(counts, counted.double(), blocks, box)
-        for name, estimate in lossy.items():
-            hat = means.estimate(estimate, box)
-            _add(errors[name], torch.where(counted, second / hat - 1, 0.0).square_(), estimate.blocks, box)
+        for layouts, tally in tallies.items():
+            hat = means.estimate(lossy[layouts], box)
+            tally.add_errors(second, hat, box)
             if first is not None and update is not None:
-                changed = _update(moments, first, hat)
-                new[name] += float(changed.square().sum())
-                apart[name] += float(changed.sub_(update).square_().sum())
-    losses = {}
-    for name, one in estimates.items():
-        if name not in lossy:
-            losses[name] = Loss(elements, one.entries, own=own, new=own)
-            continue
-        noise = errors[name] / alive[one.blocks]
+                tally.add_updates(update, _update(moments, first, hat))
+    return {
+        name: tallies[one.layouts].loss(elements, own)
+        if one.layouts in tallies
+        else Loss(elements, one.entries, own=own, new=own)
+        for name, one in estimates.items()
+    }
+
+
+class _Tally:
+    """The sums for one estimate of one parameter."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        self.estimate, self.blocks = estimate, estimate.blocks
+        self.errors, self.alive = torch.zeros(2, *self.blocks.grid_shape, dtype=torch.float64)
+        self.new = self.apart = 0.0
+
+    def add_errors(self, second: Tensor, hat: Tensor, box: Box) -> None:
+        counted = second > 0
+        _add(self.errors, torch.where(counted, second / hat - 1, 0.0).square_(), self.blocks, box)
+        _add(self.alive, counted.double(), self.blocks, box)
+
+    def add_updates(self, update: Tensor, changed: Tensor) -> None:
+        self.new += float(changed.square().sum())
+        self.apart += float(changed.sub_(update).square_().sum())
+
+    def loss(self, elements: int, own: float) -> Loss:
+        noise = self.errors / self.alive
         ratios = noise[noise > EXACT].reciprocal()
-        block_ratios = float(ratios.sum()), ratios.numel()
-        losses[name] = Loss(
-            elements, one.entries, float(errors[name].sum()), *block_ratios, own, new[name], apart[name]
-        )
-    return losses
+        sums = float(self.errors.sum()), float(ratios.sum()), ratios.numel()
+        return Loss(elements, self.estimate.entries, *sums, own, self.new, self.apart)
 
 
 class _Means:

@@ -12,30 +12,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+
+from ..checkpoint.appearing import ending_in_order
 from ..child import in_child
 from ..flags import number_of_ranks
 
 
 @contextmanager
-def short_run(arguments: list[str], steps: int, ngpu: int | None, out: Path | None) -> Iterator[Path]:
+def short_run(arguments: list[str], steps: int, ngpu: int | None, out: Path | None, console: Console) -> Iterator[Path]:
     """The checkpoint after the first `steps` steps of a configuration with AdamW, the schedule as in the whole run.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
         steps: how many.
         ngpu: number of ranks; as NGPU says, or one, if None.
-        out: where the run and its log stay; if None they are removed once the context ends.
+        out: a folder for the run and its log, which stay; if None they are removed once the context ends.
+        console: says that it trains, and where the log is.
 
     Raises:
         ValueError: the run failed, with its reason and the log, which then stays.
     """
     ranks = number_of_ranks(ngpu) if ngpu is not None or os.environ.get("NGPU") else 1
-    folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / "run"
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds a run, and torchtitan would go on from its checkpoints: remove it")
-    folder.mkdir(exist_ok=True)
+    if out is not None and (out / "run").exists():
+        raise ValueError(f"{out / 'run'} exists, and torchtitan would go on from its checkpoints: remove it")
     own = in_child(_settings, arguments, steps)
-    _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
+    folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / "run"
+    folder.mkdir(exist_ok=True)
+    try:
+        with ending_in_order(), console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
+            _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(folder)
+        raise
     try:
         yield folder / "checkpoint" / f"step-{steps}"
     finally:
@@ -61,7 +70,7 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
     """torchrun, whose output goes into `log`. Raises ValueError if it fails; ends it if anything happens here."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
     # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
-    torchrun += ["--rdzv_endpoint", "localhost:0", "-m", "torchtitan.train"]
+    torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks"), "-m", "torchtitan.train"]
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],
