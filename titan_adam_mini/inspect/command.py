@@ -29,7 +29,7 @@ PICTURE = "heat_map.png"
 
 @dataclass
 class Inspect:
-    """Say where one second moment per block loses information, from AdamW's: by parameter, for other blocks beside.
+    """Say where one second moment per block loses information, and which blocks would lose less.
 
     Looks at the second moments of an AdamW checkpoint of torchtitan (--checkpoint), or of a short AdamW run of the
     configuration (--steps), a window of one tensor at a time; needs no GPU and no weights. How even they are within

@@ -73,7 +73,7 @@ def _windows(box: Box, elements: int) -> Iterator[Box]:
 
 
 def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Moments]:
-    """The state of a torch AdamW (or Adam) over parameters of `model`, which may be anything; nothing is copied.
+    """The state of a torch AdamW (or Adam) over plain parameters of `model`, any model; nothing is copied.
 
     Raises ValueError, naming the parameter, if it has no second moment, or not one per element.
     """
