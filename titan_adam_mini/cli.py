@@ -22,6 +22,7 @@ from .checkpoint.convert import Conversion, convert
 from .checkpoint.stored import Stored
 from .child import in_child
 from .compare.command import Compare
+from .inspect.command import Inspect
 from .memory.estimate import Estimate
 from .memory.plan import Plan
 from .memory.snapshot_command import SnapshotCommand
@@ -124,6 +125,7 @@ COMMANDS = {
     "estimate": Estimate,
     "snapshot": SnapshotCommand,
     "convert": Convert,
+    "inspect": Inspect,
     "bench": Bench,
     "compare": Compare,
 }

@@ -39,7 +39,7 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
         try:
             for old in folder.iterdir():
                 old.unlink()
-            with _ending_in_order():
+            with ending_in_order():
                 yield folder
                 folder.rename(target)
                 done = True
@@ -55,7 +55,7 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _ending_in_order() -> Iterator[None]:
+def ending_in_order() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that its cleaning up happens."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -7,7 +7,7 @@ is neither the old nor the new one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,17 @@ def _check_momentum(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> N
             "runs convert it; elsewhere load it into an optimizer made with the checkpoint's momentum_dtype, and give "
             "that one's state_dict() to load_state_dict of this one"
         )
+
+
+def check_parameters(stored: Stored, names: Collection[str]) -> None:
+    """Raise ValueError if the checkpoint does not have optimizer state for exactly these parameters."""
+    known = set(stored.parameters())
+    for told, odd in (
+        ("has state for {} that the model of the configuration does not have", known - set(names)),
+        ("has no state for {} of the configuration's model", set(names) - known),
+    ):
+        if odd:
+            raise ValueError(f"{stored.path} {told.format(some(sorted(odd)))}: is it the configuration of this run?")
 
 
 def some(words: list[str]) -> str:

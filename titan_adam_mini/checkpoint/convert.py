@@ -34,7 +34,7 @@ from ..momentum import dtype_of
 from ..partition import Blocks
 from ..state import AUTHORS, SECOND_MOMENTS
 from .appearing import appearing
-from .check import some
+from .check import check_parameters
 from .moments import block_means, spread
 from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 
@@ -98,15 +98,8 @@ class Conversion:
         if kind == "adam-mini":
             raise ValueError(f"{stored.path} holds {AUTHORS}")
         stored.check_files()
-        names = stored.parameters()
-        for told, odd in (
-            ("has state for {} that the model of the configuration does not have", set(names) - set(self.blocks)),
-            ("has no state for {} of the configuration's model", set(self.blocks) - set(names)),
-        ):
-            if odd:
-                shown = some(sorted(odd))
-                raise ValueError(f"{stored.path} {told.format(shown)}: is it the configuration of this run?")
-        for name in names:
+        check_parameters(stored, self.blocks)
+        for name in stored.parameters():
             blocks = self.blocks[name]
             size, _ = self._size(name, EXP_AVG), self._size(name, EXP_AVG_SQ)
             if self.dtypes(name)[0] == torch.int8:

@@ -19,7 +19,9 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from ..sharding import Box
 from ..state import FOREIGN
 
 STATE, EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_scale", ".exp_avg_sq"
@@ -169,6 +171,33 @@ class Stored:
         self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target
 
+    def window(self, name: str, box: Box) -> Tensor:
+        """A box of a tensor as `read` gives it, in less memory: `read` loads every part whole that the box touches.
+
+        Of a part only the bytes from the first to the last element in the box are read; for a box of some of its rows
+        these are no others.
+        """
+        start, sizes = (torch.Size(values) for values in ([lo for lo, _ in box], [hi - lo for lo, hi in box]))
+        target = torch.empty(sizes, dtype=self.tensors[name].properties.dtype)
+        for item in create_read_items_for_chunk_list(name, self.tensors[name], [ChunkStorageMetadata(start, sizes)]):
+            _narrow(target, item.dest_offsets, item.lengths).copy_(self._piece(item))
+        return target
+
+    def _piece(self, item: ReadItem) -> Tensor:
+        """What an item asks of one part."""
+        where = self.metadata.storage_data[item.storage_index]
+        with open(self.path / where.relative_path, "rb") as file:
+            # On the meta device torch.load reads no values, and notes where in its file they begin.
+            whole = torch.load(_create_file_view(file, where.offset, where.length), "meta", weights_only=True)
+            part = _narrow(whole, item.storage_offsets, item.lengths)
+            span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+            data = bytearray(span * part.itemsize)
+            begin = where.offset + whole.untyped_storage()._checkpoint_offset
+            file.seek(begin + part.storage_offset() * part.itemsize)
+            if file.readinto(data) < len(data):
+                raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, {_ANOTHER}")
+        return torch.frombuffer(data, dtype=part.dtype).as_strided(part.shape, part.stride())
+
     def raw(self, where: Any, size: int = 1 << 22) -> Iterator[bytes]:
         """The bytes of one part as they lie on disk, in pieces of at most `size`."""
         with open(self.path / where.relative_path, "rb") as file:
@@ -204,9 +233,12 @@ class _Into(LoadPlanner):
         self.data = value
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = cast(Tensor, self.target)
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, start, length)
-        return target
+        return _narrow(cast(Tensor, self.target), read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def _narrow(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor

@@ -1,10 +1,10 @@
-"""From a torchtitan configuration to what a conversion needs to know of its model: blocks, and keys of groups."""
+"""From a torchtitan configuration to what work on its checkpoints needs to know: blocks, and keys of groups."""
 
 from typing import Any
 
 import torch
 
-from titan_adam_mini.partition import Blocks
+from titan_adam_mini.partition import Blocks, Partition, clean_name
 from titan_adam_mini.titan.build import configured, spec_and_args
 from titan_adam_mini.titan.builder import optimizer_of
 
@@ -42,6 +42,17 @@ def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[
     return blocks, group, optimizer.momentum_dtype
 
 
+def read_partition(arguments: list[str]) -> tuple[str, Partition, dict[str, tuple[int, ...]]]:
+    """A model's name and flavor, AdamMini's partition of it, and the shapes of its trainable parameters.
+
+    Builds the model on the meta device: it takes no memory. `arguments` and errors are those of `read_target`.
+    """
+    config = configured(arguments, ngpu=1)
+    model = model_on_meta(config)
+    partition = optimizer_of(model, config.optimizer, _Whole()).partition
+    return f"{config.model.name} {config.model.flavor}", partition, _shapes(model)
+
+
 def model_on_meta(config: Any) -> torch.nn.Module:
     """The whole model of a torchtitan job configuration, with parameters on the meta device."""
     spec, args = spec_and_args(config)
@@ -52,4 +63,4 @@ def model_on_meta(config: Any) -> torch.nn.Module:
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(param.shape) for name, param in model.named_parameters() if param.requires_grad}
+    return {clean_name(name): tuple(param.shape) for name, param in model.named_parameters() if param.requires_grad}

@@ -1,0 +1,137 @@
+"""torchtitan's checkpoints: read box by box in little memory, and refused in a sentence where they do not serve."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from meshes import DENSE, full_shapes
+from stored_runs import STEPS, partition, saved
+
+from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.inspect import Moments, inspect
+from titan_adam_mini.inspect.moments import moments_stored
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = "optimizer.state."
+SHAPES = full_shapes(DENSE)
+
+
+@pytest.fixture(scope="module", params=["FSDP2 3", "FSDP2 x TP 2x2"])
+def adamw(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return saved(tmp_path_factory.mktemp("adamw"), "AdamW", request.param)
+
+
+def test_any_box_is_read_as_it_is_in_the_whole(adamw: Path) -> None:
+    stored = Stored(adamw)
+    for name, shape in SHAPES.items():
+        key = f"{STATE}{name}.exp_avg_sq"
+        whole = stored.read(key)
+        for box in (
+            tuple((0, size) for size in shape),
+            tuple((size // 3, size // 3 + max(1, size // 2)) for size in shape),
+            tuple((size - 1, size) for size in shape),
+        ):
+            assert torch.equal(stored.window(key, box), whole[tuple(slice(*one) for one in box)]), (name, box)
+
+
+def test_parts_may_lie_in_any_order_and_in_any_type(tmp_path: Path) -> None:
+    turned, half = torch.arange(42.0).reshape(6, 7).t(), torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
+    dcp.save({"turned": turned, "half": half}, checkpoint_id=tmp_path, no_dist=True)
+    stored = Stored(tmp_path)
+    assert torch.equal(stored.window("turned", ((2, 5), (1, 4))), turned[2:5, 1:4])
+    assert torch.equal(stored.window("half", ((1, 3), (3, 4))), half[1:3, 3:4])
+
+
+def test_a_checkpoint_says_what_the_tensors_in_it_say(adamw: Path) -> None:
+    stored = Stored(adamw)
+    by_window = inspect(moments_stored(stored, SHAPES), partition(), window=5)
+    options = {"step": STEPS, "betas": (0.9, 0.999), "eps": 1e-8}
+    in_memory = inspect(
+        [
+            Moments.of(name, *(stored.read(f"{STATE}{name}.{key}") for key in ("exp_avg_sq", "exp_avg")), **options)
+            for name in SHAPES
+        ],
+        partition(),
+    )
+    assert by_window.steps == in_memory.steps
+    for name, losses in in_memory.losses.items():
+        for candidate, loss in losses.items():
+            other = by_window.losses[name][candidate]
+            assert other.noise == pytest.approx(loss.noise, rel=1e-9, abs=1e-13)
+            assert other.distance == pytest.approx(loss.distance, rel=1e-9, abs=1e-9)
+            assert other.rms_ratio == pytest.approx(loss.rms_ratio, rel=1e-9)
+
+
+# Not getrusage: a process started from a large one inherits its peak there.
+MEASURED = """
+import re, sys
+from titan_adam_mini import Partition
+from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.inspect import inspect
+from titan_adam_mini.inspect.moments import moments_stored
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def look(path, rows):
+    shapes = {"wo.weight": (rows, 1024)}
+    inspect(moments_stored(Stored(path), shapes), Partition.transformer(), window=1 << 16)
+look(sys.argv[1], 256)
+before = peak()
+look(sys.argv[2], 16384)
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    """One part of 64 MiB of second moments, and as much momentum: a few windows of half a MiB are held."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process's memory is read from Linux's /proc")
+    paths = []
+    for rows in (256, 16384):
+        paths.append(str(tmp_path / f"step-{rows}"))
+        v = torch.rand(rows, 1024)
+        state = {f"state.wo.weight.{key}": v for key in ("exp_avg", "exp_avg_sq")}
+        group = {"param_groups.wo.weight.betas": (0.9, 0.95), "param_groups.wo.weight.eps": 1e-8}
+        optimizer = {**state, **group, "state.wo.weight.step": torch.tensor(7.0)}
+        dcp.save({"optimizer": optimizer}, checkpoint_id=paths[-1], no_dist=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURED, *paths]
+    done = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE, timeout=120)
+    assert int(done.stdout) < 24 << 10, f"{int(done.stdout):,} kB more"
+
+
+def test_what_cannot_be_looked_at_is_refused_in_words(adamw: Path, tmp_path: Path) -> None:
+    stored = Stored(adamw)
+    more = {**SHAPES, "layers.9.attention.wq.weight": (8, 8)}
+    fewer = {name: shape for name, shape in SHAPES.items() if "wk" not in name}
+    other = {**SHAPES, "output.weight": (3, 4)}
+    for shapes, told in (
+        (
+            more,
+            r"has no state for layers\.9\.attention\.wq\.weight of the configuration's model: is it the configuration",
+        ),
+        (fewer, r"has state for .*wk\.weight.* that the model of the configuration does not have"),
+        (other, r"output\.weight is \(.*\) in .* and \(3, 4\) in the configuration's model"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            moments_stored(stored, shapes)
+    mini = Stored(saved(tmp_path, "AdamMini", "one rank"))
+    with pytest.raises(
+        ValueError, match="holds AdamMini's optimizer state, which has only the means over its blocks; inspect"
+    ):
+        moments_stored(mini, SHAPES)
+    model = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    dcp.save(model, checkpoint_id=tmp_path / "model", no_dist=True)
+    with pytest.raises(
+        ValueError, match=r"has no optimizer state: it holds a model only .*last_save_model_only = false"
+    ):
+        moments_stored(Stored(tmp_path / "model"), SHAPES)
+    theirs = {f"optimizer.state.{name}.vmean": torch.zeros(1) for name in model}
+    dcp.save({**model, **theirs}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    with pytest.raises(ValueError, match="authors' adam-mini"):
+        moments_stored(Stored(tmp_path / "theirs"), SHAPES)

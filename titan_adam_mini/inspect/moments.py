@@ -1,0 +1,137 @@
+"""AdamW's state of one parameter, read box by box: of an optimizer in memory, or of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.check import check_parameters
+from ..checkpoint.stored import EXP_AVG, EXP_AVG_SQ, GROUPS, STATE, Stored
+from ..sharding import Box, box_shape
+from ..state import AUTHORS
+
+Read = Callable[[Box], Tensor]
+"""A box of a tensor, on the CPU."""
+
+_OPTIMIZER = "optimizer."
+_NEEDED = "inspect needs AdamW's state, with one second moment per element"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state of one parameter.
+
+    Attributes:
+        name, shape: of the parameter.
+        second: reads `exp_avg_sq`.
+        first: reads `exp_avg`; None if only the second moments are known, and then nothing is said of updates.
+        step, betas, eps: of the optimizer.
+        stored: the boxes as which it lies on disk; windows stay inside them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    second: Read
+    first: Read | None = None
+    step: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    stored: tuple[Box, ...] = ()
+
+    @staticmethod
+    def of(name: str, exp_avg_sq: Tensor, exp_avg: Tensor | None = None, **options: Any) -> Moments:
+        """Of tensors of the parameter's shape; `options` are `step`, `betas` and `eps`."""
+        first = None if exp_avg is None else _reader(exp_avg)
+        return Moments(name, tuple(exp_avg_sq.shape), _reader(exp_avg_sq), first, **options)
+
+    def windows(self, elements: int) -> Iterator[Box]:
+        """Boxes of at most so many elements that together are the whole tensor."""
+        for box in self.stored or (tuple((0, size) for size in self.shape),):
+            yield from _windows(box, elements)
+
+
+def _reader(tensor: Tensor) -> Read:
+    return lambda box: tensor.detach()[tuple(slice(*interval) for interval in box)].cpu()
+
+
+def _windows(box: Box, elements: int) -> Iterator[Box]:
+    """A box in pieces: cut between the rows of the outermost dim whose rows are small enough, index by index before."""
+    if prod(box_shape(box)) <= elements:
+        yield box
+        return
+    (start, stop), rest = box[0], box[1:]
+    rows = elements // prod(box_shape(rest))
+    for lo in range(start, stop, max(1, rows)):
+        hi = min(stop, lo + max(1, rows))
+        for inner in [rest] if rows else _windows(rest, elements):
+            yield ((lo, hi), *inner)
+
+
+def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Moments]:
+    """The state of a torch AdamW (or Adam) over plain parameters of `model`, any model; nothing is copied.
+
+    Raises ValueError, naming the parameter, if it has no second moment, or not one per element.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state.get(param, {})
+            if (second := state.get("exp_avg_sq")) is None:
+                raise ValueError(f"{names[param]} has no exp_avg_sq: {_NEEDED}, after its first step")
+            if second.shape != param.shape:
+                raise ValueError(f"{names[param]} has second moments of shape {tuple(second.shape)}: {_NEEDED}")
+            options = {"step": float(state["step"]), "betas": tuple(group["betas"]), "eps": float(group["eps"])}
+            found.append(Moments.of(names[param], second, state["exp_avg"], **options))
+    return found
+
+
+def moments_stored(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[Moments]:
+    """The state of a model's parameters in torchtitan's checkpoint, from its metadata: tensors are read when asked for.
+
+    Args:
+        stored: the checkpoint.
+        shapes: of the model's trainable parameters.
+
+    Raises:
+        ValueError: the checkpoint is not AdamW's, or not of these parameters.
+    """
+    kind = stored.optimizer()
+    if kind is None:
+        raise ValueError(
+            f"{stored.path} has no optimizer state: it holds a model only (the last step is saved so unless "
+            f"checkpoint.last_save_model_only = false); {_NEEDED}"
+        )
+    if kind != "AdamW":
+        told = (
+            AUTHORS if kind == "adam-mini" else "AdamMini's optimizer state, which has only the means over its blocks"
+        )
+        raise ValueError(f"{stored.path} holds {told}; {_NEEDED}")
+    stored.check_files()
+    check_parameters(stored, shapes)
+    return [_stored(stored, name, tuple(shape)) for name, shape in shapes.items()]
+
+
+def _stored(stored: Stored, name: str, shape: tuple[int, ...]) -> Moments:
+    state, group = f"{_OPTIMIZER}{STATE}{name}", f"{_OPTIMIZER}{GROUPS}{name}."
+    entry = stored.tensors[state + EXP_AVG_SQ]
+    if tuple(entry.size) != shape:
+        raise ValueError(f"{name} is {tuple(entry.size)} in {stored.path} and {shape} in the configuration's model")
+    return Moments(
+        name,
+        shape,
+        lambda box: stored.window(state + EXP_AVG_SQ, box),
+        lambda box: stored.window(state + EXP_AVG, box),
+        float(stored.value(state + ".step")),
+        tuple(stored.value(group + "betas")),
+        float(stored.value(group + "eps")),
+        tuple(
+            tuple((lo, lo + size) for lo, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            for chunk in entry.chunks
+        ),
+    )

@@ -1,0 +1,96 @@
+"""A short AdamW run of a configuration by torchtitan's own trainer, for its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from ..checkpoint.appearing import ending_in_order
+from ..child import in_child
+from ..flags import number_of_ranks
+
+
+@contextmanager
+def short_run(arguments: list[str], steps: int, ngpu: int | None, out: Path | None, console: Console) -> Iterator[Path]:
+    """The checkpoint after the first `steps` steps of a configuration with AdamW, the schedule as in the whole run.
+
+    Args:
+        arguments: torchtitan's command line, `--job.config_file X` among it.
+        steps: how many.
+        ngpu: number of ranks; as NGPU says, or one, if None.
+        out: a folder for the run and its log, which stay; if None they are removed once the context ends.
+        console: says that it trains, and where the log is.
+
+    Raises:
+        ValueError: the run failed, with its reason and the log, which then stays.
+    """
+    ranks = number_of_ranks(ngpu) if ngpu is not None or os.environ.get("NGPU") else 1
+    if out is not None and (out / "run").exists():
+        raise ValueError(f"{out / 'run'} exists, and torchtitan would go on from its checkpoints: remove it")
+    own = in_child(_settings, arguments, steps)
+    folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / "run"
+    folder.mkdir(exist_ok=True)
+    try:
+        with ending_in_order(), console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
+            _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(folder)
+        raise
+    try:
+        yield folder / "checkpoint" / f"step-{steps}"
+    finally:
+        if out is None:
+            shutil.rmtree(folder)
+
+
+def _settings(arguments: list[str], steps: int) -> list[str]:
+    """What the short run does in another way than the configuration."""
+    from ..titan.build import configured
+
+    config = configured(arguments, ngpu=1)
+    settings = ["--optimizer.name", "AdamW", "--training.steps", str(steps), "--validation.no-enable"]
+    settings += ["--lr_scheduler.total_steps", str(config.lr_scheduler.total_steps or config.training.steps)]
+    settings += ["--checkpoint.enable", "--checkpoint.folder", "checkpoint", "--checkpoint.interval", str(steps)]
+    settings += ["--checkpoint.no-last_save_model_only", "--checkpoint.no-last_save_in_hf", "--checkpoint.no-load_only"]
+    if not config.experimental.custom_import:  # without an accelerator torchtitan needs it
+        settings += ["--experimental.custom_import", "titan_adam_mini.titan"]
+    return settings
+
+
+def _train(arguments: list[str], ranks: int, log: Path) -> None:
+    """torchrun, whose output goes into `log`. Raises ValueError if it fails; ends it if anything happens here."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
+    # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
+    torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks"), "-m", "torchtitan.train"]
+    with open(log, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:  # torchrun takes its ranks along
+                process.terminate()
+                process.wait()
+    if status:
+        raise ValueError(f"the AdamW run ended with status {status}: {_reason(log)} (its log is {log})")
+
+
+def _reason(log: Path) -> str:
+    """The first exception that a log tells of, or its last line."""
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return next(iter(errors or lines[-1:]), "it said nothing")
