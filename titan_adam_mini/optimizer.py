@@ -112,6 +112,11 @@ class AdamMini(Optimizer):
         self._blocks = self._assign()
         if capturable and any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
             raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
+        if capturable and (factored := [one.name for one in self._blocks.values() if one.factors]):
+            raise ValueError(
+                f"capturable=True needs the fused engine, which does not serve {factored[0]!r}: its second moment is "
+                "factored; leave capturable out, or choose second_moment='blocks'"
+            )
 
     # Groups
 

@@ -178,3 +178,10 @@ def test_the_layouts_cover_what_they_say() -> None:
     for shape in itertools.product((1, 4), (3, 1), (5,)):
         columns, whole = factors(shape)
         assert columns == BlockLayout.of(shape, 1, None, 1) and whole == BlockLayout.of(shape, 1, None, None)
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4, device="meta"))
+    with pytest.raises(ValueError, match="capturable.*its second moment is factored"):
+        AdamMini([(W, weight)], second_moment="factored", capturable=True)
+    AdamMini([(W, weight)], capturable=True)
