@@ -182,6 +182,6 @@ def test_the_layouts_cover_what_they_say() -> None:
 
 def test_what_cannot_be_captured_is_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(4, 4, device="meta"))
-    with pytest.raises(ValueError, match="capturable.*its second moment is factored"):
+    with pytest.raises(ValueError, match=r"capturable.*its second moment is factored"):
         AdamMini([(W, weight)], second_moment="factored", capturable=True)
     AdamMini([(W, weight)], capturable=True)
