@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan_adam_mini.cli import main
+from titan_adam_mini.compare.command import _devices
 from titan_adam_mini.compare.plan import Run
 from titan_adam_mini.compare.record import Record
 
@@ -75,6 +77,19 @@ def test_a_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as ended:
         main(["compare", "nowhere.toml"])
     assert ended.value.code == 1 and "there is no configuration nowhere.toml" in capsys.readouterr().err
+
+
+def test_every_run_at_once_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _devices(2, 3) == [{}, {}, {}], "the CPU is not shared out"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _devices(2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert _devices(1, 2) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(ValueError, match="3 runs of 2 ranks at once need 6 GPUs, and there are 4"):
+        _devices(2, 3)
 
 
 def records(out: Path) -> dict[Run, Record]:

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_a_failure_is_told_by_its_error(tmp_path: Path) -> None:
     words = ["--job.config_file", str(tmp_path / "nowhere.toml")]
     training = Training(tmp_path / "run", words, ranks=1, shown=0, variables=dict(os.environ))
     while training.running():
-        pass
+        time.sleep(0.1)
     training.close()
     assert training.failure.startswith("FileNotFoundError: ") and "nowhere.toml" in training.failure
     assert "(status 1; log: " in training.failure

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 
 from .plan import Run
 from .statistics import median
@@ -122,6 +122,7 @@ def read(board: Path, run: Run, ranks: int) -> Record:
     if board.is_dir():
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every further start of a run
         events = EventAccumulator(str(board), size_guidance={"scalars": 0})
         events.Reload()
         there = set(events.Tags()["scalars"])
@@ -148,5 +149,7 @@ def spikes(losses: Sequence[float]) -> int:
     count = 0
     for place in range(WINDOW, len(losses)):
         before = losses[place - WINDOW : place]
-        count += losses[place] > fmean(before) + DEVIATIONS * stdev(before)
+        mean = sum(before) / WINDOW
+        deviation = math.sqrt(sum((loss - mean) ** 2 for loss in before) / (WINDOW - 1))
+        count += losses[place] > mean + DEVIATIONS * deviation
     return count

@@ -160,7 +160,7 @@ class Report:
         )
         device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"), self.threads)
         ranks = f"{self.ranks} rank{'' if self.ranks == 1 else 's'}"
-        yield f"- device: {ranks} on {'nodes of Slurm' if self.elsewhere else f'{device}, each'}"
+        yield f"- device: {ranks}{' on nodes of Slurm' if self.elsewhere else f', each on {device}'}"
         yield "- versions: " + ", ".join(f"{name} {version(name)}".strip() for name in _PACKAGES)
         if commit := _commit():
             yield f"- commit: {commit}"
@@ -211,7 +211,8 @@ class Report:
             f"differences are to {next(iter(self.plan.variants))}, seed by seed. A spike is a training loss more than "
             f"{DEVIATIONS:g} standard deviations above the mean of the {WINDOW} before it. Gradient norms are those "
             "before clipping. Memory is that of the rank that reports (on a CPU its process's, since it began); "
-            "state is the optimizer's, every element counted once."
+            "state is the optimizer's, every element counted once. Speeds are medians over the steps, with whatever "
+            "else the machine did at the time, other runs of the comparison among it."
         )
         yield ""
         yield (

@@ -107,6 +107,7 @@ class Work:
             words += ["--checkpoint.create_seed_checkpoint", "--checkpoint.enable", "--checkpoint.folder", CHECKPOINTS]
             words += ["--checkpoint.last_save_model_only", "--checkpoint.no-last_save_in_hf"]
             words += ["--checkpoint.export_dtype", "float32", "--validation.no-enable", "--compile.no-enable"]
+            words += ["--activation_checkpoint.mode", "none"]  # one of them needs compile
             for name in _DEGREES:
                 words += [f"--parallelism.{name}", "1"]
             training = Training(folder, words, ranks=1, shown=0, variables=self.variables[0])
