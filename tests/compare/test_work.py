@@ -113,6 +113,13 @@ def test_a_line_of_flags_for_every_run(work: Work, monkeypatch: pytest.MonkeyPat
     assert work.hand_over("a.toml") == ""
 
 
+def test_a_seed_may_have_data_of_its_own(work: Work) -> None:
+    work.variants["AdamW"] += ["--training.dataset_path", "data/order-{seed}"]
+    words = [work.words(Run("AdamW", 1e-3, seed)) for seed in (0, 2)]
+    assert ["data/order-0" in words[0], "data/order-2" in words[1]] == [True, True]
+    assert "{seed}" in " ".join(work.variants["AdamW"])
+
+
 def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     there: dict[Run, Any] = {
         Run("AdamW", 1e-3, 0): record(Run("AdamW", 1e-3, 0), [2.0] * 4, {1: 2.0, 2: 2.0, 4: 2.0}),

@@ -7,6 +7,7 @@ from math import ceil, inf, log10
 from pathlib import Path
 from typing import Any
 
+from ..drawing import figure
 from .findings import THRESHOLD, Inspection
 from .measure import Loss
 
@@ -36,13 +37,6 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
 
     Raises ValueError if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install 'titan-adam-mini[titan]'") from None
     grid = _grid(list(inspection.losses))
     candidates = [name for name in inspection.candidates if name != "elementwise"]
     width = _CELL * (len(grid.kinds) + _GAP) + _PANEL_EDGE
@@ -51,12 +45,12 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     rows = max(1, len(grid.layers))
     row = min(_ROW[1], max(_ROW[0], _LAYERS / rows))
     label = 0.075 * max(map(len, grid.kinds))
-    size = (max(6.0, across * width + 1.6), down * (rows * row + label + 0.45) + 0.9)
-    figure: Any = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
-    FigureCanvasAgg(figure)
+    picture = figure(max(6.0, across * width + 1.6), down * (rows * row + label + 0.45) + 0.9)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     colours = ScalarMappable(Normalize(-_DECADES, _DECADES), "RdBu")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    panels = picture.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axes, candidate in zip(panels, candidates, strict=False):
         losses = {name: one[candidate] for name, one in inspection.losses.items() if candidate in one}
         _panel(axes, candidate, grid, losses, colours)
@@ -65,12 +59,12 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     for axes in panels[::across]:
         axes.set_ylabel("layer" if grid.layers else "", fontsize=_TEXT + 1)
     ticks = range(-_DECADES, _DECADES + 1)
-    bar = figure.colorbar(colours, ax=list(panels), ticks=ticks, extend="both", aspect=30, shrink=0.9, pad=0.01)
+    bar = picture.colorbar(colours, ax=list(panels), ticks=ticks, extend="both", aspect=30, shrink=0.9, pad=0.01)
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks], fontsize=_TEXT + 0.5)
     bar.set_label(f"signal-to-noise ratio (safe above {THRESHOLD:g})", fontsize=_TEXT + 1)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
-    figure.supxlabel("Hatched: not cut in this way.", x=0.01, ha="left", fontsize=_TEXT, color="#505050")
-    figure.savefig(path, dpi=160)
+    picture.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
+    picture.supxlabel("Hatched: not cut in this way.", x=0.01, ha="left", fontsize=_TEXT, color="#505050")
+    picture.savefig(path, dpi=160)
 
 
 def _grid(names: list[str]) -> _Grid:
