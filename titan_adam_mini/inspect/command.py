@@ -188,5 +188,5 @@ def _notes(inspection: Inspection) -> list[str]:
         "keeps. Most is lost in the first row.",
         "RMS and apart: AdamW's next update with the default's second moments in place of its own, its RMS and the RMS "
         "of the difference, over the RMS of AdamW's.",
-        "best: the highest ratio at no more second moments than rows + columns (a vector's elements).",
+        "best: the highest ratio at no more second moments than rows + columns + 1 (a vector's elements).",
     ]

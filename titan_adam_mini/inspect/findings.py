@@ -8,7 +8,7 @@
     parameters  [{name, pattern, shape, step, candidates: {name: {role, layout, entries, noise, snr, block_snr,
                 rms_ratio, distance}}}]
     patterns    the same for all parameters of a pattern together, with `parameters` (how many), `entries` and `budget`
-                (rows + columns) of them all, `best` (the candidate with the highest snr within the budget) and
+                (rows + columns + 1) of them all, `best` (the candidate with the highest snr within the budget) and
                 `suggested` (a role, or null); most is lost in the first
     roles       the suggested table for [optimizer.adam_mini], those that the configuration has among it
     threshold, factor   a role is suggested where the default's snr is below the one, and another's so many times it
@@ -57,8 +57,8 @@ class Pattern:
 
     @property
     def best(self) -> str:
-        """The candidate with the highest ratio at no more second moments than rows + columns; of equals the smallest,
-        the default first."""
+        """The candidate with the highest ratio at no more second moments than rows + columns + 1; of equals the smallest
+        one, the default first."""
         allowed = budget(self.shape)
         within = [name for name, one in self.estimates.items() if name == DEFAULT or one.entries <= allowed]
         return max(within, key=lambda name: (self.losses[name].snr, -self.losses[name].entries))
