@@ -57,8 +57,8 @@ class Pattern:
 
     @property
     def best(self) -> str:
-        """The candidate with the highest ratio at no more second moments than rows + columns + 1; of equals the smallest
-        one, the default first."""
+        """The candidate with the highest ratio at no more second moments than rows + columns + 1; of equals the
+        smallest, the default first."""
         allowed = budget(self.shape)
         within = [name for name, one in self.estimates.items() if name == DEFAULT or one.entries <= allowed]
         return max(within, key=lambda name: (self.losses[name].snr, -self.losses[name].entries))
