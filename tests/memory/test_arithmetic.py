@@ -70,25 +70,24 @@ def test_padding_is_the_first_ranks_size(kind: Kind) -> None:
 @given(kinds())
 def test_second_moments_cover_the_grid(kind: Kind) -> None:
     """At least every block once per copy; exactly that where the grid is sharded as the parameter is."""
-    assert kind.layout is not None
+    (layout,) = kind.layouts
     ranks = range(prod(kind.mesh.sizes))
-    held = sum(counts(kind, kind.place(rank)).grid for rank in ranks)
-    assert held >= copies(kind) * kind.layout.num_blocks
-    if kind.layout.dims[0].is_unit and not any(cut.dim == 1 for cut in kind.shard((0, 0, 0)).cuts):
-        assert held == copies(kind) * kind.layout.num_blocks
+    held = sum(sum(counts(kind, kind.place(rank)).grids) for rank in ranks)
+    assert held >= copies(kind) * layout.num_blocks
+    if layout.dims[0].is_unit and not any(cut.dim == 1 for cut in kind.shard((0, 0, 0)).cuts):
+        assert held == copies(kind) * layout.num_blocks
 
 
 @given(kinds(), st.integers(0, 3))
 def test_state_of_one_rank_is_the_sum_of_its_tensors(kind: Kind, seed: int) -> None:
     rank = seed % prod(kind.mesh.sizes)
-    assert kind.layout is not None
-    blocks = Blocks("w", kind.shape, "neuron", kind.layout, True, "*")
+    blocks = Blocks("w", kind.shape, "neuron", *kind.layouts, True, "*")
     stage = Stage(range(prod(kind.mesh.sizes)), (tuple(Param(name, kind, 0, blocks) for name in "abc"),))
     optimizers = {"adamw": Optimizer("", mini=False), "bf16": Optimizer("", True, torch.bfloat16)}
     held, seen = stage.held(rank, optimizers), counts(kind, kind.place(rank))
     assert held.parameters.bytes == 3 * 4 * seen.numel
     assert held.state["adamw"].bytes == 3 * (8 * seen.numel + 4)
-    assert held.state["bf16"].bytes == 3 * (2 * seen.numel + 4 * seen.grid + 4)
+    assert held.state["bf16"].bytes == 3 * (2 * seen.numel + 4 * sum(seen.grids) + 4)
     padded = 3 * 4 * seen.padded  # one buffer for the three gradients, a tensor for each parameter
     assert held.gradients == Bytes(3 * 4 * seen.numel, padded - 3 * 4 * seen.numel, -padded % ROUNDING)
     assert held.parameters.rounding == 3 * (-4 * seen.padded % ROUNDING)

@@ -33,10 +33,11 @@ def test_toml(tmp_path: Path) -> None:
     config = parse(
         tmp_path,
         '[optimizer]\nname = "AdamMini"\n[optimizer.adam_mini]\nroles = {"*.adapter.weight" = "neuron"}\n'
-        'undecayed = ["norm", "*.bias"]\nvalue_blocks = "tensor"\nmomentum_dtype = "bfloat16"\n',
+        'undecayed = ["norm", "*.bias"]\nvalue_blocks = "tensor"\nmomentum_dtype = "bfloat16"\n'
+        'second_moment = "factored"\n',
     )
     assert read_knobs(config.optimizer) == Knobs(
-        {"*.adapter.weight": "neuron"}, ["norm", "*.bias"], "tensor", torch.bfloat16
+        {"*.adapter.weight": "neuron"}, ["norm", "*.bias"], "tensor", "factored", torch.bfloat16
     )
 
 
@@ -47,9 +48,10 @@ def test_command_line(tmp_path: Path) -> None:
         *("--optimizer.adam_mini.roles", "*.adapter.weight=neuron,*.scale=norm"),
         *("--optimizer.adam_mini.undecayed", "norm,*.bias"),
         *("--optimizer.adam_mini.value_blocks", "tensor", "--optimizer.adam_mini.momentum_dtype", "float32"),
+        *("--optimizer.adam_mini.second_moment", "factored"),
     )
     assert read_knobs(config.optimizer) == Knobs(
-        {"*.adapter.weight": "neuron", "*.scale": "norm"}, ["norm", "*.bias"], "tensor", torch.float32
+        {"*.adapter.weight": "neuron", "*.scale": "norm"}, ["norm", "*.bias"], "tensor", "factored", torch.float32
     )
 
 
@@ -122,6 +124,7 @@ def test_without_the_config_module_defaults_are_used() -> None:
         ({"undecayed": [1]}, ["undecayed = [1]", "a list"]),
         ({"value_blocks": "head"}, ["value_blocks = 'head'", '"neuron" or "tensor"']),
         ({"value_blocks": ["neuron"]}, ["value_blocks", '"neuron" or "tensor"']),
+        ({"second_moment": "rows"}, ["second_moment = 'rows'", '"blocks" or "factored"']),
         ({"momentum_dtype": "int4"}, ["momentum_dtype = 'int4'", "bfloat16"]),
         ({"momentum_dtype": 16}, ["momentum_dtype = 16", "bfloat16"]),
         ({"momentum_dtype": "int8 "}, ["momentum_dtype = 'int8 '", '"int8"']),
