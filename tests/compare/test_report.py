@@ -103,7 +103,7 @@ def test_what_stands_in_the_report(report: Report) -> None:
         "every 2 steps on all of c4_test, each time on the same documents",
         "`the command`",
         "mini: AdamMini with `--optimizer.adam_mini.value_blocks tensor`",
-        "It does not change the data",
+        "a seed has another where {seed} stands in the path",
     ):
         assert words in text, words
     mini = rows(text, "Variants")["mini"]

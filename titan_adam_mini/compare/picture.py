@@ -52,7 +52,7 @@ def draw(
         right.set_xlabel("seconds, without validation")
         _finish(made, out / LOSS, title, f"{smooth} {_bands(there)}")
         made, axes = _one()
-        _lines(axes, there, lambda one: (list(map(float, one.validation)), list(one.validation.values())), marker="o")
+        _lines(axes, there, _validated, marker="o")
         axes.set(xlabel="step", ylabel="validation loss")
         _finish(made, out / VALIDATION, title, _bands(there))
         made, axes = _one()
@@ -96,6 +96,12 @@ def _lines(
         axes.plot(x, [statistics.fmean(values) for values in y], color=colour, linewidth=1.2, marker=marker, label=name)
         if len(records) > 1:
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.2, linewidth=0)
+
+
+def _validated(record: Record) -> Curve:
+    """Without step 1 where there are later ones: the loss of a model that was never trained flattens all others."""
+    steps = [step for step in record.validation if step > 1 or len(record.validation) < 3]
+    return [float(step) for step in steps], [record.validation[step] for step in steps]
 
 
 def _smooth(x: Sequence[float], y: Sequence[float], window: int) -> Curve:
