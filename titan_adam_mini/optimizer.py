@@ -110,13 +110,6 @@ class AdamMini(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         self._blocks = self._assign()
-        if capturable and any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
-            raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-        if capturable and (factored := [one.name for one in self._blocks.values() if one.factors]):
-            raise ValueError(
-                f"capturable=True needs the fused engine, which does not serve {factored[0]!r}: its second moment is "
-                "factored; leave capturable out, or choose second_moment='blocks'"
-            )
 
     # Groups
 
@@ -162,7 +155,17 @@ class AdamMini(Optimizer):
         ]
 
     def _assign(self) -> dict[str, Blocks]:
-        return self.partition.assign({name: tuple(param.shape) for name, param, _ in self._named()})
+        """The blocks of all parameters; ValueError if one has none, or cannot be captured and is to be."""
+        blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in self._named()})
+        if self._flags[2]:
+            if any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
+                raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
+            if factored := [one.name for one in blocks.values() if one.factors]:
+                raise ValueError(
+                    f"capturable=True needs the fused engine, which does not serve {factored[0]!r}: its second moment "
+                    "is factored; leave capturable out, or choose second_moment='blocks'"
+                )
+        return blocks
 
     # Plan and state
 
@@ -338,6 +341,8 @@ class AdamMini(Optimizer):
         # As roots, because the exchange squares what it sums.
         roots = [local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items]
         works = self._current_works(exchange, roots)
+        for work in works:
+            work.step = torch.zeros(())  # the state here says nothing of the moments that are averaged
         plain = Tensorwise("foreach", vectorized)
         exchange.start(works, plain)
         exchange.finish()

@@ -61,10 +61,20 @@ def adopt(
             loaded = momentum.converted(expected, loaded, ways)
         except ValueError as error:
             raise ValueError(f"the loaded state of {name!r} {error}") from None
+    # torch fills keys that a flat state dict lacks with empty dicts.
+    loaded = {key: value for key, value in loaded.items() if not isinstance(value, dict)}
     missing = [key for key in expected if key not in loaded]
     if missing:
+        hint = ""
+        if SECOND_MOMENTS[1] in missing and (second := loaded.get(SECOND_MOMENTS[0])) is not None:
+            elementwise = isinstance(second, Tensor) and second.shape == param.shape
+            hint = (
+                f": it is of AdamW; {CONVERT}"
+                if elementwise
+                else ": it is of a run whose second_moment is not factored"
+            )
         raise ValueError(
-            f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'})"
+            f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'}){hint}"
         )
     state = {}
     for key, want in expected.items():

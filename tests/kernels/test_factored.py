@@ -180,6 +180,47 @@ def test_the_layouts_cover_what_they_say() -> None:
         assert columns == BlockLayout.of(shape, 1, None, 1) and whole == BlockLayout.of(shape, 1, None, None)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])
+def test_what_overflows_is_seen_everywhere(bad: float) -> None:
+    """One element too large for a float32 square: no other one takes a step of lr / eps instead."""
+    optimizer, param = optimizer_of(torch.ones(16, 8))
+    param.grad = sample((16, 8))
+    param.grad[3, 2] = bad
+    optimizer.step()
+    assert param.isnan().all()
+
+
+def test_a_second_moment_that_is_not_averaged_is_not_rounded_by() -> None:
+    """With beta2 = 0 the state of the last step says nothing of this one's."""
+    optimizer, param = optimizer_of(torch.zeros(4096, 8), betas=(0.0, 0.0))
+    for size in (1.0, 1e-6):
+        before = param.detach().clone()
+        param.grad = torch.full((4096, 8), size)
+        optimizer.step()
+    torch.testing.assert_close(before - param, torch.full((4096, 8), 0.1 / 1.01), rtol=1e-4, atol=0)
+
+
+def test_adamws_moments_are_averaged_whatever_the_state() -> None:
+    optimizer, param = optimizer_of(torch.zeros(4096, 8))
+    param.grad = torch.full((4096, 8), 100.0)
+    optimizer.step()
+    second = sample((4096, 8)).square() * 1e-3
+    means = optimizer.block_means({param: second})[param]
+    torch.testing.assert_close(means["exp_avg_sq_col"], second.mean(0, keepdim=True), rtol=1e-5, atol=0)
+
+
+def test_state_of_another_kind_is_told_apart() -> None:
+    optimizer, _ = optimizer_of(torch.zeros(4, 6))
+    blocks = AdamMini([(W, torch.nn.Parameter(torch.zeros(4, 6)))])
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 6))])
+    adamw.param_groups[0]["params"][0].grad = torch.ones(4, 6)
+    adamw.step()
+    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*second_moment is not factored"):
+        optimizer.load_state_dict(blocks.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is of AdamW; convert it"):
+        optimizer.load_state_dict(adamw.state_dict())
+
+
 def test_what_cannot_be_captured_is_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(4, 4, device="meta"))
     with pytest.raises(ValueError, match=r"capturable.*its second moment is factored"):

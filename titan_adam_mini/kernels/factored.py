@@ -20,6 +20,7 @@ from torch import Tensor
 from . import Factor, Work, vectorized
 
 BITS = 36
+LEAST_BETA2 = 0.5
 
 
 def add_sums(columns: Factor, work: Work, sums: Tensor) -> None:
@@ -40,20 +41,25 @@ def add_sums(columns: Factor, work: Work, sums: Tensor) -> None:
 
 def _magic(columns: Factor, work: Work) -> Tensor | None:
     """What to add to a square and take away again, to round it to multiples of its column's quantum; float64, of the
-    shape of the columns' grid. None where nothing is rounded: in the first step, and for float64 parameters."""
-    step = float(work.step)
-    if step < 1 or columns.exp_avg_sq.dtype == torch.float64:
+    shape of the columns' grid. None where nothing is rounded: in the first step, for float64 parameters, and where the
+    state is forgotten so fast that it says nothing of what is lost beside it."""
+    step, beta2 = float(work.step), float(work.group["betas"][1])
+    if step < 1 or columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
         return None
     number = prod(tiles.size for tiles in columns.plan.layout.dims if tiles.is_whole)
-    expected = columns.exp_avg_sq.to(torch.float64) * (number / (1 - work.group["betas"][1] ** step))
+    expected = columns.exp_avg_sq.to(torch.float64) * (number / (1 - beta2**step))
     exponent = torch.frexp(expected)[1]
     # float64 has 53 bits: next to 1.5 * 2**52 quanta, its neighbours are one quantum apart.
     return torch.where(expected > 0, 1.5 * torch.exp2((exponent + (52 - BITS)).to(torch.float64)), 0.0)
 
 
 def product(rows: Tensor, columns: Tensor, whole: Tensor) -> Tensor:
-    """Row mean times column mean over the mean of the whole, which broadcast; 0 where there was no gradient ever."""
-    return torch.where(whole == 0, 0.0, rows / whole) * columns
+    """Row mean times column mean over the mean of the whole, which broadcast; 0 where there was no gradient ever.
+
+    Where the whole is not finite nothing is known of any element: NaN, and not the zeros that rows / infinity are.
+    """
+    ratio = torch.where(whole == 0, 0.0, rows / whole)
+    return torch.where(whole.isfinite(), ratio, torch.nan) * columns
 
 
 def products(work: Work, number: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
