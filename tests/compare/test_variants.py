@@ -70,6 +70,13 @@ def config(**training: object) -> dict[str, dict[str, object]]:
     }
 
 
+def test_a_seed_stands_on_the_command_line_only(tmp_path: Path) -> None:
+    config = tmp_path / "x.toml"
+    config.write_text('[training]\ndataset_path = "data/order-{seed}"\n')
+    with pytest.raises(ValueError, match=r"x.toml says \{seed\}, which is filled in on the command line only"):
+        trainer_words(str(config), ["--job.config_file", str(config)])
+
+
 def test_variants_share_model_and_data() -> None:
     check_alike({"a": config(), "b": config(max_norm=2.0)})
     with pytest.raises(ValueError, match=r"a and b cannot be compared: training\.seq_len is 2 for one and 5 for the"):

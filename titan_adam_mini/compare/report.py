@@ -219,7 +219,7 @@ class Report:
             "A seed gives the initial weights, one checkpoint per seed that every variant starts from, and torch's "
             "generators. torchtitan reads data in one order; a seed has another where {seed} stands in the path of the "
             "data set, and only there. Runs use deterministic algorithms (--debug.deterministic), which may be slower "
-            "than others."
+            "than others. The best learning rate is the first seed's, which is among the seeds of the means."
         )
 
     def _runs(self, records: Mapping[Run, Record], best: Mapping[str, float | None]) -> Iterator[str]:

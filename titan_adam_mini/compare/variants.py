@@ -84,8 +84,13 @@ def trainer_words(config: str, given: Sequence[str]) -> list[str]:
         config: the TOML file.
         given: the user's words, `--job.config_file X` first.
     """
+    text = Path(config).read_text(encoding="utf-8")
+    if "{seed}" in text:
+        raise ValueError(
+            f"{config} says {{seed}}, which is filled in on the command line only: give that setting there"
+        )
     try:
-        toml = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+        toml = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{config} is no TOML file: {error}") from None
     words = list(given[:2])

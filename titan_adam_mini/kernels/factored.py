@@ -5,8 +5,8 @@ and of the whole are blocks of whole rows like any others. The columns are not: 
 and floating-point sums over parts of it depend on where. So squares are rounded, before they are added, to multiples
 of a quantum that all ranks know: 2**-36 of what the state expects of the column's sum, rounded up to a power of two.
 In float64 such multiples add without rounding, in any order, until a sum is 2**17 times what was expected; what is lost
-is nothing beside the state that the sum is averaged into. In the first step nothing is expected: sums are plain float64
-there, which may differ in the 53rd bit, where float32 keeps 24.
+is nothing beside the state that the sum is averaged into. In the first step, and where the state is 0, nothing is
+expected: sums are plain float64 there, which may differ in the 53rd bit, where float32 keeps 24.
 """
 
 from __future__ import annotations
