@@ -6,12 +6,13 @@ and ranks below it, and a step that is done again replaces what an earlier start
 Without the variable nothing changes. Weights & Biases needs nothing from here: WANDB_RUN_ID and WANDB_RESUME do it.
 """
 
-import os
 import re
 from typing import Any
 
 import torchtitan.components.metrics as titan_metrics
 from torch.utils.tensorboard import SummaryWriter
+
+from titan_adam_mini.titan.switch import switched_on
 
 _VARIABLE = "TITAN_ADAM_MINI_ONE_CURVE"
 _STAMP = re.compile(r"(.*)/\d{8}-\d{4}(?=/|$)")
@@ -54,7 +55,4 @@ setattr(TensorBoardLogger, _MARK, original)
 
 
 def _wanted() -> bool:
-    value = os.environ.get(_VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{_VARIABLE} = {value!r} is not valid: it is 1 for one curve over all starts, 0, or unset")
-    return value == "1"
+    return switched_on(_VARIABLE, "one curve over all starts")

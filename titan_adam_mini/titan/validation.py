@@ -5,10 +5,11 @@ a run that was started again validates on others than one that was not, and with
 that is not streamed is empty from the second time on. Without the variable nothing changes.
 """
 
-import os
 from typing import Any
 
 import torchtitan.components.validate as titan_validate
+
+from titan_adam_mini.titan.switch import switched_on
 
 _VARIABLE = "TITAN_ADAM_MINI_SAME_VALIDATION"
 
@@ -35,7 +36,4 @@ setattr(Validator, _MARK, original)
 
 
 def _wanted() -> bool:
-    value = os.environ.get(_VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{_VARIABLE} = {value!r} is not valid: it is 1 for the same documents each time, 0, or unset")
-    return value == "1"
+    return switched_on(_VARIABLE, "the same documents each time")
