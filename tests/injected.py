@@ -180,10 +180,10 @@ def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
 
 
 @lru_cache
-def oracle(sizes: Sizes, steps: int = STEPS, *, factored: bool = False) -> Oracle:
+def oracle(sizes: Sizes, steps: int = STEPS, *, second_moment: str = "blocks") -> Oracle:
     """The oracle after so many steps."""
     shapes = full_shapes(sizes)
-    one = Oracle(values(shapes), layouts(sizes, heads=not factored), factors(sizes) if factored else None)
+    one = Oracle(values(shapes), layouts(sizes, second_moment), factors(sizes) if second_moment == "factored" else None)
     for step in range(steps):
         advance(one, gradients(shapes, step), step)
     return one

@@ -46,17 +46,18 @@ def full_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in Decoder(sizes).named_parameters()}
 
 
-def layouts(sizes: Sizes, *, heads: bool = True) -> dict[str, BlockLayout]:
-    """The blocks of every parameter, by hand."""
+def layouts(sizes: Sizes, second_moment: str = "blocks") -> dict[str, BlockLayout]:
+    """The blocks of every parameter, by hand; of a factored one, its rows."""
     found = {}
     for name, shape in full_shapes(sizes).items():
-        if len(shape) == 3:
-            found[name] = BlockLayout.of(shape, 1, 1, None)
-        elif len(shape) == 1:
+        stack = [1] * (len(shape) - 2)
+        if len(shape) == 1:
             found[name] = BlockLayout.of(shape, None)
+        elif second_moment == "channels" and name.removesuffix(".weight").endswith(("wo", "w2")):
+            found[name] = BlockLayout.of(shape, *stack, None, 1)
         else:
-            rows = sizes.head_dim if heads and name.endswith(("wq.weight", "wk.weight")) else 1
-            found[name] = BlockLayout.of(shape, rows, None)
+            heads = second_moment == "blocks" and name.endswith(("wq.weight", "wk.weight"))
+            found[name] = BlockLayout.of(shape, *stack, sizes.head_dim if heads else 1, None)
     return found
 
 

@@ -44,8 +44,9 @@ class AdamMini(Optimizer):
         head_dim: rows per head; a query's rows / `n_heads` and a key's rows / `n_kv_heads` if None.
         partition: a `Partition` of your own; excludes the three above.
         value_blocks: "neuron", or "tensor" for one block per value projection.
-        second_moment: "blocks", or "factored": row means times column means for every matrix, as Adafactor keeps them
-            (arXiv 1804.04235), in place of the paper's blocks.
+        second_moment: "blocks", the paper's; "channels": queries and keys by rows, outputs of attention and MLPs by
+            columns (after SlimAdam, arXiv 2503.01843); or "factored": row means times column means for every matrix, as
+            Adafactor keeps them (arXiv 1804.04235).
         momentum_dtype: dtype of `exp_avg`; None for the parameter's. torch.int8 keeps a float32 scale per run of 128
             columns, for tensors of two dims or more whose columns are a multiple of 128; others stay float32.
         maximize: ascend instead of descend.

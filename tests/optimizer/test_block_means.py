@@ -42,13 +42,13 @@ def means(rank: int, world: int, name: str, dtype: torch.dtype, second_moment: s
 MESHES = ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "HSDP x TP 2x2x2", "FSDP2 x EP 2x2", "PP 2"]
 
 
-@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
+@pytest.mark.parametrize("second_moment", ["blocks", "channels", "factored"])
 @pytest.mark.parametrize("name", MESHES)
 def test_they_are_the_means(name: str, second_moment: str) -> None:
-    sizes, factored = CATALOGUE[name].sizes, second_moment == "factored"
+    sizes = CATALOGUE[name].sizes
     got = agreed(run(means, CATALOGUE[name].world, name, torch.float64, second_moment))
-    for key, layout in layouts(sizes, heads=not factored).items():
-        others = factors(sizes).get(key, ()) if factored else ()
+    for key, layout in layouts(sizes, second_moment).items():
+        others = factors(sizes).get(key, ()) if second_moment == "factored" else ()
         for suffix, cut in zip(SECOND_MOMENTS, (layout, *others), strict=False):
             want = elementwise(name)[key]
             for dim, tiles in enumerate(cut.dims):

@@ -76,12 +76,23 @@ FACTORED = {
 @pytest.mark.parametrize("name", marked(FAST))
 def test_factored_equals_the_oracle_too(name: str) -> None:
     got, ranks = on_mesh(name, second_moment="factored")
-    worst = errors(got, oracle(CATALOGUE[name].sizes, factored=True))
+    worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="factored"))
     assert max(worst.values()) < 1e-12, worst
     for steps in ranks:
         assert [len(steps[0]), len(steps[1])] == list(reversed(FACTORED[name]))
         assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
         assert all(step == steps[1] for step in steps[2:]), "every step asks for the same"
+
+
+@pytest.mark.parametrize("name", marked(FAST))
+def test_channels_equal_the_oracle_too(name: str) -> None:
+    got, ranks = on_mesh(name, second_moment="channels")
+    worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="channels"))
+    assert max(worst.values()) < 1e-12, worst
+    for steps in ranks:
+        # Along TP neither rows of w1 nor columns of w2 are cut: where that is the only axis, only norms are sent.
+        assert len(steps[1]) <= FACTORED[name][0] and all(step == steps[1] for step in steps[2:])
+        assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -124,7 +124,7 @@ def test_without_the_config_module_defaults_are_used() -> None:
         ({"undecayed": [1]}, ["undecayed = [1]", "a list"]),
         ({"value_blocks": "head"}, ["value_blocks = 'head'", '"neuron" or "tensor"']),
         ({"value_blocks": ["neuron"]}, ["value_blocks", '"neuron" or "tensor"']),
-        ({"second_moment": "rows"}, ["second_moment = 'rows'", '"blocks" or "factored"']),
+        ({"second_moment": "rows"}, ["second_moment = 'rows'", '"blocks", "channels" or "factored"']),
         ({"momentum_dtype": "int4"}, ["momentum_dtype = 'int4'", "bfloat16"]),
         ({"momentum_dtype": 16}, ["momentum_dtype = 16", "bfloat16"]),
         ({"momentum_dtype": "int8 "}, ["momentum_dtype = 'int8 '", '"int8"']),

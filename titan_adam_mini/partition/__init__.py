@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 _SHOWN = 5
+_INSTEAD = {
+    _roles.CHANNELS: "queries and keys, whatever their role below, by rows; outputs of attention and MLPs by columns",
+    _roles.FACTORED: "every matrix, whatever its role below, by its rows and columns",
+}
+"""What is said of a `second_moment` that is not that of the rules."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,11 @@ class Partition:
             raise ValueError(f"value_blocks must be one of {', '.join(VALUE_BLOCKS)}, not {self.value_blocks!r}")
         if self.second_moment not in SECOND_MOMENTS:
             raise ValueError(f"second_moment must be one of {', '.join(SECOND_MOMENTS)}, not {self.second_moment!r}")
+        if self.second_moment == _roles.CHANNELS and self.value_blocks != "neuron":
+            raise ValueError(
+                f"second_moment='channels' keeps one per row of values, and value_blocks={self.value_blocks!r} asks "
+                "for other blocks: leave one of them out"
+            )
         for rule in self.rules:
             _roles.find(rule.role)
         if isinstance(self.undecayed, str):
@@ -137,7 +147,9 @@ class Partition:
             value_blocks: "neuron", one block per row of a value projection, or "tensor", one for all its rows.
             roles: pattern -> role (see ROLES), tried in order before the built-in rules.
             undecayed: patterns, or names of roles, of the parameters without weight decay.
-            second_moment: "blocks", or "factored": every matrix, whatever its role, as the role "factored".
+            second_moment: "blocks"; "channels": rows of matrices that read the residual stream, columns of those that
+                write to it, in place of heads and of the latter's rows (see `roles.by_channel`); or "factored": every
+                matrix, whatever its role, as the role "factored".
 
         Raises ValueError for a number that is not positive and for an unknown role, value_blocks or second_moment.
         """
@@ -196,8 +208,10 @@ class Partition:
             assert rule is not None
             try:
                 role = rule.role + _roles.TRANSPOSED * orientation.transposed(rule.orientation, name)
+                if self.second_moment == _roles.CHANNELS and not rule.given:
+                    role = _roles.by_channel(role, rule.writes)
                 factored = role == _roles.FACTORED or (
-                    self.second_moment == "factored" and _roles.find(role)[0].matrix and len(shape) in (2, 3)
+                    self.second_moment == _roles.FACTORED and _roles.find(role)[0].matrix and len(shape) in (2, 3)
                 )
                 layout = _layout(_roles.FACTORED if factored else role, shape, model)
                 factors = _roles.factors(shape) if factored else ()
@@ -230,8 +244,8 @@ class Partition:
 
     def __str__(self) -> str:
         lines = [f"Partition: {self.geometry}; values by {self.value_blocks}; the first rule that matches wins"]
-        if self.second_moment == "factored":
-            lines.append("  every matrix, whatever its role below, by its rows and columns")
+        if told := _INSTEAD.get(self.second_moment):
+            lines.append(f"  {told}")
         for (role, given), rules in groupby(self.rules, key=lambda rule: (rule.role, rule.given)):
             patterns = "  ".join(rule.pattern for rule in rules)
             lines.append(f"  {role}{' (yours)' if given else ''}: {_roles.find(role)[0].blocks}\n      {patterns}")

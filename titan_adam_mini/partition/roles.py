@@ -14,8 +14,8 @@ from titan_adam_mini.partition.geometry import Geometry
 
 Shape = tuple[int, ...]
 VALUE_BLOCKS = ("neuron", "tensor")
-SECOND_MOMENTS = ("blocks", "factored")
-FACTORED = "factored"
+SECOND_MOMENTS = ("blocks", "channels", "factored")
+CHANNELS, FACTORED = SECOND_MOMENTS[1:]
 TRANSPOSED = ".T"
 
 
@@ -201,6 +201,22 @@ ROLES: Mapping[str, str] = {name: role.blocks for name, role in TABLE.items()} |
 
 HEADED = frozenset({"query", "key", "query_key", "qkv", "qkv_grouped"})
 """Roles whose first tile is one head."""
+
+
+BY_ROW = frozenset({"query", "key", "query_key", "qkv", "qkv_grouped", "qkv_mlp", "latent_kv_in", "latent_kv_out"})
+"""Roles of attention's projections: by channel, each of their rows is one."""
+
+
+def by_channel(role: str, writes: bool) -> str:
+    """The role with one block per channel: along the dim of a matrix that is not the residual stream's.
+
+    Args:
+        role: with `.T` where outputs lie along the last dim.
+        writes: are the matrix's outputs added to the residual stream?
+    """
+    name = role.removesuffix(TRANSPOSED)
+    turned = (name != role) != writes
+    return ("neuron" if name in BY_ROW else name) + TRANSPOSED * turned
 
 
 def find(role: str) -> tuple[Role, bool]:

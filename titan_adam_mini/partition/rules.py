@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import cache
 
@@ -22,13 +22,15 @@ class Rule:
     """Parameters whose name matches `pattern` have `role`.
 
     `orientation` names the evidence, in the model's other shapes, that tells whether the tensor is transposed
-    ("" if it never is); `given` marks the user's own rules.
+    ("" if it never is); `given` marks the user's own rules; `writes` those of matrices whose outputs are added to the
+    residual stream.
     """
 
     pattern: str
     role: str
     orientation: str = ""
     given: bool = False
+    writes: bool = False
 
 
 def clean_name(name: str) -> str:
@@ -113,7 +115,8 @@ MODULES: dict[str, str] = {
         "pooler.dense transform.dense lm_head.dense vocab_transform classifier score "
         # flux: projections in, modulation, MLP, out
         "img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer *_mod.lin "
-        "modulation.lin adaLN_modulation.[0-9] img_mlp.[0-9] txt_mlp.[0-9] single_blocks.*.linear2 final_layer.linear"
+        "modulation.lin adaLN_modulation.[0-9] img_mlp.0 txt_mlp.0 img_mlp.2 txt_mlp.2 single_blocks.*.linear2 "
+        "final_layer.linear"
     ),
 }
 
@@ -121,8 +124,8 @@ MODULES: dict[str, str] = {
 PARAMETERS: dict[str, str] = {
     "bias": "bias *_bias *experts.mlp1_bias_EG *experts.mlp2_bias_ED sinks logit_scale",
     "experts": (
-        "*experts.w[123] *experts.w[13]_EFD *experts.w2_EDF "
-        "*experts.mlp[12]_weight *experts.mlp1_weight_EGD *experts.mlp2_weight_EDF"
+        "*experts.w[13] *experts.w2 *experts.w[13]_EFD *experts.w2_EDF "
+        "*experts.mlp1_weight *experts.mlp2_weight *experts.mlp1_weight_EGD *experts.mlp2_weight_EDF"
     ),
     "token": "position_embeddings pos_embed cls_token mask_token",
     "qkv": "in_proj_weight",
@@ -138,6 +141,17 @@ TURNING: tuple[tuple[str, str, str], ...] = (
     ("experts.gate_up_proj", "experts", "experts"),
     ("experts.down_proj", "experts", "experts"),
 )
+
+# what is added to the residual stream, the output of attention, of MLPs, of experts: modules, and full last names
+_WRITING = (
+    "wo o_proj out_proj SelfAttention.o EncDecAttention.o attention.output.dense attention.dense self_attention.dense "
+    "self_attn.dense attn.proj *_attn.proj out_lin attn.c_proj "
+    "w2 down_proj fc2 fc_out dense_4h_to_h output.dense lin2 mlp.c_proj img_mlp.2 txt_mlp.2 single_blocks.*.linear2 "
+    "block_sparse_moe.output_linear",
+    "*experts.w2 *experts.w2_EDF *experts.mlp2_weight *experts.mlp2_weight_EDF experts.down_proj",
+)
+WRITES = frozenset([*(f"{module}.weight" for module in _WRITING[0].split()), *_WRITING[1].split()])
+"""Patterns of the matrices whose outputs are added to the residual stream."""
 
 
 def _transformer_rules() -> Iterator[Rule]:
@@ -159,5 +173,5 @@ def _transformer_rules() -> Iterator[Rule]:
                 yield Rule(f"{module}.weight", role)
 
 
-TRANSFORMER: tuple[Rule, ...] = tuple(_transformer_rules())
+TRANSFORMER: tuple[Rule, ...] = tuple(replace(rule, writes=rule.pattern in WRITES) for rule in _transformer_rules())
 """The rules of `Partition.transformer`, in order; the first that matches wins."""

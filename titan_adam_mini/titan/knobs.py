@@ -53,7 +53,7 @@ def read_knobs(optimizer_config: Any) -> Knobs:
         raise _refusal("value_blocks", value_blocks, '"neuron" or "tensor"')
     second_moment = values.get("second_moment", "blocks")
     if second_moment not in SECOND_MOMENTS:
-        raise _refusal("second_moment", second_moment, '"blocks" or "factored"')
+        raise _refusal("second_moment", second_moment, '"blocks", "channels" or "factored"')
     momentum_dtype = values.get("momentum_dtype", "")
     if not isinstance(momentum_dtype, str) or momentum_dtype not in _MOMENTUM_DTYPES:
         raise _refusal("momentum_dtype", momentum_dtype, '"" (the parameter\'s type), "float32", "bfloat16" or "int8"')
