@@ -170,7 +170,7 @@ def test_a_role_factors_single_parameters() -> None:
     assert [len(one.layouts) for one in blocks.values()] == [1, 3, 1, 1]
     with pytest.raises(ValueError, match="at least 2"):
         Partition.transformer(n_heads=2, roles={"*_norm.weight": "factored"}).assign(SHAPES)
-    with pytest.raises(ValueError, match="second_moment must be one of blocks, factored, not 'rows'"):
+    with pytest.raises(ValueError, match="second_moment must be one of blocks, channels, factored, not 'rows'"):
         Partition.transformer(second_moment="rows")
 
 
