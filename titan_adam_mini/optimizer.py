@@ -286,7 +286,7 @@ class AdamMini(Optimizer):
                 [work for work in works if work.waits or (work.grad is None and work.present is not None)]
             )
         for work in works:
-            work.grad = None  # whoever drops the gradients wants their memory back
+            work.grad = work.squares = None  # whoever drops the gradients wants their memory back
         return loss
 
     def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
@@ -354,7 +354,7 @@ class AdamMini(Optimizer):
                 like = self.state[item.param][key]
                 placements = like.placements if isinstance(like, DTensor) else ()
                 means[item.param][key] = as_state(mean, item.param, like.shape, placements)
-            work.grad = None
+            work.grad = work.squares = None
         return means
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,9 +32,11 @@ def column_sums(grad: Tensor, ranks: int, step: int, expected: Tensor | None = N
     for rank in range(ranks):
         plan = BlockPlan.of(layout, Part.of(tuple(grad.shape), [Shard(0)], (ranks,), (rank,)))
         own = tuple(slice(*interval) for interval in plan.own[0])
-        work: Any = Work("w", plan, grad, grad[own], grad, None, grad, torch.tensor(float(step)), GROUP, True)
-        sums = torch.zeros(plan.sums_shape, dtype=torch.float64)
-        factored.add_sums(Factor(plan, state[tuple(slice(*one) for one in spans(plan))]), work, sums)
+        columns = Factor(plan, state[tuple(slice(*one) for one in spans(plan))])
+        rest = {"exp_avg": grad, "exp_avg_scale": None, "exp_avg_sq": grad, "group": GROUP, "decay": True}
+        work = Work("w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(columns, columns), **rest)
+        around = factored.magic(work)
+        sums = factored.column_sums(grad[own], None if around is None else around[plan.parts[0][2]])
         total[tuple(slice(*one) for one in spans(plan))] += sums
     return total
 

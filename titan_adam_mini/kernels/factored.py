@@ -11,61 +11,122 @@ expected: sums are plain float64 there, which may differ in the 53rd bit, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import Factor, Work, vectorized
 
+if TYPE_CHECKING:
+    from .tensorwise import Arithmetic
+
 BITS = 36
 LEAST_BETA2 = 0.5
 
 
-def add_sums(columns: Factor, work: Work, sums: Tensor) -> None:
-    """Add the sums of squares of this rank's part of `work` to `sums`, float64 [columns.plan.sums_shape]."""
+def take_squares(work: Work, arithmetic: Arithmetic) -> None:
+    """Put the sums of squares of this rank's rows and columns into `work.squares`; compiled engines do it themselves."""
     assert work.grad is not None
-    plan, around = columns.plan, _magic(columns, work)
-    summed = [dim for dim, tiles in enumerate(plan.layout.dims) if tiles.is_whole and dim > plan.keep]
-    for view, (_, place, blocks) in zip(plan.shard.views(work.grad), plan.parts, strict=True):
-        magic = None if around is None else around[blocks]
-        for rows in vectorized.chunks(view):
-            squares = view[rows].to(torch.float64).square()
-            here = rows if magic is None or magic.shape[0] > 1 else ...
-            if magic is not None:
-                squares.add_(magic[here]).sub_(magic[here])
-            into = sums[place]
-            into[rows if into.shape[0] > 1 else ...] += squares.sum(summed, keepdim=True)
+    around = magic(work)
+    found = []
+    for view, (tiles, _, _), (_, _, blocks) in zip(
+        work.plan.shard.views(work.grad), work.plan.parts, work.factors[0].plan.parts, strict=True
+    ):
+        rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
+        if view.numel():
+            rows = arithmetic.square_sums(view, tiles, view.ndim - 2, rows.dtype)
+        found.append((rows, column_sums(view, None if around is None else around[blocks])))
+    work.squares = found
 
 
-def _magic(columns: Factor, work: Work) -> Tensor | None:
-    """What to add to a square and take away again, to round it to multiples of its column's quantum; float64, of the
-    shape of the columns' grid. None where nothing is rounded: in the first step, for float64 parameters, and where the
-    state is forgotten so fast that it says nothing of what is lost beside it."""
-    step, beta2 = float(work.step), float(work.group["betas"][1])
-    if step < 1 or columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
+def column_sums(view: Tensor, around: Tensor | None) -> Tensor:
+    """Sums of squares over the rows of a matrix, or of each of a stack, float64; see `magic`."""
+    sums = view.new_zeros((*view.shape[:-2], 1, view.shape[-1]), dtype=torch.float64)
+    for rows in vectorized.chunks(view):
+        squares = view[rows].to(torch.float64).square()
+        if around is not None:
+            here = around[rows if around.shape[0] > 1 else ...]
+            squares.add_(here).sub_(here)
+        sums[rows if sums.shape[0] > 1 else ...] += squares.sum(-2, keepdim=True)
+    return sums
+
+
+def magic(work: Work) -> Tensor | None:
+    """What to add to a square and take away again, to round it to multiples of its column's quantum: float64, of the
+    shape of the columns' grid, 0 where nothing is known. None where nothing is rounded: for float64 parameters, and
+    where the state is forgotten so fast that it says nothing of what is lost beside it."""
+    columns, beta2 = work.factors[0], float(work.group["betas"][1])
+    if columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
         return None
     number = prod(tiles.size for tiles in columns.plan.layout.dims if tiles.is_whole)
+    step = work.step.to(torch.float64)
     expected = columns.exp_avg_sq.to(torch.float64) * (number / (1 - beta2**step))
     exponent = torch.frexp(expected)[1]
     # float64 has 53 bits: next to 1.5 * 2**52 quanta, its neighbours are one quantum apart.
-    return torch.where(expected > 0, 1.5 * torch.exp2((exponent + (52 - BITS)).to(torch.float64)), 0.0)
+    quanta = 1.5 * torch.exp2((exponent + (52 - BITS)).to(torch.float64))
+    return torch.where((expected > 0) & (step >= 1), quanta, 0.0)
+
+
+def add_sums(work: Work, number: int, sums: Tensor) -> None:
+    """Add this rank's part of one of the grids (rows, columns, whole) to `sums`, of its plan's `sums_shape`."""
+    assert work.squares is not None
+    plan = _grids(work)[number].plan
+    for (rows, columns), (tiles, place, _) in zip(work.squares, plan.parts, strict=True):
+        part = columns if number == 1 else rows
+        if number == 2 and part.numel():
+            for dim in range(part.ndim - 2, plan.keep, -1):
+                part = vectorized.sum_tiles(part.clone(), tiles[dim], dim)
+        if part.numel():
+            sums[place] += part
+
+
+def share(work: Work) -> None:
+    """Add this rank's sums to what is exchanged."""
+    for number, grid in enumerate(_grids(work)):
+        if grid.own_sums is not None:
+            add_sums(work, number, grid.own_sums)
+
+
+def gathered(work: Work, number: int) -> Tensor:
+    """The sums of one of the grids, complete: from the exchange, or this rank's where nobody else has any."""
+    grid = _grids(work)[number]
+    dtype = torch.float64 if number == 1 else work.exp_avg_sq.dtype
+    if grid.sums is not None:
+        return grid.sums.to(dtype)
+    sums = torch.zeros(grid.plan.sums_shape, dtype=dtype, device=work.param.device)
+    if work.squares is not None:
+        add_sums(work, number, sums)
+    return sums
+
+
+def _grids(work: Work) -> Sequence[Work | Factor]:
+    return (work, *work.factors)
+
+
+def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per owned box, of its rows and of its columns, what multiplied is the root of an element's second moment.
+
+    Args:
+        correction: 1 - beta2^t, a number or 0-d.
+    """
+    grids = [(grid.exp_avg_sq, grid.plan.parts) for grid in _grids(work)]
+    for box in range(len(work.plan.own)):
+        rows, columns, whole = (moments[parts[box][2]] for moments, parts in grids)
+        yield _over(rows, whole).sqrt_(), (columns / correction).sqrt_()
 
 
 def product(rows: Tensor, columns: Tensor, whole: Tensor) -> Tensor:
-    """Row mean times column mean over the mean of the whole, which broadcast; 0 where there was no gradient ever.
+    """Second moments of elements, from the means of their rows and columns and of the whole, which broadcast."""
+    return _over(rows, whole) * columns
+
+
+def _over(rows: Tensor, whole: Tensor) -> Tensor:
+    """A row's share; 0 where there was no gradient ever.
 
     Where the whole is not finite nothing is known of any element: NaN, and not the zeros that rows / infinity are.
     """
-    ratio = torch.where(whole == 0, 0.0, rows / whole)
-    return torch.where(whole.isfinite(), ratio, torch.nan) * columns
-
-
-def products(work: Work, number: int) -> Iterator[tuple[slice | tuple[()], Tensor]]:
-    """The second moments of box `number` of what this rank holds, some rows at a time: (rows, their second moments)."""
-    grids = [(work.exp_avg_sq, work.plan), *((factor.exp_avg_sq, factor.plan) for factor in work.factors)]
-    parts = [grid[plan.parts[number][2]] for grid, plan in grids]
-    shape = tuple(stop - start for start, stop in work.plan.own[number])
-    for rows in vectorized.chunks(work.param.new_empty(()).expand(shape)):
-        yield rows, product(*(part[rows if part.shape[0] > 1 else ...] for part in parts))
+    share = torch.where(whole == 0, 0.0, rows / whole)
+    return torch.where(whole.isfinite(), share, torch.nan)

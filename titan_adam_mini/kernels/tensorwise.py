@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Tiles
 from ..plan import BlockPlan
-from . import Factor, Work, factored, int8, rounding, vectorized
+from . import Work, factored, int8, rounding, vectorized
 
 
 class Arithmetic(Protocol):
@@ -64,14 +64,11 @@ class Tensorwise:
         """See `Engine.square_sums`."""
         for work in works:
             assert work.grad is not None
-            if work.own_sums is not None:
-                self.add_sums(work.plan, work.grad, work.own_sums)
             if work.factors:
-                columns, whole = work.factors
-                if columns.own_sums is not None:
-                    factored.add_sums(columns, work, columns.own_sums)
-                if whole.own_sums is not None:
-                    self.add_sums(whole.plan, work.grad, whole.own_sums)
+                factored.take_squares(work, self.arithmetic)
+                factored.share(work)
+            elif work.own_sums is not None:
+                self.add_sums(work.plan, work.grad, work.own_sums)
 
     def add_sums(self, plan: BlockPlan, grad: Tensor, sums: Tensor) -> None:
         """Add the sums of squares of this rank's part to `sums`, [plan.sums_shape]."""
@@ -92,24 +89,25 @@ class Tensorwise:
     def block_means(self, work: Work) -> list[Tensor]:
         """Mean square of the gradient over every block of this rank's reach, for each of its grids; a missing gradient
         counts as zeros."""
-        means = [self._means(work, work)]
+        dtype = work.exp_avg_sq.dtype
         if work.factors:
-            columns, whole = work.factors
-            sums = columns.sums
-            if sums is None:
-                sums = torch.zeros(columns.plan.sums_shape, dtype=torch.float64, device=work.param.device)
-                if work.grad is not None:
-                    factored.add_sums(columns, work, sums)
-            means += [self.means(columns.plan, sums).to(work.exp_avg_sq.dtype), self._means(whole, work)]
-        return means
-
-    def _means(self, grid: Work | Factor, work: Work) -> Tensor:
-        sums = grid.sums
+            if work.squares is None and work.grad is not None:
+                factored.take_squares(work, self.arithmetic)
+            grids = enumerate((work, *work.factors))
+            # The columns' sums are float64 up to their mean.
+            return [self.means(grid.plan, factored.gathered(work, number)).to(dtype) for number, grid in grids]
+        sums = work.sums
         if sums is None:
-            sums = torch.zeros(grid.plan.sums_shape, dtype=work.exp_avg_sq.dtype, device=work.param.device)
+            sums = torch.zeros(work.plan.sums_shape, dtype=dtype, device=work.param.device)
             if work.grad is not None:
-                self.add_sums(grid.plan, work.grad, sums)
-        return self.means(grid.plan, sums.to(work.exp_avg_sq.dtype))
+                self.add_sums(work.plan, work.grad, sums)
+        return [self.means(work.plan, sums.to(dtype))]
+
+    def advance(self, work: Work) -> None:
+        """Move all second moments of a work on by one step; its `step` is not moved."""
+        beta2 = work.group["betas"][1]
+        for grid, mean in zip((work, *work.factors), self.block_means(work), strict=True):
+            grid.exp_avg_sq.mul_(beta2).add_(mean * (1 - beta2))
 
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
@@ -121,18 +119,14 @@ class Tensorwise:
         plan, grad, group = work.plan, work.grad, work.group
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
-        grids = [work.exp_avg_sq, *(factor.exp_avg_sq for factor in work.factors)]
-        means = self.block_means(work)
+        self.advance(work)
         work.step += 1
         step = float(work.step)
-        for grid, mean in zip(grids, means, strict=True):
-            grid.mul_(beta2).add_(mean * (1 - beta2))
         if grad is None or grad.numel() == 0:
             return
 
-        def scale(second_moments: Tensor) -> Tensor:
+        def scale(root: Tensor) -> Tensor:
             """What the momentum is multiplied with."""
-            root = (second_moments / (1 - beta2**step)).sqrt_()
             return (lr / (1 - beta1**step)) / root.add_(group["eps"])
 
         decay = 1 - lr * group["weight_decay"] if work.decay else 1.0
@@ -146,12 +140,13 @@ class Tensorwise:
         views = plan.shard.views
         numbers = {"decay": decay, "momentum": beta1, "weight": weight}
         if work.factors:
-            for number, tensors in enumerate(zip(views(param), views(grad), views(exp_avg), strict=True)):
-                for rows, second_moments in factored.products(work, number):
-                    p, g, m = (tensor[rows] for tensor in tensors)
-                    vectorized.update(p, g, m, scale(second_moments), (), **numbers)
+            boxes = factored.roots(work, 1 - beta2**step)
+            for p, g, m, (of_rows, of_columns) in zip(views(param), views(grad), views(exp_avg), boxes, strict=True):
+                for rows in vectorized.chunks(p):
+                    a, b = (root[rows if root.shape[0] > 1 else ...] for root in (of_rows, of_columns))
+                    vectorized.update(p[rows], g[rows], m[rows], scale(a * b), (), **numbers)
         else:
-            scales = scale(work.exp_avg_sq)
+            scales = scale((work.exp_avg_sq / (1 - beta2**step)).sqrt_())
             for p, g, m, (tiles, _, blocks) in zip(views(param), views(grad), views(exp_avg), plan.parts, strict=True):
                 self.arithmetic.update(p, g, m, scales[blocks], tiles, **numbers)
         if work.exp_avg_scale is not None:

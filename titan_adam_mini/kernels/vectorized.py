@@ -25,16 +25,16 @@ def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.
         sums = grad[rows].to(dtype)
         sums = sums * sums
         for dim in range(grad.ndim - 1, max(keep, 0), -1):
-            sums = _sum_tiles(sums, tiles[dim], dim)
+            sums = sum_tiles(sums, tiles[dim], dim)
         parts.append(sums)
     sums = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _sum_tiles(sums, tiles[0], 0) if keep < 0 and grad.ndim else sums
+    return sum_tiles(sums, tiles[0], 0) if keep < 0 and grad.ndim else sums
 
 
 def fold(sums: Tensor, tiles: tuple[Tiles, ...], keep: int) -> Tensor:
     """See `Arithmetic.fold`."""
     for dim in range(keep, -1, -1):
-        sums = _sum_tiles(sums, tiles[dim], dim)
+        sums = sum_tiles(sums, tiles[dim], dim)
     return sums
 
 
@@ -76,7 +76,7 @@ def chunks(x: Tensor) -> Iterator[slice | tuple[()]]:
         yield slice(start, min(start + step, rows))
 
 
-def _sum_tiles(x: Tensor, tiles: Tiles, dim: int) -> Tensor:
+def sum_tiles(x: Tensor, tiles: Tiles, dim: int) -> Tensor:
     """Sum `dim` over each of its tiles. Overwrites `x`."""
     if tiles.is_unit:
         return x
