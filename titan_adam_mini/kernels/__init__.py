@@ -56,8 +56,8 @@ class Work:
         present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
         factors: of a factored second moment, whose first grid is that of its rows: the columns, whose sums are
             float64, and the whole. Else nothing.
-        squares: of a factored one, once they are known in a step: per box that this rank owns the sums of squares of its
-            rows, [..., rows, 1], and of its columns, float64 [..., 1, columns].
+        squares: of a factored one, once they are known in a step: per box that this rank owns the sums of squares of
+            its rows, [..., rows, 1], and of its columns, float64 [..., 1, columns].
     """
 
     name: str

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from . import Work, int8, log
+from . import Work, factored, int8, log
 from .lines import Lines, lines_of
-from .table import Table
+from .table import COLUMN, COLUMN_SUMS, MAGIC, OWN_SUMS, SCALE, Table
 from .tensorwise import Tensorwise
 
 TABLES = 32
@@ -42,15 +42,23 @@ class Compiled:
         raise NotImplementedError
 
     def run_update(self, table: Table, works: Sequence[Work]) -> None:
-        """One step of `works`, all of one dtype combination, with a gradient or all without."""
+        """One step of `works`, all of one dtype combination, with a gradient or all without; all factored or none."""
+        raise NotImplementedError
+
+    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+        """Sums of squares of factored works, of lines to OWN_SUMS and of columns, which are zeroed, to COLUMN_SUMS."""
         raise NotImplementedError
 
     def square_sums(self, works: Sequence[Work]) -> None:
         """See `Engine.square_sums`."""
         mine, rest = self._mine(works)
-        together = [work for work in mine if not self._line(work).summable]
+        together = [work for work in mine if not (work.factors or self._line(work).summable)]
         self.plain.square_sums(rest + together)
-        alone = [work for work in mine if self._line(work).summable]
+        matrices = [work for work in mine if work.factors]
+        self._take_squares(matrices)
+        for work in matrices:
+            factored.share(work)
+        alone = [work for work in mine if not work.factors and self._line(work).summable]
         for table, members in self._by_dtypes("sums", alone):
             self.run_sums(table, members)
             table.release()
@@ -59,12 +67,47 @@ class Compiled:
         """See `Engine.update`."""
         mine, rest = self._mine(works)
         # Blocks of this rank alone, whose gradient is missing here but not elsewhere: rare, and no matter for speed.
-        idle = [work for work in mine if work.grad is None and work.sums is None]
-        mine = [work for work in mine if work.grad is not None or work.sums is not None]
+        idle = [work for work in mine if work.grad is None and (work.sums is None or work.factors)]
+        self._update_factored([work for work in mine if work.grad is not None and work.factors])
+        mine = [work for work in mine if not work.factors and (work.grad is not None or work.sums is not None)]
         for table, members in self._by_dtypes("update", mine):
             self.run_update(table, members)
             table.release()
         self.plain.update(rest + idle)
+
+    def _take_squares(self, works: Sequence[Work]) -> None:
+        """`factored.take_squares` of all works."""
+        for table, members in self._by_dtypes("factored", works):
+            rows, columns, around = [], [], []
+            for work in members:
+                *stack, lines, width = work.param.shape
+                rows.append(work.param.new_zeros((*stack, lines, 1), dtype=work.exp_avg_sq.dtype))
+                columns.append(work.param.new_zeros((*stack, 1, width), dtype=torch.float64))
+                magic = factored.magic(work)
+                blocks = work.factors[0].plan.parts[0][2]
+                around.append(None if magic is None else magic[blocks].contiguous())
+                work.squares = [(rows[-1], columns[-1])]
+            table.place(OWN_SUMS, rows)
+            table.place(COLUMN_SUMS, columns)
+            table.place(MAGIC, around)
+            self.run_squares(table, members)
+            table.release()
+
+    def _update_factored(self, works: Sequence[Work]) -> None:
+        """Second moments, of which there are few, in torch's operations; elements in compiled code."""
+        self._take_squares([work for work in works if work.squares is None])
+        for table, members in self._by_dtypes("factored", works):
+            of_rows, of_columns = [], []
+            for work in members:
+                self.plain.advance(work)
+                step = work.step.to(torch.float64) + 1
+                ((rows, columns),) = factored.roots(work, 1 - work.group["betas"][1] ** step)
+                of_rows.append(rows.contiguous())
+                of_columns.append(columns.contiguous())
+            table.place(SCALE, of_rows)
+            table.place(COLUMN, of_columns)
+            self.run_update(table, members)
+            table.release()
 
     def _line(self, work: Work) -> Lines:
         lines = self._lines[work.name]
@@ -95,8 +138,6 @@ class Compiled:
 
     def _reason(self, work: Work, lines: Lines) -> str | None:
         """Why a parameter cannot be served by compiled code; None if it can."""
-        if work.factors:
-            return "its second moment is factored"
         kinds = [work.param.dtype, work.exp_avg.dtype, *([] if work.grad is None else [work.grad.dtype])]
         unknown = [str(one) for one in kinds if one not in (*self.dtypes, torch.int8)]
         if work.param.device.type != self.device_type:
@@ -105,7 +146,9 @@ class Compiled:
             return f"second moments are {work.exp_avg_sq.dtype}"
         if unknown:
             return f"a tensor is {unknown[0]}"
-        if work.sums is not None and work.sums.dtype != work.exp_avg_sq.dtype:
+        if work.factors and lines.dims[2] != (len(work.plan.layout.shape) - 1,):
+            return "its rows are of one element"
+        if not work.factors and work.sums is not None and work.sums.dtype != work.exp_avg_sq.dtype:
             return f"its sums travel as {work.sums.dtype}"
         if None in (lines.strides(work.param), lines.strides(work.exp_avg)):
             return "its dims do not follow each other in memory"

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import Work, log, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
-from .table import COLUMNS, Table, hyper_parameters
+from .table import COLUMNS, PARTIALS, Table, hyper_parameters
 
 UNIT = 1 << 16
 """Elements of a unit: enough to hide what it takes to fetch one, few enough to share out evenly."""
@@ -64,6 +64,7 @@ class CpuEngine(Compiled):
         """See `Engine.forget`."""
         super().forget()
         self._phases: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
+        self._strips: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
 
     def run_sums(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_sums`."""
@@ -71,6 +72,23 @@ class CpuEngine(Compiled):
             parts = [_lines(row, loops.SUM, one) for row, one in enumerate(table.lines)]
             self._phases[table] = _joined([parts])
         for phase in self._phases[table]:
+            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
+
+    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+        """See `Compiled.run_squares`."""
+        pieces = [-(-one.sizes[2] // tiles.PIECE) for one in table.lines]
+        partials = [
+            torch.empty(one.number * each, dtype=torch.float64) for one, each in zip(table.lines, pieces, strict=True)
+        ]
+        table.place(PARTIALS, partials)
+        if table not in self._strips:
+            strips, lines = [], []
+            for row, (one, each) in enumerate(zip(table.lines, pieces, strict=True)):
+                outer, inner, width = one.sizes
+                strips.append(_units(row, loops.STRIP, outer * each if inner else 0, inner * min(width, tiles.PIECE)))
+                lines.append(_units(row, loops.JOIN, one.number, each))
+            self._strips[table] = _joined([strips, lines])
+        for phase in self._strips[table]:
             _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
 
     def run_update(self, table: Table, works: Sequence[Work]) -> None:
@@ -131,6 +149,9 @@ def _phases(table: Table, works: Sequence[Work]) -> list[Phase]:
     """The phases of an update."""
     sums, folds, updates = [], [], []
     for row, (work, one) in enumerate(zip(works, table.lines, strict=True)):
+        if table.factored:
+            updates.append(_lines(row, loops.UPDATE, one))
+            continue
         largest = int(one.counts.max()) if one.counts.size else 0
         if work.grad is not None and (table.one_line[row] or (work.sums is None and largest <= LARGEST)):
             updates.append(_units(row, loops.WHOLE, one.blocks, largest))
@@ -174,8 +195,8 @@ def _work(dtype: torch.dtype, *arguments: Any) -> None:
     if buffers is None:
         like = LIKE[dtype]
         # Some cache lines apart: a processor takes addresses for equal when their last bits are.
-        room = np.empty(loops.BUFFERS * (loops.ROOM + 72), np.float64)
-        places = [room.ctypes.data + place * 8 * (loops.ROOM + 72) for place in range(loops.BUFFERS)]
+        room = np.empty(tiles.BUFFERS * (tiles.ROOM + 72), np.float64)
+        places = [room.ctypes.data + place * 8 * (tiles.ROOM + 72) for place in range(tiles.BUFFERS)]
         buffers = _own.__dict__[dtype] = (np.asarray([*places, like.itemsize]), like, room)
     loops.run(*arguments, *buffers[:2])
 

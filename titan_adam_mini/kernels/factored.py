@@ -28,7 +28,7 @@ LEAST_BETA2 = 0.5
 
 
 def take_squares(work: Work, arithmetic: Arithmetic) -> None:
-    """Put the sums of squares of this rank's rows and columns into `work.squares`; compiled engines do it themselves."""
+    """Put the sums of squares of this rank's rows and columns into `work.squares`."""
     assert work.grad is not None
     around = magic(work)
     found = []

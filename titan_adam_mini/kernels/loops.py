@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import int8, machine, rounding, tiles
+from . import int8, machine, rounding, strips, tiles
 from . import table as t
 from .machine import (
     LANES,
@@ -34,33 +34,45 @@ from .machine import (
     take,
     update_lanes,
 )
-from .tiles import BFLOAT16, INT8, RUN, dequantize, load, quantize, store
+from .strips import element_scales, join_strips, sum_strips
+from .tiles import (
+    AVERAGES,
+    BFLOAT16,
+    GIVEN,
+    GRADS,
+    INT8,
+    ITEM,
+    PARAMS,
+    PIECE,
+    ROOM,
+    RUN,
+    SCALES,
+    SIDE,
+    SMALL_ROOM,
+    TOTALS,
+    dequantize,
+    load,
+    quantize,
+    store,
+)
 
-PIECE = 1024
-SIDE = 16
-"""Lines taken together where neighbours in memory belong to different lines: a cache line of float32."""
-ROOM, SMALL_ROOM = SIDE * PIECE, SIDE * 256
-"""Elements of a buffer, and how many of them a tile that is updated takes: three buffers then stay near."""
 COHORT = 8192
 """Elements of the lines that are summed before they are updated."""
 
 ROW, START, NUMBER, KIND = range(4)
 """Columns of a unit: row of the table, first line (or block) and how many, and what is to be done with them."""
-SUM, FOLDED, ZERO, UPDATE, WHOLE = range(5)
-"""Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block."""
+SUM, FOLDED, ZERO, UPDATE, WHOLE, STRIP, JOIN = range(7)
+"""Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block; and of
+factored ones sums of strips, and of lines from those."""
 
 ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY, NUMBERS = range(11)
 """Columns of the numbers of a work's step (see `prepare`), and how many there are."""
-
-PARAMS, GRADS, AVERAGES, SCALES, GIVEN, TOTALS, ITEM = range(7)
-"""What a thread works with: the addresses of six buffers of ROOM elements, and the bytes of an element."""
-BUFFERS = 6
 
 
 def _stamp() -> int:
     """Of all files whose constants and functions are compiled in here."""
     try:
-        return zlib.crc32("".join(map(inspect.getsource, (t, machine, tiles, int8, rounding))).encode())
+        return zlib.crc32("".join(map(inspect.getsource, (t, machine, tiles, strips, int8, rounding))).encode())
     except OSError:  # there are no sources; numba then has no cache either
         return 0
 
@@ -182,7 +194,9 @@ def _update_elements(param: Any, grad: Any, exp_avg: Any, number: int, numbers: 
     """`_update` with a scale for every element."""
     apart()
     keep, new, shrink = as_like(numbers[KEEP1], like), as_like(numbers[NEW1], like), as_like(numbers[SHRINK], like)
-    for at in range(number):
+    even = number // LANES * LANES
+    update_lanes(param, grad, exp_avg, even, keep, new, shrink, scales, number)
+    for at in range(even, number):
         average = exp_avg[at] * keep + grad[at] * new
         exp_avg[at] = average
         param[at] = param[at] * shrink - average * scales[at]
@@ -240,9 +254,13 @@ def _update_tile(
     every = 4 * (row[t.WIDTH] // RUN)
     for one in range(lines if kinds[2] == INT8 else 0):
         dequantize(pointer(exp_avg + item * one * size, like), pointer(runs + one * every, np.float32), size)
-    if size == 1:
+    if size == 1 or row[t.COLUMN] != 0:
         values, average = pointer(param, like), pointer(exp_avg, like)
-        _update_elements(values, pointer(grad, like), average, lines, numbers, scales, like)
+        if row[t.COLUMN] != 0:
+            rate, small = as_like(numbers[RATE], like), as_like(numbers[SMALL], like)
+            element_scales(row, outer, at, lines, size, rate, small, work, like)
+            scales = pointer(work[GIVEN], like)
+        _update_elements(values, pointer(grad, like), average, lines * size, numbers, scales, like)
     else:
         for one in range(lines):
             skip = item * one * size
@@ -283,7 +301,9 @@ def _update_lines(
         pointer(row[t.BLOCK_OF_LINE], np.int32),
     )
     steps = row[t.PARAM_OUTER + 2] == 1 and row[t.GRAD_OUTER + 2] == 1 and row[t.EXP_AVG_OUTER + 2] == 1
-    direct = steps and width > 1 and kinds[0] == native and kinds[1] == native and kinds[2] == native
+    direct = (
+        steps and row[t.COLUMN] == 0 and width > 1 and kinds[0] == native and kinds[1] == native and kinds[2] == native
+    )
     if width == 1:
         most, longest = SMALL_ROOM, 1
     elif row[t.PARAM_OUTER + 2] == 1 or kinds[2] == INT8:
@@ -379,6 +399,10 @@ def _entries(stamp: int) -> tuple[Any, Any]:
             row, own = rows[units[at, ROW]], numbers[units[at, ROW]]
             if kind == SUM:
                 _sums(row, first, number, row[t.OWN_SUMS], kinds[1], native, work, like)
+            elif kind == STRIP:
+                sum_strips(row, first, number, kinds[1], native, work, like)
+            elif kind == JOIN:
+                join_strips(row, first, number, like)
             elif own[ACTIVE] == 0:
                 continue
             elif kind == WHOLE:

@@ -139,9 +139,10 @@ def update_lanes(
     scale: Any,
     ahead: Any,
 ) -> Any:
-    """The update of `number` neighbours, a multiple of LANES, with one scale; asks for the gradients `ahead` of them.
+    """The update of `number` neighbours, a multiple of LANES, with one scale or a pointer to as many.
 
-    Those are what is summed next: they come while parameters and momentum are waited for.
+    Asks for the gradients `ahead`, which are what is summed next: they come while parameters and momentum are waited
+    for.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -155,7 +156,9 @@ def update_lanes(
             first = builder.insert_element(ir.Constant(vector, ir.Undefined), one, flag(0))
             return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(flag, LANES), [0] * LANES))
 
-        keeps, news, shrinks, scales = map(spread, args[4:8])
+        keeps, news, shrinks = map(spread, args[4:7])
+        each = isinstance(scale, types.CPointer)
+        scales = None if each else spread(args[7])
         with cgutils.for_range_slice(builder, whole(0), args[3], whole(LANES)) as (index, _):
             p, g, m = (builder.bitcast(builder.gep(one, [index]), vector.as_pointer()) for one in args[:3])
             ahead = builder.gep(args[1], [builder.add(index, args[8])])
@@ -167,10 +170,14 @@ def update_lanes(
             average = builder.fadd(average, builder.fmul(builder.load(g, align=bytes_), news))
             builder.store(average, m, align=bytes_)
             value = builder.fmul(builder.load(p, align=bytes_), shrinks)
-            builder.store(builder.fsub(value, builder.fmul(average, scales)), p, align=bytes_)
+            own = scales
+            if each:
+                own = builder.load(builder.bitcast(builder.gep(args[7], [index]), vector.as_pointer()), align=bytes_)
+            builder.store(builder.fsub(value, builder.fmul(average, own)), p, align=bytes_)
         return context.get_dummy_value()
 
-    return types.none(param, grad, exp_avg, types.int64, *[param.dtype] * 4, types.int64), code
+    kinds = [*[param.dtype] * 3, scale if isinstance(scale, types.CPointer) else param.dtype]
+    return types.none(param, grad, exp_avg, types.int64, *kinds, types.int64), code
 
 
 @intrinsic

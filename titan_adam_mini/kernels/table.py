@@ -28,6 +28,10 @@ from .lines import Lines
     BLOCK_OF_LINE,  # int32, where TILE is 0
     STARTS,  # int32, the first line of every block, where TILE is 0
     COUNTS,  # int64, elements per block, where COUNT is 0
+    COLUMN,  # 0, or of a factored work the roots of its columns; those of its lines are SCALE
+    COLUMN_SUMS,  # float64, one per outer index and column
+    MAGIC,  # as COLUMN_SUMS, see `factored.magic`; 0 where nothing is rounded
+    PARTIALS,  # float64, one per line and piece of it
     COUNT,  # integers from here on
     GROUP,  # row of the table of hyper-parameters
     DECAY,
@@ -53,8 +57,8 @@ from .lines import Lines
     EXP_AVG_OUTER,
     EXP_AVG_INNER,
     EXP_AVG_WIDTH,
-) = range(38)
-COLUMNS = 38
+) = range(42)
+COLUMNS = 42
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, LOG_BETA1, LOG_BETA2 = range(8)
 """Columns of the table of hyper-parameters, float64, one row per group."""
@@ -66,13 +70,17 @@ class Table:
     Attributes:
         rows: int64 [works, COLUMNS].
         lines: of every work.
+        factored: are the works' second moments? Then all are, and sums and roots are put where `place` says.
         one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
         scratch: room for the sums and scales of all others.
     """
 
     def __init__(self, works: Sequence[Work], lines: Sequence[Lines]) -> None:
         self.lines = list(lines)
-        self.one_line = [work.sums is None and one.tile == 1 for work, one in zip(works, lines, strict=True)]
+        self.factored = bool(works[0].factors)
+        self.one_line = [
+            work.sums is None and one.tile == 1 and not self.factored for work, one in zip(works, lines, strict=True)
+        ]
         self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
         self._strides: list[tuple[tuple[int, ...], ...]] = [() for _ in works]
         self._arrays: dict[tuple[bytes, str], Tensor] = {}
@@ -81,7 +89,7 @@ class Table:
         groups = list({id(work.group): None for work in works})
 
         sizes = [
-            (0, 0) if alone else (0 if work.sums is not None else one.number, one.blocks)
+            (0, 0) if alone or self.factored else (0 if work.sums is not None else one.number, one.blocks)
             for work, one, alone in zip(works, lines, self.one_line, strict=True)
         ]
         self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)
@@ -112,6 +120,10 @@ class Table:
         if key not in self._arrays:
             self._arrays[key] = torch.from_numpy(values.copy()).to(device)
         return self._arrays[key].data_ptr()
+
+    def place(self, column: int, tensors: Sequence[Tensor | None]) -> None:
+        """Put the addresses of tensors, one per work, into a column."""
+        self.rows[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def release(self) -> None:
         """Let go of gradients that had to be copied."""

@@ -17,6 +17,17 @@ FLOAT32, FLOAT64, BFLOAT16, INT8 = range(4)
 """How a tensor's elements are stored."""
 RUN, TINY = int8.RUN, int8.TINY
 
+PIECE = 1024
+"""Elements of a line that are summed in one go; see `loops`."""
+SIDE = 16
+"""Lines taken together where neighbours in memory belong to different lines: a cache line of float32."""
+ROOM, SMALL_ROOM = SIDE * PIECE, SIDE * 256
+"""Elements of a buffer, and how many of them a tile that is updated takes: three buffers then stay near."""
+
+PARAMS, GRADS, AVERAGES, SCALES, GIVEN, TOTALS, ITEM = range(7)
+"""What a thread works with: the addresses of six buffers of ROOM elements, and the bytes of an element."""
+BUFFERS = 6
+
 
 @inlined
 def _read(buffer: Any, source: Any, lines: int, size: int, line: int, step: int) -> None:
