@@ -93,7 +93,17 @@ def assert_close(one: Any, two: Any, tolerance: float, share: float = 0.0) -> No
 
 
 @pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.3}, {"value_blocks": "tensor"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"maximize": True, "weight_decay": 0.3},
+        {"value_blocks": "tensor"},
+        {"second_moment": "channels"},
+        {"second_moment": "factored", "weight_decay": 0.3},
+    ],
+    ids=str,
+)
 def test_it_computes_what_torch_computes(momentum: torch.dtype | None, options: dict[str, Any]) -> None:
     fast = trained(SHAPES, fused=True, momentum_dtype=momentum, **options)
     plain = trained(SHAPES, foreach=True, momentum_dtype=momentum, **options)
@@ -101,11 +111,13 @@ def test_it_computes_what_torch_computes(momentum: torch.dtype | None, options: 
     assert_close(fast, plain, 1e-6 if momentum is None else 1e-3)
 
 
+@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
 @pytest.mark.parametrize("at_random", [False, True])
 @pytest.mark.parametrize("momentum", [None, torch.int8], ids=str)
-def test_bfloat16_parameters(momentum: torch.dtype | None, at_random: bool) -> None:
+def test_bfloat16_parameters(momentum: torch.dtype | None, at_random: bool, second_moment: str) -> None:
     """Rounded as torch rounds, or with the very same random bits; a last bit of the sums may tip a rounding."""
-    options = {"dtype": torch.bfloat16, "momentum_dtype": momentum, "stochastic_rounding": at_random}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "momentum_dtype": momentum, "second_moment": second_moment}
+    options["stochastic_rounding"] = at_random
     assert_close(trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options), 0.0, share=2e-3)
 
 

@@ -56,7 +56,8 @@ class _Programs:
         self.hyper_values = np.empty((0, 8))
         self.hyper = torch.empty((0, 8), dtype=torch.float64, device=device)
         self.scalars = torch.empty((self.number, triton_kernels.SCALARS), dtype=torch.float32, device=device)
-        found: dict[str, dict[tuple[int, bool], list[np.ndarray]]] = {"one_line": {}, "many": {}, "fold": {}}
+        names = ("one_line", "many", "fold", "strips")
+        found: dict[str, dict[tuple[int, bool], list[np.ndarray]]] = {name: {} for name in names}
         for number, (row, lines, alone) in enumerate(zip(own.rows, own.lines, own.one_line, strict=True)):
             outer, inner, width = lines.sizes
             if width and outer * inner:
@@ -66,7 +67,10 @@ class _Programs:
                 )
                 narrow = width <= triton_kernels.NARROW
                 found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
-            if not alone:
+                if own.factored:
+                    strips = _triples(number, outer, width, triton_kernels.STRIP)
+                    found["strips"].setdefault((unit, False), []).append(strips)
+            if not alone and not own.factored:
                 each = triton_kernels.FOLDED if lines.fold == 1 else 1
                 found["fold"].setdefault((1, False), []).append(_triples(number, 1, lines.blocks, each))
         self.lists = {
@@ -133,10 +137,17 @@ class TritonEngine(Compiled):
         types = {"P": _TYPES[first.param.dtype], "G": _TYPES[first.grad.dtype], "M": _TYPES[first.exp_avg.dtype]}
         types["ROUND"] = first.seed is not None and first.param.dtype == torch.bfloat16
         self._launch(triton_kernels.one_line_blocks, here, "one_line", here.scalars, **types)
-        if first.sums is None:
+        if first.sums is None and not table.factored:
             self._line_sums(here, "many", works)
         self._launch(triton_kernels.fold, here, "fold", here.scalars)
-        self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types)
+        self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, FACTORED=table.factored)
+
+    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+        """See `Compiled.run_squares`."""
+        here = self._here(table, works)
+        self._line_sums(here, "many", works)
+        assert works[0].grad is not None
+        self._launch(triton_kernels.column_sums, here, "strips", G=_TYPES[works[0].grad.dtype])
 
     def _line_sums(self, here: _Programs, name: str, works: Sequence[Work]) -> None:
         assert works[0].grad is not None
@@ -148,7 +159,8 @@ class TritonEngine(Compiled):
         with _device(here.rows.device):
             for (unit, narrow), programs in here.lists[name].items():
                 self.launches += 1
-                shape = {} if name == "fold" else {"UNIT": unit, "NARROW": narrow, "TILE": here.tile}
+                shape = {} if name == "fold" else {"UNIT": unit}
+                shape |= {"NARROW": narrow, "TILE": here.tile} if name in ("one_line", "many") else {}
                 kernel[(len(programs),)](
                     here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
                 )

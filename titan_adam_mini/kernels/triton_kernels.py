@@ -20,6 +20,7 @@ _STEP, _PRESENT, _GROUP = tl.constexpr(table.STEP), tl.constexpr(table.PRESENT),
 _OWN_SUMS, _SUMS, _SCALE = tl.constexpr(table.OWN_SUMS), tl.constexpr(table.SUMS), tl.constexpr(table.SCALE)
 _BLOCK_OF_LINE, _STARTS = tl.constexpr(table.BLOCK_OF_LINE), tl.constexpr(table.STARTS)
 _COUNTS, _COUNT = tl.constexpr(table.COUNTS), tl.constexpr(table.COUNT)
+_COLUMN, _COLUMN_SUMS, _MAGIC = (tl.constexpr(one) for one in (table.COLUMN, table.COLUMN_SUMS, table.MAGIC))
 _DECAY, _SEED, _INNER, _WIDTH = (tl.constexpr(one) for one in (table.DECAY, table.SEED, table.INNER, table.WIDTH))
 _FIRST, _REACH_INNER = tl.constexpr(table.FIRST), tl.constexpr(table.REACH_INNER)
 _BLOCKS, _TILE, _FOLD = tl.constexpr(table.BLOCKS), tl.constexpr(table.TILE), tl.constexpr(table.FOLD)
@@ -147,8 +148,21 @@ def _store_param(where, p, mask, row, numbers, outer, line, column, P: tl.conste
 
 
 @triton.jit
+def _scales(row, numbers, outer, column, mask, scale, FACTORED: tl.constexpr):
+    """What the momentum of a tile is multiplied with; factored, `scale` are the roots of its lines.
+
+    `column`, `mask` and `scale` broadcast; the columns are those of the tile.
+    """
+    if FACTORED:
+        roots = tl.load(row + _COLUMN).to(tl.pointer_type(tl.float32)) + outer * tl.load(row + _WIDTH)
+        root = scale * tl.load(roots + column, mask, other=1.0) + tl.load(numbers + 7)
+        scale = tl.div_rn(tl.zeros_like(root) + tl.load(numbers), root)
+    return scale
+
+
+@triton.jit
 def _update_tile(row, numbers, outer, line, live, at, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                 ROUND: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+                 ROUND: tl.constexpr, UNIT: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
     """Momentum and parameter of one tile; `scale` is float32 [lines]."""
     decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     mask = live[:, None] & (at < width)[None, :]
@@ -157,13 +171,14 @@ def _update_tile(row, numbers, outer, line, live, at, width, scale, P: tl.conste
     m = tl.load(where, mask, other=0.0).to(tl.float32) * momentum + g * weight
     tl.store(where, _rounded(m, M, 0, 0, 0, False), mask)
     where = _at(row, (_PARAM, _PARAM_OUTER), P, outer, line, at, UNIT)
-    p = tl.load(where, mask, other=0.0).to(tl.float32) * decay - m * scale[:, None]
+    each = _scales(row, numbers, outer, at[None, :], (at < width)[None, :], scale[:, None], FACTORED)
+    p = tl.load(where, mask, other=0.0).to(tl.float32) * decay - m * each
     _store_param(where, p, mask, row, numbers, outer, line[:, None], at[None, :], P, ROUND)
 
 
 @triton.jit
 def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr, G: tl.constexpr, ROUND: tl.constexpr,
-                 RUNS: tl.constexpr):  # fmt: skip
+                 RUNS: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
     """As `_update_tile`, for one line with int8 momentum in tiles of [runs, columns of a run]; see `int8.quantize`."""
     decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     run = start // _RUN + tl.arange(0, RUNS)
@@ -183,7 +198,8 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
     g = tl.load(at_g, mask, other=0.0).to(tl.float32)
     old = tl.load(scales, live, other=0.0)
     m = tl.load(where, mask, other=0).to(tl.float32) * old[:, None] * momentum + g * weight
-    p = tl.load(at_p, mask, other=0.0).to(tl.float32) * decay - m * scale
+    each = _scales(row, numbers, outer, column, mask, scale, FACTORED)
+    p = tl.load(at_p, mask, other=0.0).to(tl.float32) * decay - m * each
     _store_param(at_p, p, mask, row, numbers, outer, line, column, P, ROUND)
     wrong = tl.max((m != m).to(tl.int32), 1) != 0
     absmax = tl.where(wrong, float("nan"), tl.max(tl.abs(m), 1))
@@ -198,16 +214,17 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
 
 @triton.jit
 def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-            ROUND: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+            ROUND: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+            FACTORED: tl.constexpr):  # fmt: skip
     """Momentum and parameter of whole lines; `scale` is float32 [LINES]."""
     for start in range(0, width, WIDTH):
         if tl.int8 == M:
             tl.static_assert(LINES == 1)
             one, only = tl.sum(line, 0), tl.sum(scale, 0)
-            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN)
+            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN, FACTORED)
         else:
             at = start + tl.arange(0, WIDTH).to(tl.int64)
-            _update_tile(row, numbers, outer, line, live, at, width, scale, P, G, M, ROUND, UNIT)
+            _update_tile(row, numbers, outer, line, live, at, width, scale, P, G, M, ROUND, UNIT, FACTORED)
 
 
 @triton.jit
@@ -236,7 +253,7 @@ def _whole(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, 
     block = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
     total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
     scale = _moment(row, numbers, block, live, total)
-    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
+    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, False)
 
 
 @triton.jit
@@ -251,8 +268,8 @@ def _own_sums(row, outer, first, width, G: tl.constexpr, LINES: tl.constexpr, WI
 
 @triton.jit
 def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-            LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """Update of LINES lines with the scale that the fold has left for their blocks."""
+            LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
+    """Update of LINES lines with the scale that the fold has left for their blocks; factored, with their roots."""
     line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
     there = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
@@ -264,7 +281,7 @@ def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr,
     else:
         block = there // tile
     scale = tl.load(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, live, other=0.0)
-    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT)
+    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, FACTORED)
 
 
 # The three kernels of lines. NARROW ones are for lines of up to 64 elements, norms and biases above all: in one kernel
@@ -318,7 +335,7 @@ def line_sums(
 
 @triton.jit
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                 UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                 FACTORED: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Momentum and parameter of lines whose block's scale is known."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -326,15 +343,39 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
     row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
     width = tl.load(row + _WIDTH)
     if tl.int8 == M:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT, FACTORED)
     elif UNIT == 0:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT, FACTORED)
     elif not NARROW:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT, FACTORED)
     elif width == 1:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT, FACTORED)
     else:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT, FACTORED)
+
+
+STRIP = 64
+"""Columns of a program of `column_sums`: of all lines with one outer index, _TALL at a time."""
+_STRIP, _TALL = tl.constexpr(STRIP), tl.constexpr(32)
+
+
+@triton.jit
+def column_sums(rows, programs, G: tl.constexpr, UNIT: tl.constexpr):
+    """Sums of squares of columns, float64, each square rounded as `factored.magic` has it; the first line of a program
+    is a column here."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
+    inner, width = tl.load(row + _INNER), tl.load(row + _WIDTH)
+    at = tl.load(program + 2).to(tl.int64) + tl.arange(0, _STRIP)
+    live, place = at < width, outer * width + at
+    magic = tl.load(row + _MAGIC)
+    around = tl.load(magic.to(tl.pointer_type(tl.float64)) + place, live & (magic != 0), other=0.0)
+    total = tl.zeros([_STRIP], tl.float64)
+    for start in range(0, inner, _TALL):
+        line = start + tl.arange(0, _TALL).to(tl.int64)
+        g = _gradient(row, outer, line, line < inner, at, width, G, UNIT).to(tl.float64)
+        total += tl.sum((g * g + around[None, :]) - around[None, :], 0)
+    tl.store(tl.load(row + _COLUMN_SUMS).to(tl.pointer_type(tl.float64)) + place, total, live)
 
 
 def lines_of_program(width: int, unit: int, runs: bool, tile: int) -> int:
