@@ -109,6 +109,25 @@ class BlockPlan:
             for tiles, (start, stop), (base, _) in zip(self.reach_tiles, box, self.reach, strict=True)
         )
 
+    @cached_property
+    def of_columns(self) -> bool:
+        """Are the blocks the columns of a matrix, or of each of a stack?"""
+        if len(self.layout.shape) < 2:
+            return False
+        *stack, rows, columns = self.layout.dims
+        return (
+            all(tiles.is_unit for tiles in stack)
+            and rows.is_whole
+            and columns.is_unit
+            and 1 not in (rows.size, columns.size)
+        )
+
+    @cached_property
+    def of_rows(self) -> BlockPlan:
+        """The same part of the tensor with a block for every row."""
+        shape = self.layout.shape
+        return BlockPlan.of(BlockLayout.of(shape, *(1 for _ in shape[1:]), None), self.shard)
+
     @property
     def aligned_axes(self) -> frozenset[int]:
         """The mesh axes along which the block grid is sharded like the parameter."""
@@ -162,7 +181,7 @@ class Grid:
     def fine(self) -> bool:
         """Do its sums travel as float64? Sums over a column are those of many rows, added in an order that the
         sharding decides: they stay the same where the sum of the roundings is exact, or far below float32's."""
-        return self.number == COLUMNS
+        return self.number == COLUMNS or self.plan.of_columns
 
 
 def grids_of(plans: Sequence[Sequence[BlockPlan]]) -> list[Grid]:

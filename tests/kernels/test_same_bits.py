@@ -105,6 +105,7 @@ def test_any_address(engine: str, offset: int) -> None:
 
 def test_stored_in_another_order_the_sums_are_the_same() -> None:
     layouts = {"rows": BlockLayout.of((70, 5000), 1, None), "columns": BlockLayout.of((5000, 70), None, 1)}
+    layouts["heads of columns"] = BlockLayout.of((5000, 70), None, 7)
 
     def turned(x: Tensor) -> Tensor:
         return x.t().contiguous().t()
@@ -113,10 +114,10 @@ def test_stored_in_another_order_the_sums_are_the_same() -> None:
     for store in (torch.clone, turned):
         played = Played(layouts, engine_of("cpu"), store=store)
         grads = gradients(layouts, 0, torch.float32)
-        played.give({"rows": grads["rows"], "columns": grads["rows"].t()})
+        played.give(dict.fromkeys(layouts, grads["rows"].t()) | {"rows": grads["rows"]})
         step([played])
-        results += [work.exp_avg_sq.flatten() for work in played.works]
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        results.append([work.exp_avg_sq.flatten() for work in played.works])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_nothing_grows_and_replaced_tensors_are_noticed() -> None:

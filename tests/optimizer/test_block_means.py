@@ -57,7 +57,7 @@ def test_they_are_the_means(name: str, second_moment: str) -> None:
     assert not got
 
 
-@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
+@pytest.mark.parametrize("second_moment", ["blocks", "channels", "factored"])
 @pytest.mark.parametrize("name", ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "PP 2"])
 def test_the_bits_are_those_of_one_device(name: str, second_moment: str) -> None:
     assert CATALOGUE[name].sizes == DENSE

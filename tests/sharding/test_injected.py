@@ -95,11 +95,12 @@ def test_channels_equal_the_oracle_too(name: str) -> None:
         assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
 
 
+@pytest.mark.parametrize("second_moment", ["channels", "factored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factored_has_the_bits_of_one_device_under_fsdp_and_hsdp(dtype: torch.dtype) -> None:
-    want = on_one_device(DENSE, dtype=dtype, steps=6, second_moment="factored")
+def test_columns_have_the_bits_of_one_device_under_fsdp_and_hsdp(dtype: torch.dtype, second_moment: str) -> None:
+    want = on_one_device(DENSE, dtype=dtype, steps=6, second_moment=second_moment)
     for name in BITS if dtype == torch.float32 else ["FSDP2 3", "HSDP 2x3"]:
-        got, _ = on_mesh(name, dtype=dtype, steps=6, second_moment="factored")
+        got, _ = on_mesh(name, dtype=dtype, steps=6, second_moment=second_moment)
         for kind in ("params", "exp_avg", *SECOND_MOMENTS):
             for key, value in want[kind].items():
                 assert got[kind][key].dtype == value.dtype and torch.equal(got[kind][key], value), (name, kind, key)

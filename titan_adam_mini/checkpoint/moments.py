@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import vectorized
-from ..kernels.factored import product
+from ..kernels.columns import product
 from ..kernels.tensorwise import Tensorwise
 from ..layout import BlockLayout, Tiles
 from ..plan import COLUMNS, BlockPlan
@@ -23,11 +23,11 @@ def block_means(exp_avg_sq: Tensor, layouts: Sequence[BlockLayout]) -> tuple[Ten
     roots = exp_avg_sq.to(torch.float64 if exp_avg_sq.dtype == torch.float64 else torch.float32).sqrt()
     plain, means = Tensorwise("foreach", vectorized), []
     for number, layout in enumerate(layouts):
-        if number == COLUMNS:  # in float64, as in a step
+        plan = BlockPlan.of(layout, Shard(tuple(roots.shape)))
+        if number == COLUMNS or plan.of_columns:  # in float64, as in a step
             summed = [dim for dim, tiles in enumerate(layout.dims) if tiles.is_whole]
             means.append(roots.to(torch.float64).square().mean(summed, keepdim=True).to(roots.dtype))
             continue
-        plan = BlockPlan.of(layout, Shard(tuple(roots.shape)))
         sums = roots.new_zeros(plan.sums_shape)
         plain.add_sums(plan, roots, sums)
         means.append(plain.means(plan, sums))

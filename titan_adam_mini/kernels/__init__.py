@@ -56,8 +56,8 @@ class Work:
         present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
         factors: of a factored second moment, whose first grid is that of its rows: the columns, whose sums are
             float64, and the whole. Else nothing.
-        squares: of a factored one, once they are known in a step: per box that this rank owns the sums of squares of
-            its rows, [..., rows, 1], and of its columns, float64 [..., 1, columns].
+        squares: where `by_columns`, once they are known in a step: per box that this rank owns the sums of squares of
+            its rows, [..., rows, 1] (only if there are factors), and of its columns, float64 [..., 1, columns].
     """
 
     name: str
@@ -76,6 +76,11 @@ class Work:
     present: Tensor | None = None
     factors: tuple[Factor, ...] = ()
     squares: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def by_columns(self) -> bool:
+        """Have columns of a matrix second moments, alone or beside its rows? See `kernels.columns`."""
+        return bool(self.factors) or self.plan.of_columns
 
     @property
     def waits(self) -> bool:

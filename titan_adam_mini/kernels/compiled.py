@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import Work, factored, int8, log
+from . import Work, columns, int8, log
 from .lines import Lines, lines_of
 from .table import COLUMN, COLUMN_SUMS, MAGIC, OWN_SUMS, SCALE, Table
 from .tensorwise import Tensorwise
@@ -42,23 +43,23 @@ class Compiled:
         raise NotImplementedError
 
     def run_update(self, table: Table, works: Sequence[Work]) -> None:
-        """One step of `works`, all of one dtype combination, with a gradient or all without; all factored or none."""
+        """One step of `works`, all of one dtype combination, with a gradient or all without, by columns all or none."""
         raise NotImplementedError
 
     def run_squares(self, table: Table, works: Sequence[Work]) -> None:
-        """Sums of squares of factored works, of lines to OWN_SUMS and of columns, which are zeroed, to COLUMN_SUMS."""
+        """Sums of squares of columns to COLUMN_SUMS, which is zeroed, and of lines to OWN_SUMS if `table.factored`."""
         raise NotImplementedError
 
     def square_sums(self, works: Sequence[Work]) -> None:
         """See `Engine.square_sums`."""
         mine, rest = self._mine(works)
-        together = [work for work in mine if not (work.factors or self._line(work).summable)]
+        together = [work for work in mine if not (work.by_columns or self._line(work).summable)]
         self.plain.square_sums(rest + together)
-        matrices = [work for work in mine if work.factors]
+        matrices = [work for work in mine if work.by_columns]
         self._take_squares(matrices)
         for work in matrices:
-            factored.share(work)
-        alone = [work for work in mine if not work.factors and self._line(work).summable]
+            columns.share(work)
+        alone = [work for work in mine if not work.by_columns and self._line(work).summable]
         for table, members in self._by_dtypes("sums", alone):
             self.run_sums(table, members)
             table.release()
@@ -67,47 +68,47 @@ class Compiled:
         """See `Engine.update`."""
         mine, rest = self._mine(works)
         # Blocks of this rank alone, whose gradient is missing here but not elsewhere: rare, and no matter for speed.
-        idle = [work for work in mine if work.grad is None and (work.sums is None or work.factors)]
-        self._update_factored([work for work in mine if work.grad is not None and work.factors])
-        mine = [work for work in mine if not work.factors and (work.grad is not None or work.sums is not None)]
+        idle = [work for work in mine if work.grad is None and (work.sums is None or work.by_columns)]
+        self._update_by_columns([work for work in mine if work.grad is not None and work.by_columns])
+        mine = [work for work in mine if not work.by_columns and (work.grad is not None or work.sums is not None)]
         for table, members in self._by_dtypes("update", mine):
             self.run_update(table, members)
             table.release()
         self.plain.update(rest + idle)
 
     def _take_squares(self, works: Sequence[Work]) -> None:
-        """`factored.take_squares` of all works."""
-        for table, members in self._by_dtypes("factored", works):
-            rows, columns, around = [], [], []
+        """`columns.take_squares` of all works."""
+        for table, members in self._by_columns(works):
+            squares, around = [], []
             for work in members:
                 *stack, lines, width = work.param.shape
-                rows.append(work.param.new_zeros((*stack, lines, 1), dtype=work.exp_avg_sq.dtype))
-                columns.append(work.param.new_zeros((*stack, 1, width), dtype=torch.float64))
-                magic = factored.magic(work)
-                blocks = work.factors[0].plan.parts[0][2]
-                around.append(None if magic is None else magic[blocks].contiguous())
-                work.squares = [(rows[-1], columns[-1])]
-            table.place(OWN_SUMS, rows)
-            table.place(COLUMN_SUMS, columns)
+                of_rows = work.param.new_zeros((*stack, lines, 1), dtype=work.exp_avg_sq.dtype)
+                squares.append((of_rows, work.param.new_zeros((*stack, 1, width), dtype=torch.float64)))
+                work.squares = squares[-1:]
+                around.append(columns.magic(work))
+            table.place(OWN_SUMS, [of_rows for of_rows, _ in squares])
+            table.place(COLUMN_SUMS, [of_columns for _, of_columns in squares])
             table.place(MAGIC, around)
             self.run_squares(table, members)
             table.release()
 
-    def _update_factored(self, works: Sequence[Work]) -> None:
+    def _update_by_columns(self, works: Sequence[Work]) -> None:
         """Second moments, of which there are few, in torch's operations; elements in compiled code."""
         self._take_squares([work for work in works if work.squares is None])
-        for table, members in self._by_dtypes("factored", works):
-            of_rows, of_columns = [], []
+        for table, members in self._by_columns(works):
+            roots: list[tuple[Tensor, Tensor]] = []
             for work in members:
                 self.plain.advance(work)
                 step = work.step.to(torch.float64) + 1
-                ((rows, columns),) = factored.roots(work, 1 - work.group["betas"][1] ** step)
-                of_rows.append(rows.contiguous())
-                of_columns.append(columns.contiguous())
-            table.place(SCALE, of_rows)
-            table.place(COLUMN, of_columns)
+                roots += columns.roots(work, 1 - work.group["betas"][1] ** step)
+            table.place(SCALE, [of_rows for of_rows, _ in roots])
+            table.place(COLUMN, [of_columns for _, of_columns in roots])
             self.run_update(table, members)
             table.release()
+
+    def _by_columns(self, works: Sequence[Work]) -> Iterable[tuple[Table, list[Work]]]:
+        for kind, factored in (("columns", False), ("factored", True)):
+            yield from self._by_dtypes(kind, [work for work in works if bool(work.factors) == factored])
 
     def _line(self, work: Work) -> Lines:
         lines = self._lines[work.name]
@@ -122,7 +123,7 @@ class Compiled:
         for work in works:
             reason = self._left.get(work.name)
             if reason is None and work.name not in self._lines:
-                self._lines[work.name] = lines = lines_of(work.plan)
+                self._lines[work.name] = lines = lines_of(work.plan.of_rows if work.plan.of_columns else work.plan)
                 reason = lines if isinstance(lines, str) else self._reason(work, lines)
                 if reason is not None:
                     self._left[work.name] = new[work.name] = reason
@@ -146,9 +147,9 @@ class Compiled:
             return f"second moments are {work.exp_avg_sq.dtype}"
         if unknown:
             return f"a tensor is {unknown[0]}"
-        if work.factors and lines.dims[2] != (len(work.plan.layout.shape) - 1,):
+        if work.by_columns and lines.dims[2] != (len(work.plan.layout.shape) - 1,):
             return "its rows are of one element"
-        if not work.factors and work.sums is not None and work.sums.dtype != work.exp_avg_sq.dtype:
+        if not work.by_columns and work.sums is not None and work.sums.dtype != work.exp_avg_sq.dtype:
             return f"its sums travel as {work.sums.dtype}"
         if None in (lines.strides(work.param), lines.strides(work.exp_avg)):
             return "its dims do not follow each other in memory"

@@ -149,7 +149,7 @@ def _phases(table: Table, works: Sequence[Work]) -> list[Phase]:
     """The phases of an update."""
     sums, folds, updates = [], [], []
     for row, (work, one) in enumerate(zip(works, table.lines, strict=True)):
-        if table.factored:
+        if table.by_columns:
             updates.append(_lines(row, loops.UPDATE, one))
             continue
         largest = int(one.counts.max()) if one.counts.size else 0

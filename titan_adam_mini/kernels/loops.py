@@ -63,7 +63,7 @@ ROW, START, NUMBER, KIND = range(4)
 """Columns of a unit: row of the table, first line (or block) and how many, and what is to be done with them."""
 SUM, FOLDED, ZERO, UPDATE, WHOLE, STRIP, JOIN = range(7)
 """Sums of lines; moments of blocks from such sums, or from zeros; update of lines; all of it, block by block; and of
-factored ones sums of strips, and of lines from those."""
+matrices by columns sums of strips, and of lines from those."""
 
 ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY, NUMBERS = range(11)
 """Columns of the numbers of a work's step (see `prepare`), and how many there are."""

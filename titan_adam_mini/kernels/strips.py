@@ -1,4 +1,4 @@
-"""Compiled loops of factored second moments: sums of squares of rows and columns in one pass, scales of elements.
+"""Compiled loops of second moments of columns: sums of squares of rows and columns in one pass, scales of elements.
 
 A strip is PIECE columns of all lines with one outer index: one thread's, so that its columns are added in the order of
 the lines whatever the number of threads. Its pieces of lines are joined afterwards, in the order of `loops`.
@@ -17,7 +17,7 @@ from .tiles import GIVEN, GRADS, ITEM, PIECE, SCALES, load
 
 @inlined
 def _add_columns(values: Any, sums: Any, around: Any, number: int) -> None:
-    """Add squares, rounded as `factored.magic` has it."""
+    """Add squares, rounded as `columns.magic` has it."""
     for at in range(number):
         value = np.float64(values[at])
         sums[at] += (value * value + around[at]) - around[at]
@@ -77,4 +77,5 @@ def element_scales(
     for one in range(lines):
         for column in range(size):
             root = as_like(of_lines[one] * of_columns[column], like)
-            scales[one * size + column] = as_like(rate / as_like(root + small, like), like)
+            # As torch divides a number by a tensor.
+            scales[one * size + column] = as_like(as_like(1.0 / as_like(root + small, like), like) * rate, like)

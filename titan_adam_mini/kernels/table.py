@@ -28,9 +28,9 @@ from .lines import Lines
     BLOCK_OF_LINE,  # int32, where TILE is 0
     STARTS,  # int32, the first line of every block, where TILE is 0
     COUNTS,  # int64, elements per block, where COUNT is 0
-    COLUMN,  # 0, or of a factored work the roots of its columns; those of its lines are SCALE
+    COLUMN,  # 0, or where `by_columns` the roots of its columns; those of its lines are SCALE
     COLUMN_SUMS,  # float64, one per outer index and column
-    MAGIC,  # as COLUMN_SUMS, see `factored.magic`; 0 where nothing is rounded
+    MAGIC,  # as COLUMN_SUMS, see `columns.magic`; 0 where nothing is rounded
     PARTIALS,  # float64, one per line and piece of it
     COUNT,  # integers from here on
     GROUP,  # row of the table of hyper-parameters
@@ -70,16 +70,17 @@ class Table:
     Attributes:
         rows: int64 [works, COLUMNS].
         lines: of every work.
-        factored: are the works' second moments? Then all are, and sums and roots are put where `place` says.
+        by_columns: are the works? Then all are, and sums and roots are where `place` has said.
+        factored: are the works' second moments?
         one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
         scratch: room for the sums and scales of all others.
     """
 
     def __init__(self, works: Sequence[Work], lines: Sequence[Lines]) -> None:
         self.lines = list(lines)
-        self.factored = bool(works[0].factors)
+        self.by_columns, self.factored = works[0].by_columns, bool(works[0].factors)
         self.one_line = [
-            work.sums is None and one.tile == 1 and not self.factored for work, one in zip(works, lines, strict=True)
+            work.sums is None and one.tile == 1 and not self.by_columns for work, one in zip(works, lines, strict=True)
         ]
         self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
         self._strides: list[tuple[tuple[int, ...], ...]] = [() for _ in works]
@@ -89,7 +90,7 @@ class Table:
         groups = list({id(work.group): None for work in works})
 
         sizes = [
-            (0, 0) if alone or self.factored else (0 if work.sums is not None else one.number, one.blocks)
+            (0, 0) if alone or self.by_columns else (0 if work.sums is not None else one.number, one.blocks)
             for work, one, alone in zip(works, lines, self.one_line, strict=True)
         ]
         self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)

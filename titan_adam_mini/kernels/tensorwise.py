@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Tiles
 from ..plan import BlockPlan
-from . import Work, factored, int8, rounding, vectorized
+from . import Work, columns, int8, rounding, vectorized
 
 
 class Arithmetic(Protocol):
@@ -64,9 +64,9 @@ class Tensorwise:
         """See `Engine.square_sums`."""
         for work in works:
             assert work.grad is not None
-            if work.factors:
-                factored.take_squares(work, self.arithmetic)
-                factored.share(work)
+            if work.by_columns:
+                columns.take_squares(work, self.arithmetic)
+                columns.share(work)
             elif work.own_sums is not None:
                 self.add_sums(work.plan, work.grad, work.own_sums)
 
@@ -90,12 +90,12 @@ class Tensorwise:
         """Mean square of the gradient over every block of this rank's reach, for each of its grids; a missing gradient
         counts as zeros."""
         dtype = work.exp_avg_sq.dtype
-        if work.factors:
+        if work.by_columns:
             if work.squares is None and work.grad is not None:
-                factored.take_squares(work, self.arithmetic)
-            grids = enumerate((work, *work.factors))
+                columns.take_squares(work, self.arithmetic)
             # The columns' sums are float64 up to their mean.
-            return [self.means(grid.plan, factored.gathered(work, number)).to(dtype) for number, grid in grids]
+            complete = [(grid.plan, columns.gathered(work, kind, grid)) for kind, grid in columns.grids(work)]
+            return [self.means(plan, sums).to(dtype) for plan, sums in complete]
         sums = work.sums
         if sums is None:
             sums = torch.zeros(work.plan.sums_shape, dtype=dtype, device=work.param.device)
@@ -106,8 +106,9 @@ class Tensorwise:
     def advance(self, work: Work) -> None:
         """Move all second moments of a work on by one step; its `step` is not moved."""
         beta2 = work.group["betas"][1]
-        for grid, mean in zip((work, *work.factors), self.block_means(work), strict=True):
-            grid.exp_avg_sq.mul_(beta2).add_(mean * (1 - beta2))
+        moments = [work.exp_avg_sq, *(factor.exp_avg_sq for factor in work.factors)]
+        for grid, mean in zip(moments, self.block_means(work), strict=True):
+            grid.mul_(beta2).add_(mean * (1 - beta2))
 
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
@@ -139,8 +140,8 @@ class Tensorwise:
             param = param.to(work.exp_avg_sq.dtype)
         views = plan.shard.views
         numbers = {"decay": decay, "momentum": beta1, "weight": weight}
-        if work.factors:
-            boxes = factored.roots(work, 1 - beta2**step)
+        if work.by_columns:
+            boxes = columns.roots(work, 1 - beta2**step)
             for p, g, m, (of_rows, of_columns) in zip(views(param), views(grad), views(exp_avg), boxes, strict=True):
                 for rows in vectorized.chunks(p):
                     a, b = (root[rows if root.shape[0] > 1 else ...] for root in (of_rows, of_columns))

@@ -67,10 +67,10 @@ class _Programs:
                 )
                 narrow = width <= triton_kernels.NARROW
                 found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
-                if own.factored:
+                if own.by_columns:
                     strips = _triples(number, outer, width, triton_kernels.STRIP)
                     found["strips"].setdefault((unit, False), []).append(strips)
-            if not alone and not own.factored:
+            if not alone and not own.by_columns:
                 each = triton_kernels.FOLDED if lines.fold == 1 else 1
                 found["fold"].setdefault((1, False), []).append(_triples(number, 1, lines.blocks, each))
         self.lists = {
@@ -137,15 +137,16 @@ class TritonEngine(Compiled):
         types = {"P": _TYPES[first.param.dtype], "G": _TYPES[first.grad.dtype], "M": _TYPES[first.exp_avg.dtype]}
         types["ROUND"] = first.seed is not None and first.param.dtype == torch.bfloat16
         self._launch(triton_kernels.one_line_blocks, here, "one_line", here.scalars, **types)
-        if first.sums is None and not table.factored:
+        if first.sums is None and not table.by_columns:
             self._line_sums(here, "many", works)
         self._launch(triton_kernels.fold, here, "fold", here.scalars)
-        self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, FACTORED=table.factored)
+        self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, BY_COLUMNS=table.by_columns)
 
     def run_squares(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_squares`."""
         here = self._here(table, works)
-        self._line_sums(here, "many", works)
+        if table.factored:
+            self._line_sums(here, "many", works)
         assert works[0].grad is not None
         self._launch(triton_kernels.column_sums, here, "strips", G=_TYPES[works[0].grad.dtype])
 

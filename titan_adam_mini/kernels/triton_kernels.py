@@ -148,12 +148,12 @@ def _store_param(where, p, mask, row, numbers, outer, line, column, P: tl.conste
 
 
 @triton.jit
-def _scales(row, numbers, outer, column, mask, scale, FACTORED: tl.constexpr):
-    """What the momentum of a tile is multiplied with; factored, `scale` are the roots of its lines.
+def _scales(row, numbers, outer, column, mask, scale, BY_COLUMNS: tl.constexpr):
+    """What the momentum of a tile is multiplied with; by columns, `scale` are the roots of its lines.
 
     `column`, `mask` and `scale` broadcast; the columns are those of the tile.
     """
-    if FACTORED:
+    if BY_COLUMNS:
         roots = tl.load(row + _COLUMN).to(tl.pointer_type(tl.float32)) + outer * tl.load(row + _WIDTH)
         root = scale * tl.load(roots + column, mask, other=1.0) + tl.load(numbers + 7)
         scale = tl.div_rn(tl.zeros_like(root) + tl.load(numbers), root)
@@ -162,7 +162,7 @@ def _scales(row, numbers, outer, column, mask, scale, FACTORED: tl.constexpr):
 
 @triton.jit
 def _update_tile(row, numbers, outer, line, live, at, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                 ROUND: tl.constexpr, UNIT: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
+                 ROUND: tl.constexpr, UNIT: tl.constexpr, BY_COLUMNS: tl.constexpr):  # fmt: skip
     """Momentum and parameter of one tile; `scale` is float32 [lines]."""
     decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     mask = live[:, None] & (at < width)[None, :]
@@ -171,14 +171,14 @@ def _update_tile(row, numbers, outer, line, live, at, width, scale, P: tl.conste
     m = tl.load(where, mask, other=0.0).to(tl.float32) * momentum + g * weight
     tl.store(where, _rounded(m, M, 0, 0, 0, False), mask)
     where = _at(row, (_PARAM, _PARAM_OUTER), P, outer, line, at, UNIT)
-    each = _scales(row, numbers, outer, at[None, :], (at < width)[None, :], scale[:, None], FACTORED)
+    each = _scales(row, numbers, outer, at[None, :], (at < width)[None, :], scale[:, None], BY_COLUMNS)
     p = tl.load(where, mask, other=0.0).to(tl.float32) * decay - m * each
     _store_param(where, p, mask, row, numbers, outer, line[:, None], at[None, :], P, ROUND)
 
 
 @triton.jit
 def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr, G: tl.constexpr, ROUND: tl.constexpr,
-                 RUNS: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
+                 RUNS: tl.constexpr, BY_COLUMNS: tl.constexpr):  # fmt: skip
     """As `_update_tile`, for one line with int8 momentum in tiles of [runs, columns of a run]; see `int8.quantize`."""
     decay, momentum, weight = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     run = start // _RUN + tl.arange(0, RUNS)
@@ -198,7 +198,7 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
     g = tl.load(at_g, mask, other=0.0).to(tl.float32)
     old = tl.load(scales, live, other=0.0)
     m = tl.load(where, mask, other=0).to(tl.float32) * old[:, None] * momentum + g * weight
-    each = _scales(row, numbers, outer, column, mask, scale, FACTORED)
+    each = _scales(row, numbers, outer, column, mask, scale, BY_COLUMNS)
     p = tl.load(at_p, mask, other=0.0).to(tl.float32) * decay - m * each
     _store_param(at_p, p, mask, row, numbers, outer, line, column, P, ROUND)
     wrong = tl.max((m != m).to(tl.int32), 1) != 0
@@ -215,16 +215,16 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
 @triton.jit
 def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
             ROUND: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
-            FACTORED: tl.constexpr):  # fmt: skip
+            BY_COLUMNS: tl.constexpr):  # fmt: skip
     """Momentum and parameter of whole lines; `scale` is float32 [LINES]."""
     for start in range(0, width, WIDTH):
         if tl.int8 == M:
             tl.static_assert(LINES == 1)
             one, only = tl.sum(line, 0), tl.sum(scale, 0)
-            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN, FACTORED)
+            _update_runs(row, numbers, outer, one, start, width, only, P, G, ROUND, WIDTH // _RUN, BY_COLUMNS)
         else:
             at = start + tl.arange(0, WIDTH).to(tl.int64)
-            _update_tile(row, numbers, outer, line, live, at, width, scale, P, G, M, ROUND, UNIT, FACTORED)
+            _update_tile(row, numbers, outer, line, live, at, width, scale, P, G, M, ROUND, UNIT, BY_COLUMNS)
 
 
 @triton.jit
@@ -268,8 +268,8 @@ def _own_sums(row, outer, first, width, G: tl.constexpr, LINES: tl.constexpr, WI
 
 @triton.jit
 def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-            LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, FACTORED: tl.constexpr):  # fmt: skip
-    """Update of LINES lines with the scale that the fold has left for their blocks; factored, with their roots."""
+            LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BY_COLUMNS: tl.constexpr):  # fmt: skip
+    """Update of LINES lines with the scale that the fold has left for their blocks, or roots of lines and columns."""
     line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
     there = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
@@ -281,7 +281,7 @@ def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr,
     else:
         block = there // tile
     scale = tl.load(tl.load(row + _SCALE).to(tl.pointer_type(tl.float32)) + block, live, other=0.0)
-    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, FACTORED)
+    _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, BY_COLUMNS)
 
 
 # The three kernels of lines. NARROW ones are for lines of up to 64 elements, norms and biases above all: in one kernel
@@ -335,7 +335,7 @@ def line_sums(
 
 @triton.jit
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                 FACTORED: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                 BY_COLUMNS: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Momentum and parameter of lines whose block's scale is known."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
@@ -343,15 +343,15 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
     row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
     width = tl.load(row + _WIDTH)
     if tl.int8 == M:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT, FACTORED)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT, BY_COLUMNS)
     elif UNIT == 0:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT, FACTORED)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 64, 64, UNIT, BY_COLUMNS)
     elif not NARROW:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT, FACTORED)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE, UNIT, BY_COLUMNS)
     elif width == 1:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT, FACTORED)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT, BY_COLUMNS)
     else:
-        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT, FACTORED)
+        _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT, BY_COLUMNS)
 
 
 STRIP = 64
@@ -361,7 +361,7 @@ _STRIP, _TALL = tl.constexpr(STRIP), tl.constexpr(32)
 
 @triton.jit
 def column_sums(rows, programs, G: tl.constexpr, UNIT: tl.constexpr):
-    """Sums of squares of columns, float64, each square rounded as `factored.magic` has it; the first line of a program
+    """Sums of squares of columns, float64, each square rounded as `columns.magic` has it; the first line of a program
     is a column here."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)

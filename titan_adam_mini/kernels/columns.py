@@ -1,17 +1,18 @@
-"""Factored second moments: an element's is that of its row times that of its column over that of the whole.
+"""Second moments of the columns of a matrix, by themselves or factored: those of rows times those of columns.
 
-As Adafactor keeps them (arXiv 1804.04235, section 3), for a matrix or for each of a stack of them. The grids of rows
-and of the whole are blocks of whole rows like any others. The columns are not: FSDP cuts between the rows of a column,
-and floating-point sums over parts of it depend on where. So squares are rounded, before they are added, to multiples
-of a quantum that all ranks know: 2**-36 of what the state expects of the column's sum, rounded up to a power of two.
-In float64 such multiples add without rounding, in any order, until a sum is 2**17 times what was expected; what is lost
-is nothing beside the state that the sum is averaged into. In the first step, and where the state is 0, nothing is
-expected: sums are plain float64 there, which may differ in the 53rd bit, where float32 keeps 24.
+An element's factored second moment is that of its row times that of its column over that of the whole, as Adafactor
+keeps them (arXiv 1804.04235, section 3). Rows and the whole are blocks of whole rows like any others. Columns are not:
+FSDP cuts between the rows of a column, and floating-point sums over parts of it depend on where. So squares are
+rounded, before they are added, to multiples of a quantum that all ranks know: 2**-36 of what the state expects of the
+column's sum, rounded up to a power of two. In float64 such multiples add without rounding, in any order, until a sum is
+2**17 times what was expected; what is lost is nothing beside the state that the sum is averaged into. In the first
+step, and where the state is 0, nothing is expected: sums are plain float64 there, which may differ in the 53rd bit,
+where float32 keeps 24.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 
 BITS = 36
 LEAST_BETA2 = 0.5
+ROWS, COLUMNS, WHOLE = range(3)
+"""What a grid of second moments is of."""
+
+
+def grids(work: Work) -> list[tuple[int, Work | Factor]]:
+    """The grids of a work whose columns have second moments, and what each is of."""
+    return list(enumerate((work, *work.factors))) if work.factors else [(COLUMNS, work)]
+
+
+def _of_columns(work: Work) -> Work | Factor:
+    return work.factors[0] if work.factors else work
 
 
 def take_squares(work: Work, arithmetic: Arithmetic) -> None:
@@ -33,10 +45,10 @@ def take_squares(work: Work, arithmetic: Arithmetic) -> None:
     around = magic(work)
     found = []
     for view, (tiles, _, _), (_, _, blocks) in zip(
-        work.plan.shard.views(work.grad), work.plan.parts, work.factors[0].plan.parts, strict=True
+        work.plan.shard.views(work.grad), work.plan.parts, _of_columns(work).plan.parts, strict=True
     ):
         rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
-        if view.numel():
+        if work.factors and view.numel():
             rows = arithmetic.square_sums(view, tiles, view.ndim - 2, rows.dtype)
         found.append((rows, column_sums(view, None if around is None else around[blocks])))
     work.squares = found
@@ -58,7 +70,7 @@ def magic(work: Work) -> Tensor | None:
     """What to add to a square and take away again, to round it to multiples of its column's quantum: float64, of the
     shape of the columns' grid, 0 where nothing is known. None where nothing is rounded: for float64 parameters, and
     where the state is forgotten so fast that it says nothing of what is lost beside it."""
-    columns, beta2 = work.factors[0], float(work.group["betas"][1])
+    columns, beta2 = _of_columns(work), float(work.group["betas"][1])
     if columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
         return None
     number = prod(tiles.size for tiles in columns.plan.layout.dims if tiles.is_whole)
@@ -67,43 +79,39 @@ def magic(work: Work) -> Tensor | None:
     exponent = torch.frexp(expected)[1]
     # float64 has 53 bits: next to 1.5 * 2**52 quanta, its neighbours are one quantum apart.
     quanta = 1.5 * torch.exp2((exponent + (52 - BITS)).to(torch.float64))
-    return torch.where((expected > 0) & (step >= 1), quanta, 0.0)
-
-
-def add_sums(work: Work, number: int, sums: Tensor) -> None:
-    """Add this rank's part of one of the grids (rows, columns, whole) to `sums`, of its plan's `sums_shape`."""
-    assert work.squares is not None
-    plan = _grids(work)[number].plan
-    for (rows, columns), (tiles, place, _) in zip(work.squares, plan.parts, strict=True):
-        part = columns if number == 1 else rows
-        if number == 2 and part.numel():
-            for dim in range(part.ndim - 2, plan.keep, -1):
-                part = vectorized.sum_tiles(part.clone(), tiles[dim], dim)
-        if part.numel():
-            sums[place] += part
+    return torch.where((expected > 0) & (step >= 1), quanta, 0.0).contiguous()
 
 
 def share(work: Work) -> None:
     """Add this rank's sums to what is exchanged."""
-    for number, grid in enumerate(_grids(work)):
+    for kind, grid in grids(work):
         if grid.own_sums is not None:
-            add_sums(work, number, grid.own_sums)
+            _add(work, kind, grid, grid.own_sums)
 
 
-def gathered(work: Work, number: int) -> Tensor:
-    """The sums of one of the grids, complete: from the exchange, or this rank's where nobody else has any."""
-    grid = _grids(work)[number]
-    dtype = torch.float64 if number == 1 else work.exp_avg_sq.dtype
+def gathered(work: Work, kind: int, grid: Work | Factor) -> Tensor:
+    """The sums of a grid, complete: from the exchange, or this rank's where nobody else has any."""
+    dtype = torch.float64 if kind == COLUMNS else work.exp_avg_sq.dtype
     if grid.sums is not None:
         return grid.sums.to(dtype)
     sums = torch.zeros(grid.plan.sums_shape, dtype=dtype, device=work.param.device)
     if work.squares is not None:
-        add_sums(work, number, sums)
+        _add(work, kind, grid, sums)
     return sums
 
 
-def _grids(work: Work) -> Sequence[Work | Factor]:
-    return (work, *work.factors)
+def _add(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> None:
+    """Add this rank's part of a grid to `sums`, of its plan's `sums_shape`."""
+    assert work.squares is not None
+    for (rows, columns), (tiles, place, _) in zip(work.squares, grid.plan.parts, strict=True):
+        part = columns if kind == COLUMNS else rows
+        if not part.numel():
+            continue
+        if kind == WHOLE:
+            part = part.clone()
+            for dim in range(part.ndim - 2, grid.plan.keep, -1):
+                part = vectorized.sum_tiles(part, tiles[dim], dim)
+        sums[place] += part
 
 
 def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,10 +120,14 @@ def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
     Args:
         correction: 1 - beta2^t, a number or 0-d.
     """
-    grids = [(grid.exp_avg_sq, grid.plan.parts) for grid in _grids(work)]
-    for box in range(len(work.plan.own)):
-        rows, columns, whole = (moments[parts[box][2]] for moments, parts in grids)
-        yield _over(rows, whole).sqrt_(), (columns / correction).sqrt_()
+    moments = [(grid.exp_avg_sq, grid.plan.parts) for _, grid in grids(work)]
+    for view, *parts in zip(work.plan.shard.views(work.param), *(parts for _, parts in moments), strict=True):
+        found = [grid[part[2]] for (grid, _), part in zip(moments, parts, strict=True)]
+        rows = torch.ones((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype, device=view.device)
+        if work.factors:
+            rows = _over(found[ROWS], found[WHOLE]).sqrt_()
+        columns = (found[COLUMNS if work.factors else 0] / correction).sqrt_()
+        yield rows.contiguous(), columns.contiguous()
 
 
 def product(rows: Tensor, columns: Tensor, whole: Tensor) -> Tensor:
