@@ -12,7 +12,7 @@ where float32 keeps 24.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ def grids(work: Work) -> list[tuple[int, Work | Factor]]:
     return list(enumerate((work, *work.factors))) if work.factors else [(COLUMNS, work)]
 
 
-def _of_columns(work: Work) -> Work | Factor:
+def of_columns(work: Work) -> Work | Factor:
+    """The grid of a work's columns."""
     return work.factors[0] if work.factors else work
 
 
@@ -45,7 +46,7 @@ def take_squares(work: Work, arithmetic: Arithmetic) -> None:
     around = magic(work)
     found = []
     for view, (tiles, _, _), (_, _, blocks) in zip(
-        work.plan.shard.views(work.grad), work.plan.parts, _of_columns(work).plan.parts, strict=True
+        work.plan.shard.views(work.grad), work.plan.parts, of_columns(work).plan.parts, strict=True
     ):
         rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
         if work.factors and view.numel():
@@ -70,7 +71,7 @@ def magic(work: Work) -> Tensor | None:
     """What to add to a square and take away again, to round it to multiples of its column's quantum: float64, of the
     shape of the columns' grid, 0 where nothing is known. None where nothing is rounded: for float64 parameters, and
     where the state is forgotten so fast that it says nothing of what is lost beside it."""
-    columns, beta2 = _of_columns(work), float(work.group["betas"][1])
+    columns, beta2 = of_columns(work), float(work.group["betas"][1])
     if columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
         return None
     number = prod(tiles.size for tiles in columns.plan.layout.dims if tiles.is_whole)
@@ -79,14 +80,17 @@ def magic(work: Work) -> Tensor | None:
     exponent = torch.frexp(expected)[1]
     # float64 has 53 bits: next to 1.5 * 2**52 quanta, its neighbours are one quantum apart.
     quanta = 1.5 * torch.exp2((exponent + (52 - BITS)).to(torch.float64))
-    return torch.where((expected > 0) & (step >= 1), quanta, 0.0).contiguous()
+    return torch.where((expected > 0) & (step >= 1), quanta, 0.0)
 
 
-def share(work: Work) -> None:
+def share(works: Sequence[Work]) -> None:
     """Add this rank's sums to what is exchanged."""
-    for kind, grid in grids(work):
-        if grid.own_sums is not None:
-            _add(work, kind, grid, grid.own_sums)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for work in works:
+        for kind, grid in grids(work):
+            pairs += [] if grid.own_sums is None else _pairs(work, kind, grid, grid.own_sums)
+    if pairs:
+        torch._foreach_add_([target for target, _ in pairs], [part for _, part in pairs])
 
 
 def gathered(work: Work, kind: int, grid: Work | Factor) -> Tensor:
@@ -96,12 +100,13 @@ def gathered(work: Work, kind: int, grid: Work | Factor) -> Tensor:
         return grid.sums.to(dtype)
     sums = torch.zeros(grid.plan.sums_shape, dtype=dtype, device=work.param.device)
     if work.squares is not None:
-        _add(work, kind, grid, sums)
+        for target, part in _pairs(work, kind, grid, sums):
+            target += part
     return sums
 
 
-def _add(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> None:
-    """Add this rank's part of a grid to `sums`, of its plan's `sums_shape`."""
+def _pairs(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where to add this rank's part of a grid in `sums`, of its plan's `sums_shape`, and what."""
     assert work.squares is not None
     for (rows, columns), (tiles, place, _) in zip(work.squares, grid.plan.parts, strict=True):
         part = columns if kind == COLUMNS else rows
@@ -111,7 +116,7 @@ def _add(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> None:
             part = part.clone()
             for dim in range(part.ndim - 2, grid.plan.keep, -1):
                 part = vectorized.sum_tiles(part, tiles[dim], dim)
-        sums[place] += part
+        yield sums[place], part.to(sums.dtype)
 
 
 def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,7 +132,7 @@ def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
         if work.factors:
             rows = _over(found[ROWS], found[WHOLE]).sqrt_()
         columns = (found[COLUMNS if work.factors else 0] / correction).sqrt_()
-        yield rows.contiguous(), columns.contiguous()
+        yield rows, columns
 
 
 def product(rows: Tensor, columns: Tensor, whole: Tensor) -> Tensor:

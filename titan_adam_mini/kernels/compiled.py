@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import Work, columns, int8, log
 from .lines import Lines, lines_of
-from .table import COLUMN, COLUMN_SUMS, MAGIC, OWN_SUMS, SCALE, Table
+from .table import Table
 from .tensorwise import Tensorwise
 
 TABLES = 32
@@ -47,8 +46,17 @@ class Compiled:
         raise NotImplementedError
 
     def run_squares(self, table: Table, works: Sequence[Work]) -> None:
-        """Sums of squares of columns to COLUMN_SUMS, which is zeroed, and of lines to OWN_SUMS if `table.factored`."""
+        """Sums of squares of columns to `table.squares`, and of lines if `table.factored`."""
         raise NotImplementedError
+
+    def run_moments(self, table: Table, works: Sequence[Work]) -> None:
+        """Advance the second moments of works by columns, and leave their roots in `table.roots`."""
+        for work, (of_rows, of_columns) in zip(works, table.roots, strict=True):
+            self.plain.advance(work)
+            step = work.step.to(torch.float64) + 1
+            ((rows, here),) = columns.roots(work, 1 - work.group["betas"][1] ** step)
+            of_rows.copy_(rows)
+            of_columns.copy_(here)
 
     def square_sums(self, works: Sequence[Work]) -> None:
         """See `Engine.square_sums`."""
@@ -57,8 +65,7 @@ class Compiled:
         self.plain.square_sums(rest + together)
         matrices = [work for work in mine if work.by_columns]
         self._take_squares(matrices)
-        for work in matrices:
-            columns.share(work)
+        columns.share(matrices)
         alone = [work for work in mine if not work.by_columns and self._line(work).summable]
         for table, members in self._by_dtypes("sums", alone):
             self.run_sums(table, members)
@@ -79,30 +86,15 @@ class Compiled:
     def _take_squares(self, works: Sequence[Work]) -> None:
         """`columns.take_squares` of all works."""
         for table, members in self._by_columns(works):
-            squares, around = [], []
-            for work in members:
-                *stack, lines, width = work.param.shape
-                of_rows = work.param.new_zeros((*stack, lines, 1), dtype=work.exp_avg_sq.dtype)
-                squares.append((of_rows, work.param.new_zeros((*stack, 1, width), dtype=torch.float64)))
-                work.squares = squares[-1:]
-                around.append(columns.magic(work))
-            table.place(OWN_SUMS, [of_rows for of_rows, _ in squares])
-            table.place(COLUMN_SUMS, [of_columns for _, of_columns in squares])
-            table.place(MAGIC, around)
+            for work, squares in zip(members, table.squares, strict=True):
+                work.squares = [squares]
             self.run_squares(table, members)
             table.release()
 
     def _update_by_columns(self, works: Sequence[Work]) -> None:
-        """Second moments, of which there are few, in torch's operations; elements in compiled code."""
         self._take_squares([work for work in works if work.squares is None])
         for table, members in self._by_columns(works):
-            roots: list[tuple[Tensor, Tensor]] = []
-            for work in members:
-                self.plain.advance(work)
-                step = work.step.to(torch.float64) + 1
-                roots += columns.roots(work, 1 - work.group["betas"][1] ** step)
-            table.place(SCALE, [of_rows for of_rows, _ in roots])
-            table.place(COLUMN, [of_columns for _, of_columns in roots])
+            self.run_moments(table, members)
             self.run_update(table, members)
             table.release()
 
@@ -149,8 +141,13 @@ class Compiled:
             return f"a tensor is {unknown[0]}"
         if work.by_columns and lines.dims[2] != (len(work.plan.layout.shape) - 1,):
             return "its rows are of one element"
-        if not work.by_columns and work.sums is not None and work.sums.dtype != work.exp_avg_sq.dtype:
-            return f"its sums travel as {work.sums.dtype}"
+        sums = (
+            [grid.sums for kind, grid in columns.grids(work) if kind != columns.COLUMNS]
+            if work.by_columns
+            else [work.sums]
+        )
+        if wide := [one.dtype for one in sums if one is not None and one.dtype != work.exp_avg_sq.dtype]:
+            return f"its sums travel as {wide[0]}"
         if None in (lines.strides(work.param), lines.strides(work.exp_avg)):
             return "its dims do not follow each other in memory"
         if work.seed is not None and work.param.dtype == torch.bfloat16 and lines.index is None:

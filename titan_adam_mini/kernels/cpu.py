@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work, log, loops, tiles
+from . import Work, columns, log, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
-from .table import COLUMNS, PARTIALS, Table, hyper_parameters
+from .table import COLUMNS, MAGIC, PARTIALS, Table, hyper_parameters
 
 UNIT = 1 << 16
 """Elements of a unit: enough to hide what it takes to fetch one, few enough to share out evenly."""
@@ -80,7 +80,9 @@ class CpuEngine(Compiled):
         partials = [
             torch.empty(one.number * each, dtype=torch.float64) for one, each in zip(table.lines, pieces, strict=True)
         ]
+        around = [None if (one := columns.magic(work)) is None else one.contiguous() for work in works]
         table.place(PARTIALS, partials)
+        table.place(MAGIC, around)
         if table not in self._strips:
             strips, lines = [], []
             for row, (one, each) in enumerate(zip(table.lines, pieces, strict=True)):

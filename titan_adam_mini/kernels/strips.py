@@ -25,7 +25,7 @@ def _add_columns(values: Any, sums: Any, around: Any, number: int) -> None:
 
 @compiled
 def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: Any, like: Any) -> None:
-    """Add to COLUMN_SUMS, and write to PARTIALS the sums of the lines' pieces: `number` strips from `first` on."""
+    """Write to COLUMN_SUMS, and to PARTIALS the sums of the lines' pieces: `number` strips from `first` on."""
     apart()
     inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
     pieces, step = (width + PIECE - 1) // PIECE, row[t.GRAD_WIDTH]
@@ -35,6 +35,8 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
         at = piece * PIECE
         size = min(PIECE, width - at)
         sums = pointer(row[t.COLUMN_SUMS] + 8 * (outer * width + at), np.float64)
+        for column in range(size):
+            sums[column] = 0.0
         around = nothing
         if row[t.MAGIC] != 0:
             around = pointer(row[t.MAGIC] + 8 * (outer * width + at), np.float64)

@@ -6,12 +6,13 @@ Built when the works change; addresses are taken anew in every step, since FSDP2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work
+from . import Work, columns
 from .lines import Lines
 
 (
@@ -32,7 +33,14 @@ from .lines import Lines
     COLUMN_SUMS,  # float64, one per outer index and column
     MAGIC,  # as COLUMN_SUMS, see `columns.magic`; 0 where nothing is rounded
     PARTIALS,  # float64, one per line and piece of it
+    COLUMN_SQ,  # second moments of columns, as COLUMN; their sums, complete, float64
+    COLUMN_TOTALS,
+    WHOLE_SQ,  # second moments of the whole, one per outer index; their sums, complete, WHOLE_FOLD each
+    WHOLE_TOTALS,
     COUNT,  # integers from here on
+    COLUMN_COUNT,  # elements per column, and of the whole
+    WHOLE_COUNT,
+    WHOLE_FOLD,
     GROUP,  # row of the table of hyper-parameters
     DECAY,
     SEED,  # of random rounding; -1: to nearest
@@ -57,8 +65,8 @@ from .lines import Lines
     EXP_AVG_OUTER,
     EXP_AVG_INNER,
     EXP_AVG_WIDTH,
-) = range(42)
-COLUMNS = 42
+) = range(49)
+COLUMNS = 49
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, LOG_BETA1, LOG_BETA2 = range(8)
 """Columns of the table of hyper-parameters, float64, one row per group."""
@@ -70,8 +78,10 @@ class Table:
     Attributes:
         rows: int64 [works, COLUMNS].
         lines: of every work.
-        by_columns: are the works? Then all are, and sums and roots are where `place` has said.
+        by_columns: are the works? Then all are.
         factored: are the works' second moments?
+        squares: where by columns, per work, where the sums of squares of its lines and of its columns go; see `Work`.
+        roots: there too, what `columns.roots` says of them.
         one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
         scratch: room for the sums and scales of all others.
     """
@@ -113,7 +123,36 @@ class Table:
             row[FIRST], row[REACH_INNER], row[BLOCKS] = one.first, one.reach_inner, one.blocks
             row[TILE], row[FOLD] = one.tile, one.fold
             row[INDEX : INDEX_WIDTH + 1] = one.index or 0
+        self.squares: list[tuple[Tensor, Tensor]] = []
+        self.roots: list[tuple[Tensor, Tensor]] = []
+        if self.by_columns:
+            self._take_rooms(works)
         self.refresh(works)
+
+    def _take_rooms(self, works: Sequence[Work]) -> None:
+        """Rooms for sums and roots, which stay where they are."""
+        device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
+        shapes = [((*stack, lines, 1), (*stack, 1, width)) for *stack, lines, width in (w.param.shape for w in works)]
+
+        def rooms(which: int, kind: torch.dtype) -> list[Tensor]:
+            sizes = [prod(shape[which]) for shape in shapes]
+            parts = torch.ones(sum(sizes), dtype=kind, device=device).split(sizes)  # roots of lines, if not factored
+            return [part.view(shape[which]) for part, shape in zip(parts, shapes, strict=True)]
+
+        self.squares = list(zip(rooms(0, dtype), rooms(1, torch.float64), strict=True))
+        self.roots = list(zip(rooms(0, dtype), rooms(1, dtype), strict=True))
+        for one in (tensor for pair in self.squares for tensor in pair):
+            one.zero_()
+        self.place(OWN_SUMS, [of_rows for of_rows, _ in self.squares])
+        self.place(SUMS, [of_rows for of_rows, _ in self.squares])
+        self.place(COLUMN_SUMS, [of_columns for _, of_columns in self.squares])
+        self.place(SCALE, [of_rows for of_rows, _ in self.roots])
+        self.place(COLUMN, [of_columns for _, of_columns in self.roots])
+        for row, work in zip(self.rows, works, strict=True):
+            row[COLUMN_COUNT], row[WHOLE_COUNT] = work.plan.layout.shape[-2], prod(work.plan.layout.shape[-2:])
+            if work.factors:
+                whole = work.factors[1]
+                row[WHOLE_FOLD] = work.param.shape[-2] if whole.sums is None else whole.plan.sums_shape[-2]
 
     def _array(self, values: np.ndarray, device: torch.device) -> int:
         """The address of constant values on the device, shared by all who ask for the same."""
@@ -150,7 +189,23 @@ class Table:
             [it if work.own_sums is None else work.own_sums.data_ptr() for it, work in zip(own, works, strict=True)],
             [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
         ]
+        if self.by_columns:
+            addresses[-2] = own
+            self._refresh_columns(works)
+            if not self.factored:
+                addresses[-1] = own
         self.rows[:, :SCALE] = np.asarray(addresses, dtype=np.int64).T
+
+    def _refresh_columns(self, works: Sequence[Work]) -> None:
+        """Second moments of columns and of the whole, and what is averaged into them."""
+        of_rows, of_columns = zip(*self.squares, strict=True)
+        grids = [columns.of_columns(work) for work in works]
+        self.place(COLUMN_SQ, [grid.exp_avg_sq for grid in grids])
+        self.place(COLUMN_TOTALS, [_or(grid.sums, own) for grid, own in zip(grids, of_columns, strict=True)])
+        if self.factored:
+            wholes = [work.factors[1] for work in works]
+            self.place(WHOLE_SQ, [grid.exp_avg_sq for grid in wholes])
+            self.place(WHOLE_TOTALS, [_or(grid.sums, own) for grid, own in zip(wholes, of_rows, strict=True)])
 
     def _note_strides(self, number: int, work: Work) -> Tensor:
         """Note the strides of param, gradient and momentum along the lines; returns the gradient, a copy if need be."""
@@ -165,6 +220,10 @@ class Table:
         along = [lines.strides(tensor) for tensor in (work.param, grad, work.exp_avg)]
         self.rows[number, PARAM_OUTER:COLUMNS] = [stride for strides in along for stride in strides or ()]
         return grad
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
 
 
 def hyper_parameters(works: Sequence[Work]) -> np.ndarray:

@@ -66,7 +66,7 @@ class Tensorwise:
             assert work.grad is not None
             if work.by_columns:
                 columns.take_squares(work, self.arithmetic)
-                columns.share(work)
+                columns.share([work])
             elif work.own_sums is not None:
                 self.add_sums(work.plan, work.grad, work.own_sums)
 

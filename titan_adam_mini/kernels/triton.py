@@ -56,7 +56,7 @@ class _Programs:
         self.hyper_values = np.empty((0, 8))
         self.hyper = torch.empty((0, 8), dtype=torch.float64, device=device)
         self.scalars = torch.empty((self.number, triton_kernels.SCALARS), dtype=torch.float32, device=device)
-        names = ("one_line", "many", "fold", "strips")
+        names = ("one_line", "many", "fold", "strips", "columns", "wholes", "rows")
         found: dict[str, dict[tuple[int, bool], list[np.ndarray]]] = {name: {} for name in names}
         for number, (row, lines, alone) in enumerate(zip(own.rows, own.lines, own.one_line, strict=True)):
             outer, inner, width = lines.sizes
@@ -70,6 +70,11 @@ class _Programs:
                 if own.by_columns:
                     strips = _triples(number, outer, width, triton_kernels.STRIP)
                     found["strips"].setdefault((unit, False), []).append(strips)
+            # Second moments are those of all ranks: also where this one has no rows.
+            parts = [("columns", width, triton_kernels.MANY)] if own.by_columns else []
+            parts += [("wholes", 1, 1), ("rows", inner, triton_kernels.MANY)] if own.factored else []
+            for name, size, each in parts:
+                found[name].setdefault((1, False), []).append(_triples(number, outer, size, each))
             if not alone and not own.by_columns:
                 each = triton_kernels.FOLDED if lines.fold == 1 else 1
                 found["fold"].setdefault((1, False), []).append(_triples(number, 1, lines.blocks, each))
@@ -125,12 +130,8 @@ class TritonEngine(Compiled):
     def run_update(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_update`."""
         here, first = self._here(table, works), works[0]
-        self._load_hyper(here, works)
-        self.launches += 1
-        with _device(here.rows.device):
-            triton_kernels.prepare[(triton.cdiv(here.number, 128),)](
-                here.rows, here.hyper, here.scalars, here.number, BLOCK=128
-            )
+        if not table.by_columns:
+            self._prepare(here, works)
         if first.grad is None:
             self._launch(triton_kernels.fold, here, "fold", here.scalars)
             return
@@ -142,13 +143,30 @@ class TritonEngine(Compiled):
         self._launch(triton_kernels.fold, here, "fold", here.scalars)
         self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, BY_COLUMNS=table.by_columns)
 
+    def _prepare(self, here: _Programs, works: Sequence[Work]) -> None:
+        self._load_hyper(here, works)
+        self.launches += 1
+        with _device(here.rows.device):
+            triton_kernels.prepare[(triton.cdiv(here.number, 128),)](
+                here.rows, here.hyper, here.scalars, here.number, BLOCK=128
+            )
+
     def run_squares(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_squares`."""
         here = self._here(table, works)
+        self._load_hyper(here, works)
         if table.factored:
             self._line_sums(here, "many", works)
         assert works[0].grad is not None
-        self._launch(triton_kernels.column_sums, here, "strips", G=_TYPES[works[0].grad.dtype])
+        self._launch(triton_kernels.column_sums, here, "strips", here.hyper, G=_TYPES[works[0].grad.dtype])
+
+    def run_moments(self, table: Table, works: Sequence[Work]) -> None:
+        """See `Compiled.run_moments`."""
+        here = self._here(table, works)
+        self._prepare(here, works)
+        self._launch(triton_kernels.column_moments, here, "columns", here.scalars)
+        self._launch(triton_kernels.whole_moments, here, "wholes", here.scalars)
+        self._launch(triton_kernels.row_moments, here, "rows", here.scalars)
 
     def _line_sums(self, here: _Programs, name: str, works: Sequence[Work]) -> None:
         assert works[0].grad is not None
@@ -160,7 +178,7 @@ class TritonEngine(Compiled):
         with _device(here.rows.device):
             for (unit, narrow), programs in here.lists[name].items():
                 self.launches += 1
-                shape = {} if name == "fold" else {"UNIT": unit}
+                shape = {"UNIT": unit} if name in ("one_line", "many", "strips") else {}
                 shape |= {"NARROW": narrow, "TILE": here.tile} if name in ("one_line", "many") else {}
                 kernel[(len(programs),)](
                     here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
