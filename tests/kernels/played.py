@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from titan_adam_mini.kernels import Engine, Work, int8, reference, rounding, vectorized
+from titan_adam_mini.kernels import Engine, Factor, Work, int8, reference, rounding, vectorized
 from titan_adam_mini.kernels.cpu import CpuEngine
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
-from titan_adam_mini.plan import BlockPlan
+from titan_adam_mini.partition.roles import factors
+from titan_adam_mini.plan import COLUMNS, BlockPlan
 from titan_adam_mini.sharding import Shard as Part
 from titan_adam_mini.sharding import box_shape
 
@@ -41,7 +42,12 @@ LAYOUTS = {
     "experts, stored [in, out]": BlockLayout.of((3, 40, 5), 1, None, 1),
     "whole experts": BlockLayout.of((3, 5, 40), 1, None, None),
     "convolution": BlockLayout.of((6, 3, 2, 2), 1, None, None, None),
+    "factored": BlockLayout.of((37, 1200), 1, None),
+    "factored, one row": BlockLayout.of((1, 133), 1, None),
+    "factored, one column": BlockLayout.of((133, 1), 1, None),
+    "factored experts": BlockLayout.of((3, 5, 128), 1, 1, None),
 }
+"""By name; those that begin with "factored" have second moments of columns and of the whole beside them."""
 
 
 def reference_engine() -> Tensorwise:
@@ -84,7 +90,8 @@ class Played:
         for number, (name, layout) in enumerate(layouts.items()):
             full = torch.randn(layout.shape, generator=generator).to(dtype)
             places = [Shard(0)] if layout.shape else []
-            plan = BlockPlan.of(layout, Part.of(layout.shape, places, (ranks,), (rank,)))
+            part = Part.of(layout.shape, places, (ranks,), (rank,))
+            plan = BlockPlan.of(layout, part)
             param = store(own(plan, full))
             wanted = momentum or dtype
             if wanted == torch.int8 and not int8.fits(layout.shape):
@@ -104,8 +111,13 @@ class Played:
                 decay=number % 3 != 2,
                 seed=None if seed is None else rounding.seed_of(seed, name),
             )
-            if plan.axes:
-                work.own_sums, work.sums = (torch.zeros(plan.sums_shape, dtype=precision) for _ in range(2))
+            if name.startswith("factored"):
+                plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
+                work.factors = tuple(Factor(one, torch.zeros(one.grid_shape, dtype=precision)) for one in plans)
+            for at, grid in enumerate((work, *work.factors)):
+                if grid.plan.axes:
+                    kind = torch.float64 if grid.plan.of_columns or at == COLUMNS else precision
+                    grid.own_sums, grid.sums = (torch.zeros(grid.plan.sums_shape, dtype=kind) for _ in range(2))
             work.present = torch.zeros(()) if ranks > 1 and layout.shape else None
             self.works.append(work)
 
@@ -140,25 +152,25 @@ def step(players: Iterable[Played]) -> None:
     """One step of all ranks of a world, the exchange done by hand."""
     players = list(players)
     for played in players:
-        for work in played.works:
-            if work.own_sums is not None:
-                work.own_sums.zero_()
-        played.engine.square_sums(
-            [w for w in played.works if w.own_sums is not None and w.grad is not None and w.grad.numel()]
-        )
+        for grid in (grid for work in played.works for grid in (work, *work.factors)):
+            if grid.own_sums is not None:
+                grid.own_sums.zero_()
+        played.engine.square_sums([w for w in played.works if w.waits and w.grad is not None and w.grad.numel()])
     for index, _ in enumerate(players[0].works):
         same = [played.works[index] for played in players]
         here = sum(work.grad is not None for work in same)
         for work in same:
             if work.present is not None:
                 work.present.fill_(here)
-            if work.sums is not None:
-                work.sums.copy_(sum(other.own_sums for other in same))
+        for ranks in zip(*((work, *work.factors) for work in same), strict=True):
+            for grid in ranks:
+                if grid.sums is not None:
+                    grid.sums.copy_(sum(other.own_sums for other in ranks))
     for played in players:
-        played.engine.update([w for w in played.works if w.grad is not None and w.sums is None])
-        played.engine.update(
-            [w for w in played.works if w.sums is not None or (w.grad is None and w.present is not None)]
-        )
+        played.engine.update([w for w in played.works if w.grad is not None and not w.waits])
+        played.engine.update([w for w in played.works if w.waits or (w.grad is None and w.present is not None)])
+        for work in played.works:
+            work.squares = None
 
 
 def whole(players: list[Played], index: int, kind: str) -> Tensor:
@@ -171,8 +183,9 @@ def whole(players: list[Played], index: int, kind: str) -> Tensor:
     return torch.cat(parts)
 
 
-def reach_of(work: Work, grid: Tensor) -> Tensor:
+def reach_of(grid: Work | Factor, whole: Tensor) -> Tensor:
     """The part of a whole grid that a rank keeps."""
-    tiles = work.plan.layout.dims
-    assert box_shape(work.plan.reach) == tuple(one.size for one in work.plan.reach_tiles)
-    return grid[tuple(slice(*one.span(*interval)) for one, interval in zip(tiles, work.plan.reach, strict=True))]
+    plan = grid.plan
+    assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)
+    spans = [one.span(*interval) for one, interval in zip(plan.layout.dims, plan.reach, strict=True)]
+    return whole[tuple(slice(*span) for span in spans)]

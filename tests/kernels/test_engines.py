@@ -46,11 +46,14 @@ def compare(two: tuple[Played, Played], left: set[str] = LEFT) -> None:
         assert same(mine.exp_avg, other.exp_avg), f"{name}: momentum is elementwise, the same in every bit"
         if mine.exp_avg_scale is not None:
             assert same(mine.exp_avg_scale, other.exp_avg_scale), name
+        grids = [(one.exp_avg_sq, two.exp_avg_sq) for one, two in zip(mine.factors, other.factors, strict=True)]
+        grids.append((mine.exp_avg_sq, other.exp_avg_sq))
         if exact:
-            assert same(mine.param, other.param) and same(mine.exp_avg_sq, other.exp_avg_sq), name
+            assert same(mine.param, other.param) and all(same(*pair) for pair in grids), name
             continue
         tight = 1e-13 if mine.exp_avg_sq.dtype == torch.float64 else 1e-6
-        torch.testing.assert_close(mine.exp_avg_sq, other.exp_avg_sq, rtol=tight, atol=0, equal_nan=True, msg=name)
+        for pair in grids:
+            torch.testing.assert_close(*pair, rtol=tight, atol=0, equal_nan=True, msg=name)
         if mine.param.dtype == torch.bfloat16:  # where two float32 differ in the last bit, they may round apart
             assert (mine.param != other.param).logical_and(~other.param.isnan()).sum() <= 2 + mine.param.numel() // 500
             tight = 2**-7

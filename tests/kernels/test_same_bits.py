@@ -25,6 +25,11 @@ ROWS = {
     "large heads": LAYOUTS["large heads"],
     "whole": LAYOUTS["whole"],
     "scalar": LAYOUTS["scalar"],
+    "columns": LAYOUTS["columns"],
+    "experts, stored [in, out]": LAYOUTS["experts, stored [in, out]"],
+    "factored": LAYOUTS["factored"],
+    "factored, one column": LAYOUTS["factored, one column"],
+    "factored experts": LAYOUTS["factored experts"],
 }
 
 
@@ -59,7 +64,8 @@ def test_any_number_of_ranks(engine: str, options: dict[str, object]) -> None:
                 assert torch.equal(whole(got, index, kind), getattr(work, kind)), (ranks, work.name, kind)
             for played in got:
                 mine = played.works[index]
-                assert torch.equal(mine.exp_avg_sq, reach_of(mine, work.exp_avg_sq)), (ranks, work.name)
+                for grid, other in zip((mine, *mine.factors), (work, *work.factors), strict=True):
+                    assert torch.equal(grid.exp_avg_sq, reach_of(grid, other.exp_avg_sq)), (ranks, work.name)
                 assert float(mine.step) == 3
 
 

@@ -15,10 +15,11 @@ from on_device import DEVICE, Wrapper
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition, kernels
-from titan_adam_mini.kernels import Work, vectorized
+from titan_adam_mini.kernels import Factor, Work, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
-from titan_adam_mini.plan import BlockPlan
+from titan_adam_mini.partition.roles import factors
+from titan_adam_mini.plan import COLUMNS, BlockPlan
 from titan_adam_mini.sharding import Cut, Shard
 
 triton = pytest.importorskip("titan_adam_mini.kernels.triton", reason="Triton has wheels for Linux only")
@@ -263,6 +264,10 @@ LAYOUTS = {
     "fused": BlockLayout.of((9, 96), [(2, 3), (3, 1)], None),
     "experts": BlockLayout.of((4, 2, 130), 1, 1, None),
     "bias": BlockLayout.of((33,), 1),
+    "columns": BlockLayout.of((40, 70), None, 1),
+    "experts by columns": BlockLayout.of((4, 9, 70), 1, None, 1),
+    "factored": BlockLayout.of((40, 70), 1, None),
+    "factored experts": BlockLayout.of((4, 9, 70), 1, 1, None),
 }
 
 
@@ -273,9 +278,11 @@ def test_any_number_of_ranks_gives_the_bits_of_one(name: str) -> None:
     random = torch.Generator().manual_seed(3)
     start = torch.randn(layout.shape, generator=random)
     grads = [torch.randn(layout.shape, generator=random) for _ in range(2)]
-    want = played(layout, 1, start, grads)
+    factored = name.startswith("factored")
+    want = played(layout, 1, start, grads, factored)
     for ranks in (2, 3, 5):
-        assert all(torch.equal(a, b) for a, b in zip(played(layout, ranks, start, grads), want, strict=True)), ranks
+        got = played(layout, ranks, start, grads, factored)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), ranks
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -288,18 +295,23 @@ def test_gradients_may_have_another_type(types: tuple[torch.dtype, torch.dtype])
     assert got[0].dtype == types[0] and torch.equal(got[0], want[0].to(types[0]))
 
 
-def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor]) -> list[Tensor]:
+def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], factored: bool = False) -> list[Tensor]:
     """Parameter and momentum after steps of `ranks` FSDP ranks, put together."""
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-    plans = [
-        BlockPlan.of(layout, Shard(layout.shape, (Cut(0, 0, ranks, rank),) if ranks > 1 else ()))
-        for rank in range(ranks)
-    ]
+    shards = [Shard(layout.shape, (Cut(0, 0, ranks, rank),) if ranks > 1 else ()) for rank in range(ranks)]
+    plans = [BlockPlan.of(layout, shard) for shard in shards]
     engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in plans]
     works = []
-    for plan in plans:
+
+    def room(plan: BlockPlan, number: int = 0) -> Tensor | None:
+        kind = torch.float64 if number == COLUMNS or plan.of_columns else torch.float32
+        return torch.zeros(plan.sums_shape, device=DEVICE, dtype=kind) if plan.axes else None
+
+    for plan, shard in zip(plans, shards, strict=True):
         own = tuple(slice(*interval) for interval in plan.own[0])
-        sums = torch.zeros(plan.sums_shape, device=DEVICE) if plan.axes else None
+        sums = room(plan)
+        others = [BlockPlan.of(one, shard) for one in factors(layout.shape)] if factored else []
+        rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one, at)) for at, one in enumerate(others, 1)]
         part = start[own].clone().to(DEVICE)
         works.append(
             Work(
@@ -315,6 +327,7 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor]) 
                 decay=True,
                 own_sums=sums,
                 sums=sums,
+                factors=tuple(Factor(one, grid, sums, sums) for one, grid, sums in rooms),
             )
         )
     for grad in grads:
@@ -323,14 +336,17 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor]) 
             value = grad[own].to(DEVICE)
             room = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
             work.grad = room.copy_(value.reshape(-1)).view(value.shape)
-            if work.own_sums is not None:
-                work.own_sums.zero_()
-                if value.numel():
-                    engine.square_sums([work])
-        if works[0].sums is not None:
-            total = torch.stack([work.sums for work in works if work.sums is not None]).sum(0)
-            for work in works:
-                work.sums.copy_(total)
+            for one in (work, *work.factors):
+                if one.own_sums is not None:
+                    one.own_sums.zero_()
+            if work.waits and value.numel():
+                engine.square_sums([work])
+        for same in zip(*((work, *work.factors) for work in works), strict=True):
+            if same[0].sums is not None:
+                total = torch.stack([one.sums for one in same]).sum(0)
+                for one in same:
+                    one.sums.copy_(total)
         for work, engine in zip(works, engines, strict=True):
             engine.update([work])
+            work.squares = None
     return [torch.cat([getattr(work, key) for work in works]) for key in ("param", "exp_avg")]
