@@ -43,8 +43,6 @@ LAYOUTS = {
     "whole experts": BlockLayout.of((3, 5, 40), 1, None, None),
     "convolution": BlockLayout.of((6, 3, 2, 2), 1, None, None, None),
     "factored": BlockLayout.of((37, 1200), 1, None),
-    "factored, one row": BlockLayout.of((1, 133), 1, None),
-    "factored, one column": BlockLayout.of((133, 1), 1, None),
     "factored experts": BlockLayout.of((3, 5, 128), 1, 1, None),
 }
 """By name; those that begin with "factored" have second moments of columns and of the whole beside them."""

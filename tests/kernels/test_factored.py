@@ -53,7 +53,7 @@ def sample(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator) * sizes[0][:, None] * sizes[1]
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (3, 50, 21), (1, 9), (9, 2)])
+@pytest.mark.parametrize("shape", [SHAPE, (3, 50, 21), (9, 2)])
 def test_a_cut_between_rows_leaves_the_sums_as_they_are(shape: tuple[int, ...]) -> None:
     """In all 53 bits, whatever the number of ranks; and they are the sums."""
     grad = sample(shape)
@@ -177,9 +177,15 @@ def test_a_role_factors_single_parameters() -> None:
 
 
 def test_the_layouts_cover_what_they_say() -> None:
-    for shape in itertools.product((1, 4), (3, 1), (5,)):
-        columns, whole = factors(shape)
-        assert columns == BlockLayout.of(shape, 1, None, 1) and whole == BlockLayout.of(shape, 1, None, None)
+    for shape in itertools.product((1, 4), (3, 2), (5,)):
+        assert factors(shape) == (BlockLayout.of(shape, 1, None, 1), BlockLayout.of(shape, 1, None, None))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (3, 1, 5), (3, 5, 1)])
+def test_a_matrix_of_one_row_or_column_has_one_per_element(shape: tuple[int, ...]) -> None:
+    """Row times column over the whole would be the same, at three times the memory."""
+    (blocks,) = Partition.transformer(roles={"w": "factored"}).assign({"w": shape}).values()
+    assert blocks.factors == () and blocks.layout.grid_shape == shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])

@@ -130,15 +130,17 @@ def _experts(shape: Shape, model: Model, transposed: bool) -> BlockLayout:
 
 
 def _rows_of_matrices(shape: Shape, model: Model, transposed: bool) -> BlockLayout:
-    return BlockLayout.of(shape, *(1 for _ in shape[:-1]), None)
+    return BlockLayout.of(shape, *(1 for _ in shape[:-1]), None if factors(shape) else 1)
 
 
-def factors(shape: Shape) -> tuple[BlockLayout, BlockLayout]:
+def factors(shape: Shape) -> tuple[BlockLayout, ...]:
     """What a factored second moment has beside its rows: the columns of a matrix, or of each of a stack, and the whole.
 
     The second moment of an element is that of its row times that of its column over that of the whole (Adafactor,
-    arXiv 1804.04235, section 3).
+    arXiv 1804.04235, section 3). Nothing for a matrix of one row or column, where that is the element's own.
     """
+    if 1 in shape[-2:]:
+        return ()
     stack = [1 for _ in shape[:-2]]
     return BlockLayout.of(shape, *stack, None, 1), BlockLayout.of(shape, *stack, None, None)
 
