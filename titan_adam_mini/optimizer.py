@@ -158,14 +158,8 @@ class AdamMini(Optimizer):
     def _assign(self) -> dict[str, Blocks]:
         """The blocks of all parameters; ValueError if one has none, or cannot be captured and is to be."""
         blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in self._named()})
-        if self._flags[2]:
-            if any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
-                raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-            if factored := [one.name for one in blocks.values() if one.factors]:
-                raise ValueError(
-                    f"capturable=True needs the fused engine, which does not serve {factored[0]!r}: its second moment "
-                    "is factored; leave capturable out, or choose second_moment='blocks'"
-                )
+        if self._flags[2] and any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
+            raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
         return blocks
 
     # Plan and state

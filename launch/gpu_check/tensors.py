@@ -30,12 +30,15 @@ class Variant:
     options: Mapping[str, Any]
 
 
+FACTORED = {"second_moment": "factored", "momentum_dtype": torch.int8}
 VARIANTS = (
     Variant("fp32", torch.float32, torch.float32, {}),
     Variant("bf16 and fp32 norms", torch.bfloat16, torch.float32, {}),
     Variant("bf16, rounded at random", torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True}),
     Variant("fp32, bf16 momentum", torch.float32, torch.float32, {"momentum_dtype": torch.bfloat16}),
     Variant("fp32, int8 momentum", torch.float32, torch.float32, {"momentum_dtype": torch.int8}),
+    Variant("fp32, channels", torch.float32, torch.float32, {"second_moment": "channels"}),
+    Variant("bf16, factored, int8 momentum", torch.bfloat16, torch.bfloat16, FACTORED),
 )
 
 
@@ -61,8 +64,8 @@ def shapes(dim: int = 512, hidden: int = 1792, vocab: int = 4096) -> dict[str, t
     }
 
 
-THREE = ("layers.0.attention_norm.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight")
-"""One tensor of each kind: a norm, a matrix of heads, a matrix of rows."""
+THREE = ("layers.0.attention_norm.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w2.weight")
+"""One tensor of each kind: a norm, a matrix of heads, a matrix of rows (of columns, by channels)."""
 
 
 def parameters(

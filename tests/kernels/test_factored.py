@@ -227,10 +227,3 @@ def test_state_of_another_kind_is_told_apart() -> None:
         optimizer.load_state_dict(blocks.state_dict())
     with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is of AdamW; convert it"):
         optimizer.load_state_dict(adamw.state_dict())
-
-
-def test_what_cannot_be_captured_is_refused() -> None:
-    weight = torch.nn.Parameter(torch.zeros(4, 4, device="meta"))
-    with pytest.raises(ValueError, match=r"capturable.*its second moment is factored"):
-        AdamMini([(W, weight)], second_moment="factored", capturable=True)
-    AdamMini([(W, weight)], capturable=True)

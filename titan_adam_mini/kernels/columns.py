@@ -112,10 +112,11 @@ def _pairs(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> Iterator
         part = columns if kind == COLUMNS else rows
         if not part.numel():
             continue
-        if kind == WHOLE:
-            part = part.clone()
-            for dim in range(part.ndim - 2, grid.plan.keep, -1):
-                part = vectorized.sum_tiles(part, tiles[dim], dim)
+        summed = range(part.ndim - 2, grid.plan.keep, -1) if kind == WHOLE else ()
+        if summed:
+            part = part.clone()  # sums overwrite what they add
+        for dim in summed:
+            part = vectorized.sum_tiles(part, tiles[dim], dim)
         yield sums[place], part.to(sums.dtype)
 
 
