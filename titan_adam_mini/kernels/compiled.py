@@ -53,6 +53,8 @@ class Compiled:
         """Advance the second moments of works by columns, and leave their roots in `table.roots`."""
         for work, (of_rows, of_columns) in zip(works, table.roots, strict=True):
             self.plain.advance(work)
+            if not work.param.numel():
+                continue
             step = work.step.to(torch.float64) + 1
             ((rows, here),) = columns.roots(work, 1 - work.group["betas"][1] ** step)
             of_rows.copy_(rows)
