@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import int8, machine, rounding, strips, tiles
+from . import int8, machine, rounding, sums, tiles
 from . import table as t
 from .machine import (
     LANES,
@@ -30,11 +30,10 @@ from .machine import (
     nearby,
     pointer,
     salt,
-    squares,
     take,
     update_lanes,
 )
-from .strips import element_scales, join_strips, sum_strips
+from .sums import join_strips, sum_lines, sum_strips
 from .tiles import (
     AVERAGES,
     BFLOAT16,
@@ -43,13 +42,11 @@ from .tiles import (
     INT8,
     ITEM,
     PARAMS,
-    PIECE,
     ROOM,
     RUN,
     SCALES,
     SIDE,
     SMALL_ROOM,
-    TOTALS,
     dequantize,
     load,
     quantize,
@@ -72,65 +69,9 @@ ACTIVE, RATE, ROOT, KEEP1, NEW1, KEEP2, NEW2, SMALL, SHRINK, KEY, NUMBERS = rang
 def _stamp() -> int:
     """Of all files whose constants and functions are compiled in here."""
     try:
-        return zlib.crc32("".join(map(inspect.getsource, (t, machine, tiles, strips, int8, rounding))).encode())
+        return zlib.crc32("".join(map(inspect.getsource, (t, machine, tiles, sums, int8, rounding))).encode())
     except OSError:  # there are no sources; numba then has no cache either
         return 0
-
-
-# Sums
-
-
-@inlined
-def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
-    """Write the sums of squares of `number` own lines from `first` on to `target`, one per line of the reach."""
-    inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
-    line_step, step = row[t.GRAD_INNER], row[t.GRAD_WIDTH]
-    sums, buffer, total = pointer(target, like), pointer(work[GRADS], like), pointer(work[TOTALS], np.float64)
-    most = 1 if step == 1 and width > 1 else SIDE
-    line = first
-    while line < first + number:
-        outer, place = line // inner, line % inner
-        lines = min(most, first + number - line, inner - place)
-        start = outer * row[t.GRAD_OUTER] + place * line_step
-        base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
-        for one in range(lines):
-            total[one] = 0.0
-        for at in range(0, width, PIECE):
-            size = min(PIECE, width - at)
-            if kind == native and step == 1:
-                total[0] += squares(pointer(row[t.GRAD] + item * (start + at), like), size, like)
-            else:
-                load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
-                for one in range(lines):
-                    total[one] += squares(pointer(work[GRADS] + item * one * size, like), size, like)
-        for one in range(lines):
-            sums[base + one] = as_like(total[one], like)
-        line += lines
-
-
-@inlined
-def _element_sums(row: Any, first: int, number: int, target: int, kind: int, work: Any, like: Any) -> None:
-    """`_line_sums` of lines of one element."""
-    inner, line_step, one = row[t.INNER], row[t.GRAD_INNER], np.int64(1)
-    sums, buffer = pointer(target, like), pointer(work[GRADS], like)
-    line = first
-    while line < first + number:
-        outer, place = line // inner, line % inner
-        lines = min(ROOM, first + number - line, inner - place)
-        load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, one, line_step, one)
-        base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
-        for at in range(lines):
-            sums[base + at] = buffer[at] * buffer[at]
-        line += lines
-
-
-@compiled
-def _sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
-    apart()
-    if row[t.WIDTH] == 1:
-        _element_sums(row, first, number, target, kind, work, like)
-    else:
-        _line_sums(row, first, number, target, kind, native, work, like)
 
 
 # Moments
@@ -203,6 +144,21 @@ def _update_elements(param: Any, grad: Any, exp_avg: Any, number: int, numbers: 
 
 
 @compiled
+def _element_scales(
+    row: Any, outer: int, at: int, lines: int, size: int, rate: Any, small: Any, work: Any, like: Any
+) -> None:
+    """Fill GIVEN with what the momentum of a tile's elements is multiplied with; SCALES has the roots of its lines."""
+    apart()
+    of_lines, scales = pointer(work[SCALES], like), pointer(work[GIVEN], like)
+    of_columns = pointer(row[t.COLUMN] + work[ITEM] * (outer * row[t.WIDTH] + at), like)
+    for one in range(lines):
+        for column in range(size):
+            root = as_like(of_lines[one] * of_columns[column], like)
+            # As torch divides a number by a tensor.
+            scales[one * size + column] = as_like(as_like(1.0 / as_like(root + small, like), like) * rate, like)
+
+
+@compiled
 def _store_random(row: Any, numbers: Any, outer: int, place: int, at: int, lines: int, size: int, buffer: Any) -> None:
     """Round a tile of parameters at random; it begins at the own line (outer, place) and `at` inside of it."""
     apart()
@@ -258,7 +214,7 @@ def _update_tile(
         values, average = pointer(param, like), pointer(exp_avg, like)
         if row[t.COLUMN] != 0:
             rate, small = as_like(numbers[RATE], like), as_like(numbers[SMALL], like)
-            element_scales(row, outer, at, lines, size, rate, small, work, like)
+            _element_scales(row, outer, at, lines, size, rate, small, work, like)
             scales = pointer(work[GIVEN], like)
         _update_elements(values, pointer(grad, like), average, lines * size, numbers, scales, like)
     else:
@@ -348,7 +304,7 @@ def _whole(row: Any, numbers: Any, first: int, number: int, kinds: Any, native: 
         scale = pointer(work[GIVEN], like)
         for block in range(first, first + number):
             start, stop = _span(row, block, row[t.TILE])
-            _sums(row, start, stop - start, row[t.OWN_SUMS], kinds[1], native, work, like)
+            sum_lines(row, start, stop - start, row[t.OWN_SUMS], kinds[1], native, work, like)
             scale[0] = _scale(row, numbers, block, _folded(row, block, row[t.TILE], like), like)
             _update_lines(row, numbers, start, stop - start, work[GIVEN], np.int64(0), kinds, native, work, like)
         return
@@ -356,7 +312,7 @@ def _whole(row: Any, numbers: Any, first: int, number: int, kinds: Any, native: 
     together = min(ROOM, max(SIDE if row[t.GRAD_WIDTH] != 1 else 1, COHORT // row[t.WIDTH]))
     for start in range(first, first + number, together):
         lines = min(together, first + number - start)
-        _sums(row, start, lines, work[GIVEN] - item * start, kinds[1], native, work, like)
+        sum_lines(row, start, lines, work[GIVEN] - item * start, kinds[1], native, work, like)
         for one in range(lines):
             scales[one] = _scale(row, numbers, start + one, np.float64(scales[one]), like)
         _update_lines(row, numbers, start, lines, work[GIVEN], np.int64(1), kinds, native, work, like)
@@ -398,7 +354,7 @@ def _entries(stamp: int) -> tuple[Any, Any]:
             first, number, kind = units[at, START], units[at, NUMBER], units[at, KIND]
             row, own = rows[units[at, ROW]], numbers[units[at, ROW]]
             if kind == SUM:
-                _sums(row, first, number, row[t.OWN_SUMS], kinds[1], native, work, like)
+                sum_lines(row, first, number, row[t.OWN_SUMS], kinds[1], native, work, like)
             elif kind == STRIP:
                 sum_strips(row, first, number, kinds[1], native, work, like)
             elif kind == JOIN:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Work, table, triton_kernels
+from . import Work, table, triton_columns, triton_kernels
 from .compiled import Compiled
 from .lines import Lines
 from .table import Table, hyper_parameters
@@ -68,11 +68,11 @@ class _Programs:
                 narrow = width <= triton_kernels.NARROW
                 found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
                 if own.by_columns:
-                    strips = _triples(number, outer, width, triton_kernels.STRIP)
+                    strips = _triples(number, outer, width, triton_columns.STRIP)
                     found["strips"].setdefault((unit, False), []).append(strips)
             # Second moments are those of all ranks: also where this one has no rows.
-            parts = [("columns", width, triton_kernels.MANY)] if own.by_columns else []
-            parts += [("wholes", 1, 1), ("rows", inner, triton_kernels.MANY)] if own.factored else []
+            parts = [("columns", width, triton_columns.MANY)] if own.by_columns else []
+            parts += [("wholes", 1, 1), ("rows", inner, triton_columns.MANY)] if own.factored else []
             for name, size, each in parts:
                 found[name].setdefault((1, False), []).append(_triples(number, outer, size, each))
             if not alone and not own.by_columns:
@@ -158,15 +158,15 @@ class TritonEngine(Compiled):
         if table.factored:
             self._line_sums(here, "many", works)
         assert works[0].grad is not None
-        self._launch(triton_kernels.column_sums, here, "strips", here.hyper, G=_TYPES[works[0].grad.dtype])
+        self._launch(triton_columns.column_sums, here, "strips", here.hyper, G=_TYPES[works[0].grad.dtype])
 
     def run_moments(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_moments`."""
         here = self._here(table, works)
         self._prepare(here, works)
-        self._launch(triton_kernels.column_moments, here, "columns", here.scalars)
-        self._launch(triton_kernels.whole_moments, here, "wholes", here.scalars)
-        self._launch(triton_kernels.row_moments, here, "rows", here.scalars)
+        self._launch(triton_columns.column_moments, here, "columns", here.scalars)
+        self._launch(triton_columns.whole_moments, here, "wholes", here.scalars)
+        self._launch(triton_columns.row_moments, here, "rows", here.scalars)
 
     def _line_sums(self, here: _Programs, name: str, works: Sequence[Work]) -> None:
         assert works[0].grad is not None
