@@ -61,7 +61,7 @@ def test_a_comparison(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
     jobs = Jobs(cluster, tmp_path_factory.mktemp("compared"))
     out = jobs.folder / "out"
     told = compare(jobs, out)
-    assert "Submit the 4 runs with as many nodes (-N) as make 1 ranks:" in told and not rows(out)
+    assert "Submit the 4 runs with as many nodes (-N) as make 1 rank:" in told and not rows(out)
     states = jobs.tasks(submitted(jobs, told))
     assert [states[task]["JobState"] for task in "0123"] == ["COMPLETED"] * 4
 

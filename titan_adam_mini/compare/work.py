@@ -141,7 +141,7 @@ class Work:
             return ""
         settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", "TITAN_ADAM_MINI_SAME_VALIDATION=1"]
         return (
-            f"Submit the {len(runs)} runs with as many nodes (-N) as make {self.ranks} ranks:\n"
+            f"Submit the {len(runs)} runs with as many nodes (-N) as make {self.ranks} rank{'s' * (self.ranks > 1)}:\n"
             f"{shlex.join(settings)} sbatch -N 1 --array=0-{len(runs) - 1} launch/slurm/sweep.sbatch"
         )
 
