@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernels.played import LAYOUTS as EVERY
-from kernels.played import Played, gradients, reference_engine
+from kernels.played import Played, gradients, reference_engine, whole
 from kernels.played import step as one_step
 from on_device import DEVICE, Wrapper
 from torch import Tensor
@@ -283,6 +283,26 @@ def test_any_number_of_ranks_gives_the_bits_of_one(name: str) -> None:
     for ranks in (2, 3, 5):
         got = played(layout, ranks, start, grads, factored)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), ranks
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
+def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
+    layouts = {"factored": BlockLayout.of((7, 70), 1, None), "factored, short": BlockLayout.of((2, 70), 1, None)}
+    layouts["columns"] = BlockLayout.of((2, 70), None, 1)
+
+    def world(ranks: int) -> list[Played]:
+        engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in range(ranks)]
+        players = [Played(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)]
+        for number in range(3):
+            for one in players:
+                one.give(gradients(layouts, number, torch.float32))
+            one_step(players)
+        return players
+
+    (want,), got = world(1), world(3)
+    assert not got[2].named("columns").param.numel()
+    for index, work in enumerate(want.works):
+        assert torch.equal(whole(got, index, "param"), work.param), work.name
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)

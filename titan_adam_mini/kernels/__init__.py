@@ -5,6 +5,8 @@
     cpu         "fused" on a CPU: compiled loops, all tensors in one go
     triton      "fused" on a GPU: all tensors in a constant number of launches
 
+What they share for second moments of columns, which FSDP cuts between rows, is in `columns`.
+
 An engine takes plain local tensors together with their plan, and talks to nobody. Every engine owns its order of
 summation: it depends on the block alone, never on how many blocks or rows a rank holds, so that any sharding adds in
 the order of a single device.

@@ -190,20 +190,26 @@ class Table:
             [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
         ]
         if self.by_columns:
-            addresses[-2] = own
-            self._refresh_columns(works)
-            if not self.factored:
-                addresses[-1] = own
+            addresses[-2:] = [own, own]
         self.rows[:, :SCALE] = np.asarray(addresses, dtype=np.int64).T
+        if self.by_columns:
+            self._refresh_columns(works)
 
     def _refresh_columns(self, works: Sequence[Work]) -> None:
-        """Second moments of columns and of the whole, and what is averaged into them."""
-        of_rows, of_columns = zip(*self.squares, strict=True)
+        """Second moments of columns and of the whole, and what is averaged into them.
+
+        What this rank has summed may be in another table's rooms: that of the works which had to be exchanged.
+        """
+        squares = [
+            own if work.squares is None else work.squares[0] for work, own in zip(works, self.squares, strict=True)
+        ]
+        of_rows, of_columns = zip(*squares, strict=True)
         grids = [columns.of_columns(work) for work in works]
         self.place(COLUMN_SQ, [grid.exp_avg_sq for grid in grids])
         self.place(COLUMN_TOTALS, [_or(grid.sums, own) for grid, own in zip(grids, of_columns, strict=True)])
         if self.factored:
             wholes = [work.factors[1] for work in works]
+            self.place(SUMS, [_or(work.sums, own) for work, own in zip(works, of_rows, strict=True)])
             self.place(WHOLE_SQ, [grid.exp_avg_sq for grid in wholes])
             self.place(WHOLE_TOTALS, [_or(grid.sums, own) for grid, own in zip(wholes, of_rows, strict=True)])
 
