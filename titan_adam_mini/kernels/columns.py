@@ -12,17 +12,14 @@ where float32 keeps 24.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import Factor, Work, vectorized
-
-if TYPE_CHECKING:
-    from .tensorwise import Arithmetic
 
 BITS = 36
 LEAST_BETA2 = 0.5
@@ -40,8 +37,12 @@ def of_columns(work: Work) -> Work | Factor:
     return work.factors[0] if work.factors else work
 
 
-def take_squares(work: Work, arithmetic: Arithmetic) -> None:
-    """Put the sums of squares of this rank's rows and columns into `work.squares`."""
+def take_squares(work: Work, square_sums: Callable[..., Tensor]) -> None:
+    """Put the sums of squares of this rank's rows and columns into `work.squares`.
+
+    Args:
+        square_sums: that of an `Arithmetic`, for the rows.
+    """
     assert work.grad is not None
     around = magic(work)
     found = []
@@ -50,7 +51,7 @@ def take_squares(work: Work, arithmetic: Arithmetic) -> None:
     ):
         rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
         if work.factors and view.numel():
-            rows = arithmetic.square_sums(view, tiles, view.ndim - 2, rows.dtype)
+            rows = square_sums(view, tiles, view.ndim - 2, rows.dtype)
         found.append((rows, column_sums(view, None if around is None else around[blocks])))
     work.squares = found
 

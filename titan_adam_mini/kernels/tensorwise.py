@@ -65,7 +65,7 @@ class Tensorwise:
         for work in works:
             assert work.grad is not None
             if work.by_columns:
-                columns.take_squares(work, self.arithmetic)
+                columns.take_squares(work, self.arithmetic.square_sums)
                 columns.share([work])
             elif work.own_sums is not None:
                 self.add_sums(work.plan, work.grad, work.own_sums)
@@ -92,7 +92,7 @@ class Tensorwise:
         dtype = work.exp_avg_sq.dtype
         if work.by_columns:
             if work.squares is None and work.grad is not None:
-                columns.take_squares(work, self.arithmetic)
+                columns.take_squares(work, self.arithmetic.square_sums)
             # The columns' sums are float64 up to their mean.
             complete = [(grid.plan, columns.gathered(work, kind, grid)) for kind, grid in columns.grids(work)]
             return [self.means(plan, sums).to(dtype) for plan, sums in complete]
