@@ -1,4 +1,5 @@
-"""One step of AdamMini against AdamW fused, in pairs: `python benchmarks/step.py [--repeats 21] [--threads 2]`.
+"""One step of AdamMini against AdamW fused, in pairs: `python benchmarks/step.py [--repeats 21] [--threads 2]
+[--second-moment factored]`.
 
 On a GPU the tensors of Llama 3 8B with four layers (1.92 billion parameters), steps queued four in a row; on a CPU a
 Llama of 60 million parameters in 75 tensors. Plain tensors, random gradients; medians, and the median of the ratios.
@@ -19,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import torch  # noqa: E402
 
 from titan_adam_mini import AdamMini  # noqa: E402
+from titan_adam_mini.partition import SECOND_MOMENTS  # noqa: E402
 
 QUEUED = 4
 
@@ -64,13 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--second-moment", choices=SECOND_MOMENTS, default="blocks")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     sizes = (4096, 14336, 1024, 128256, 4) if device == "cuda" else (512, 1536, 512, 32000, 8)
     heads = {"n_heads": sizes[0] // 128, "n_kv_heads": sizes[2] // 128}
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
-    print(f"{where}, torch {torch.__version__}")
+    print(f"{where}, torch {torch.__version__}, second moments: {args.second_moment}")
     for dtype in (torch.float32, torch.bfloat16):
         for momentum in (None, torch.bfloat16, torch.int8) if dtype == torch.float32 else (None, torch.int8):
             params = {
@@ -80,7 +83,8 @@ def main() -> None:
             for param in params.values():
                 param.grad = torch.randn_like(param) * 1e-3
             adamw = torch.optim.AdamW(params.values(), lr=1e-5, fused=True)
-            mini = AdamMini(params.items(), lr=1e-5, momentum_dtype=momentum, fused=True, **heads)
+            options = {"momentum_dtype": momentum, "second_moment": args.second_moment, **heads}
+            mini = AdamMini(params.items(), lr=1e-5, fused=True, **options)
             times: tuple[list[float], list[float]] = ([], [])
             for number in range(args.repeats + 3):
                 pair = [(0, adamw.step), (1, mini.step)]
