@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -79,7 +80,7 @@ class Work:
     factors: tuple[Factor, ...] = ()
     squares: list[tuple[Tensor, Tensor]] | None = None
 
-    @property
+    @cached_property
     def by_columns(self) -> bool:
         """Have columns of a matrix second moments, alone or beside its rows? See `kernels.columns`."""
         return bool(self.factors) or self.plan.of_columns
