@@ -159,34 +159,28 @@ def _is_aligned(tiles: Tiles, chunks: int) -> bool:
     )
 
 
-COLUMNS = 1
-"""Which of a factored parameter's grids (rows, columns, whole) is that of the columns."""
-
-
 @dataclass(frozen=True)
 class Grid:
     """One block grid among all that an optimizer exchanges.
 
     Attributes:
         param: index of its parameter.
-        number: which of the parameter's grids it is.
         plan: its blocks on this rank.
     """
 
     param: int
-    number: int
     plan: BlockPlan
 
     @property
     def fine(self) -> bool:
         """Do its sums travel as float64? Sums over a column are those of many rows, added in an order that the
         sharding decides: they stay the same where the sum of the roundings is exact, or far below float32's."""
-        return self.number == COLUMNS or self.plan.of_columns
+        return self.plan.of_columns
 
 
 def grids_of(plans: Sequence[Sequence[BlockPlan]]) -> list[Grid]:
     """The grids of all parameters, in the order of the exchange; `plans` has those of every parameter."""
-    return [Grid(param, number, plan) for param, own in enumerate(plans) for number, plan in enumerate(own)]
+    return [Grid(param, plan) for param, own in enumerate(plans) for plan in own]
 
 
 @dataclass(frozen=True)

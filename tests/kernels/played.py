@@ -14,7 +14,7 @@ from titan_adam_mini.kernels.cpu import CpuEngine
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition.roles import factors
-from titan_adam_mini.plan import COLUMNS, BlockPlan
+from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Shard as Part
 from titan_adam_mini.sharding import box_shape
 
@@ -112,9 +112,9 @@ class Played:
             if name.startswith("factored"):
                 plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
                 work.factors = tuple(Factor(one, torch.zeros(one.grid_shape, dtype=precision)) for one in plans)
-            for at, grid in enumerate((work, *work.factors)):
+            for grid in (work, *work.factors):
                 if grid.plan.axes:
-                    kind = torch.float64 if grid.plan.of_columns or at == COLUMNS else precision
+                    kind = torch.float64 if grid.plan.of_columns else precision
                     grid.own_sums, grid.sums = (torch.zeros(grid.plan.sums_shape, dtype=kind) for _ in range(2))
             work.present = torch.zeros(()) if ranks > 1 and layout.shape else None
             self.works.append(work)

@@ -19,7 +19,7 @@ from titan_adam_mini.kernels import Factor, Work, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition.roles import factors
-from titan_adam_mini.plan import COLUMNS, BlockPlan
+from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Cut, Shard
 
 triton = pytest.importorskip("titan_adam_mini.kernels.triton", reason="Triton has wheels for Linux only")
@@ -323,15 +323,15 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
     engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in plans]
     works = []
 
-    def room(plan: BlockPlan, number: int = 0) -> Tensor | None:
-        kind = torch.float64 if number == COLUMNS or plan.of_columns else torch.float32
+    def room(plan: BlockPlan) -> Tensor | None:
+        kind = torch.float64 if plan.of_columns else torch.float32
         return torch.zeros(plan.sums_shape, device=DEVICE, dtype=kind) if plan.axes else None
 
     for plan, shard in zip(plans, shards, strict=True):
         own = tuple(slice(*interval) for interval in plan.own[0])
         sums = room(plan)
         others = [BlockPlan.of(one, shard) for one in factors(layout.shape)] if factored else []
-        rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one, at)) for at, one in enumerate(others, 1)]
+        rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
         part = start[own].clone().to(DEVICE)
         works.append(
             Work(

@@ -11,7 +11,7 @@ from ..kernels import vectorized
 from ..kernels.columns import product
 from ..kernels.tensorwise import Tensorwise
 from ..layout import BlockLayout, Tiles
-from ..plan import COLUMNS, BlockPlan
+from ..plan import BlockPlan
 from ..sharding import Shard
 
 
@@ -22,9 +22,9 @@ def block_means(exp_avg_sq: Tensor, layouts: Sequence[BlockLayout]) -> tuple[Ten
     """
     roots = exp_avg_sq.to(torch.float64 if exp_avg_sq.dtype == torch.float64 else torch.float32).sqrt()
     plain, means = Tensorwise("foreach", vectorized), []
-    for number, layout in enumerate(layouts):
+    for layout in layouts:
         plan = BlockPlan.of(layout, Shard(tuple(roots.shape)))
-        if number == COLUMNS or plan.of_columns:  # in float64, as in a step
+        if plan.of_columns:  # in float64, as in a step
             summed = [dim for dim, tiles in enumerate(layout.dims) if tiles.is_whole]
             means.append(roots.to(torch.float64).square().mean(summed, keepdim=True).to(roots.dtype))
             continue

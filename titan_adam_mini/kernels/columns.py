@@ -130,11 +130,11 @@ def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
     moments = [(grid.exp_avg_sq, grid.plan.parts) for _, grid in grids(work)]
     for view, *parts in zip(work.plan.shard.views(work.param), *(parts for _, parts in moments), strict=True):
         found = [grid[part[2]] for (grid, _), part in zip(moments, parts, strict=True)]
-        rows = torch.ones((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype, device=view.device)
         if work.factors:
-            rows = _over(found[ROWS], found[WHOLE]).sqrt_()
-        columns = (found[COLUMNS if work.factors else 0] / correction).sqrt_()
-        yield rows, columns
+            rows, columns = _over(found[ROWS], found[WHOLE]).sqrt_(), found[COLUMNS]
+        else:
+            rows, (columns,) = view.new_ones((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype), found
+        yield rows, (columns / correction).sqrt_()
 
 
 def product(rows: Tensor, columns: Tensor, whole: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import Work, columns, int8, log
+from . import Factor, Work, columns, int8, log
 from .lines import Lines, lines_of
 from .table import Table
 from .tensorwise import Tensorwise
@@ -76,7 +76,7 @@ class Compiled:
     def update(self, works: Sequence[Work]) -> None:
         """See `Engine.update`."""
         mine, rest = self._mine(works)
-        # Blocks of this rank alone, whose gradient is missing here but not elsewhere: rare, and no matter for speed.
+        # What this rank alone holds, or columns, with a gradient elsewhere but not here: rare, and no matter for speed.
         idle = [work for work in mine if work.grad is None and (work.sums is None or work.by_columns)]
         self._update_by_columns([work for work in mine if work.grad is not None and work.by_columns])
         mine = [work for work in mine if not work.by_columns and (work.grad is not None or work.sums is not None)]
@@ -143,11 +143,8 @@ class Compiled:
             return f"a tensor is {unknown[0]}"
         if work.by_columns and lines.dims[2] != (len(work.plan.layout.shape) - 1,):
             return "its rows are of one element"
-        sums = (
-            [grid.sums for kind, grid in columns.grids(work) if kind != columns.COLUMNS]
-            if work.by_columns
-            else [work.sums]
-        )
+        grids: list[Work | Factor] = [work, *work.factors]
+        sums = [grid.sums for grid in grids if not grid.plan.of_columns]
         if wide := [one.dtype for one in sums if one is not None and one.dtype != work.exp_avg_sq.dtype]:
             return f"its sums travel as {wide[0]}"
         if None in (lines.strides(work.param), lines.strides(work.exp_avg)):

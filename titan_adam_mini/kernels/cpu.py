@@ -77,9 +77,8 @@ class CpuEngine(Compiled):
     def run_squares(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_squares`."""
         pieces = [-(-one.sizes[2] // tiles.PIECE) for one in table.lines]
-        partials = [
-            torch.empty(one.number * each, dtype=torch.float64) for one, each in zip(table.lines, pieces, strict=True)
-        ]
+        numbers = [one.number * each if table.factored else 0 for one, each in zip(table.lines, pieces, strict=True)]
+        partials = [torch.empty(number, dtype=torch.float64) for number in numbers]
         around = [None if (one := columns.magic(work)) is None else one.contiguous() for work in works]
         table.place(PARTIALS, partials)
         table.place(MAGIC, around)
@@ -89,7 +88,7 @@ class CpuEngine(Compiled):
                 outer, inner, width = one.sizes
                 strips.append(_units(row, loops.STRIP, outer * each if inner else 0, inner * min(width, tiles.PIECE)))
                 lines.append(_units(row, loops.JOIN, one.number, each))
-            self._strips[table] = _joined([strips, lines])
+            self._strips[table] = _joined([strips, lines] if table.factored else [strips])
         for phase in self._strips[table]:
             _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
 

@@ -81,7 +81,8 @@ def _add_columns(values: Any, sums: Any, around: Any, number: int) -> None:
 
 @compiled
 def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: Any, like: Any) -> None:
-    """Write to COLUMN_SUMS, and to PARTIALS the sums of the lines' pieces: `number` strips from `first` on."""
+    """Write to COLUMN_SUMS, and to PARTIALS, if there are any, the sums of the lines' pieces: `number` strips from
+    `first` on."""
     apart()
     inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
     pieces, step = (width + PIECE - 1) // PIECE, row[t.GRAD_WIDTH]
@@ -107,7 +108,8 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
                 place = work[GRADS]
                 load(pointer(place, like), row[t.GRAD], start, kind, np.int64(1), size, np.int64(0), step)
             values = pointer(place, like)
-            partials[(outer * inner + line) * pieces + piece] = squares(values, size, like)
+            if row[t.PARTIALS] != 0:
+                partials[(outer * inner + line) * pieces + piece] = squares(values, size, like)
             _add_columns(values, sums, around, size)
 
 

@@ -134,17 +134,15 @@ class Table:
         device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
         shapes = [((*stack, lines, 1), (*stack, 1, width)) for *stack, lines, width in (w.param.shape for w in works)]
 
-        def rooms(which: int, kind: torch.dtype) -> list[Tensor]:
+        def rooms(which: int, kind: torch.dtype, value: float) -> list[Tensor]:
             sizes = [prod(shape[which]) for shape in shapes]
-            parts = torch.ones(sum(sizes), dtype=kind, device=device).split(sizes)  # roots of lines, if not factored
+            parts = torch.full((sum(sizes),), value, dtype=kind, device=device).split(sizes)
             return [part.view(shape[which]) for part, shape in zip(parts, shapes, strict=True)]
 
-        self.squares = list(zip(rooms(0, dtype), rooms(1, torch.float64), strict=True))
-        self.roots = list(zip(rooms(0, dtype), rooms(1, dtype), strict=True))
-        for one in (tensor for pair in self.squares for tensor in pair):
-            one.zero_()
+        self.squares = list(zip(rooms(0, dtype, 0), rooms(1, torch.float64, 0), strict=True))
+        # Of columns alone, the roots of lines stay 1.
+        self.roots = list(zip(rooms(0, dtype, 1), rooms(1, dtype, 1), strict=True))
         self.place(OWN_SUMS, [of_rows for of_rows, _ in self.squares])
-        self.place(SUMS, [of_rows for of_rows, _ in self.squares])
         self.place(COLUMN_SUMS, [of_columns for _, of_columns in self.squares])
         self.place(SCALE, [of_rows for of_rows, _ in self.roots])
         self.place(COLUMN, [of_columns for _, of_columns in self.roots])

@@ -62,9 +62,7 @@ class _Programs:
             outer, inner, width = lines.sizes
             if width and outer * inner:
                 unit = _unit(row)
-                part = _triples(
-                    number, outer, inner, triton_kernels.lines_of_program(width, unit, exp_avg == torch.int8, self.tile)
-                )
+                part = _triples(number, outer, inner, _lines_of_program(width, unit, exp_avg == torch.int8, self.tile))
                 narrow = width <= triton_kernels.NARROW
                 found["one_line" if alone else "many"].setdefault((unit, narrow), []).append(part)
                 if own.by_columns:
@@ -82,6 +80,17 @@ class _Programs:
             name: {kind: torch.from_numpy(np.concatenate(parts)).to(device) for kind, parts in kinds.items()}
             for name, kinds in found.items()
         }
+
+
+def _lines_of_program(width: int, unit: int, runs: bool, tile: int) -> int:
+    """Lines per program in the kernels of lines; `runs`: with int8 momentum, where a tile is part of one line."""
+    if runs:
+        return 1
+    if unit == 0:
+        return 64
+    if width == 1:
+        return tile // 2
+    return tile // triton_kernels.NARROW if width <= triton_kernels.NARROW else 1
 
 
 def _triples(number: int, outer: int, inner: int, lines: int) -> np.ndarray:

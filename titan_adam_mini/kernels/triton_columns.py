@@ -12,7 +12,6 @@ from . import columns, table
 from .triton_kernels import (
     _BETA2,
     _COLUMN,
-    _COLUMNS,
     _COUNT,
     _EXP_AVG_SQ,
     _GROUP,
@@ -24,6 +23,8 @@ from .triton_kernels import (
     _SUMS,
     _WIDTH,
     _gradient,
+    _moved,
+    _place,
 )
 
 _COLUMN_SUMS, _COLUMN_SQ = tl.constexpr(table.COLUMN_SUMS), tl.constexpr(table.COLUMN_SQ)
@@ -58,10 +59,9 @@ def _around(row, hyper, place, live):
 def column_sums(rows, hyper, programs, G: tl.constexpr, UNIT: tl.constexpr):
     """Sums of squares of columns, float64, each square rounded as `columns.magic` has it; the first line of a program
     is a column here."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
+    row, _, outer, first = _place(rows, programs)
     inner, width = tl.load(row + _INNER), tl.load(row + _WIDTH)
-    at = tl.load(program + 2).to(tl.int64) + tl.arange(0, _STRIP)
+    at = first + tl.arange(0, _STRIP)
     live, place = at < width, outer * width + at
     around = _around(row, hyper, place, live)
     total = tl.zeros([_STRIP], tl.float64)
@@ -72,15 +72,6 @@ def column_sums(rows, hyper, programs, G: tl.constexpr, UNIT: tl.constexpr):
     tl.store(tl.load(row + _COLUMN_SUMS).to(tl.pointer_type(tl.float64)) + place, total, live)
 
 
-@triton.jit
-def _moved(moments, live, mean, numbers):
-    """Second moments, advanced by a step."""
-    v = tl.load(moments, live, other=0.0) * tl.load(numbers + 5) + mean * tl.load(numbers + 6)
-    tl.debug_barrier()  # several threads read the same moment: none may find it advanced
-    tl.store(moments, v, live)
-    return v
-
-
 MANY = 1024
 """Rows or columns of a program of the three kernels of moments by columns."""
 _MANY = tl.constexpr(MANY)
@@ -89,10 +80,9 @@ _MANY = tl.constexpr(MANY)
 @triton.jit
 def column_moments(rows, scalars, programs):
     """Advance second moments of columns, and leave their roots."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    at, width = tl.load(program + 2).to(tl.int64) + tl.arange(0, _MANY), tl.load(row + _WIDTH)
+    row, number, outer, first = _place(rows, programs)
+    numbers = scalars + number * _SCALARS
+    at, width = first + tl.arange(0, _MANY), tl.load(row + _WIDTH)
     live, place = at < width, outer * width + at
     if tl.load(numbers + 8) != 0.0:
         totals = tl.load(row + _COLUMN_TOTALS).to(tl.pointer_type(tl.float64)) + place
@@ -105,9 +95,8 @@ def column_moments(rows, scalars, programs):
 @triton.jit
 def whole_moments(rows, scalars, programs):
     """Advance the second moment of a whole matrix, from sums of its rows."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
+    row, number, outer, _ = _place(rows, programs)
+    numbers = scalars + number * _SCALARS
     if tl.load(numbers + 8) != 0.0:
         fold = tl.load(row + _WHOLE_FOLD)
         sums = tl.load(row + _WHOLE_TOTALS).to(tl.pointer_type(tl.float32)) + outer * fold
@@ -124,10 +113,9 @@ def whole_moments(rows, scalars, programs):
 @triton.jit
 def row_moments(rows, scalars, programs):
     """Advance second moments of rows, and leave the roots of their shares in the whole; see `columns.roots`."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    at, inner = tl.load(program + 2).to(tl.int64) + tl.arange(0, _MANY), tl.load(row + _INNER)
+    row, number, outer, first = _place(rows, programs)
+    numbers = scalars + number * _SCALARS
+    at, inner = first + tl.arange(0, _MANY), tl.load(row + _INNER)
     live, place = at < inner, outer * inner + at
     if tl.load(numbers + 8) != 0.0:
         total = tl.load(tl.load(row + _SUMS).to(tl.pointer_type(tl.float32)) + place, live, other=0.0)

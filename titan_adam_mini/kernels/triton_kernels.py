@@ -76,6 +76,14 @@ def prepare(rows, hyper, scalars, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _place(rows, programs):
+    """What this program works on: row of the table and its number, outer index, first line."""
+    program = programs + tl.program_id(0).to(tl.int64) * 3
+    number = tl.load(program).to(tl.int64)
+    return rows + number * _COLUMNS, number, tl.load(program + 1).to(tl.int64), tl.load(program + 2).to(tl.int64)
+
+
+@triton.jit
 def _mix(x):
     """See `rounding.mix`; uint32."""
     x = (x ^ (x >> 16)) * _MIX1
@@ -228,6 +236,15 @@ def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: t
 
 
 @triton.jit
+def _moved(moments, live, mean, numbers):
+    """Second moments, advanced by a step."""
+    v = tl.load(moments, live, other=0.0) * tl.load(numbers + 5) + mean * tl.load(numbers + 6)
+    tl.debug_barrier()  # several threads read the same moment: none may find it advanced
+    tl.store(moments, v, live)
+    return v
+
+
+@triton.jit
 def _moment(row, numbers, block, live, total):
     """Advance the second moments of blocks with sums `total`; the scale of their momentum, float32 [blocks]."""
     count = tl.load(row + _COUNT)
@@ -236,10 +253,7 @@ def _moment(row, numbers, block, live, total):
         mean = tl.div_rn(total, tl.load(counts, live, other=1).to(tl.float32))
     else:
         mean = tl.div_rn(total, tl.zeros_like(total) + count.to(tl.float32))
-    moments = tl.load(row + _EXP_AVG_SQ).to(tl.pointer_type(tl.float32)) + block
-    v = tl.load(moments, live, other=0.0) * tl.load(numbers + 5) + mean * tl.load(numbers + 6)
-    tl.debug_barrier()  # several threads read the same moment: none may find it advanced
-    tl.store(moments, v, live)
+    v = _moved(tl.load(row + _EXP_AVG_SQ).to(tl.pointer_type(tl.float32)) + block, live, mean, numbers)
     root = tl.sqrt_rn(tl.div_rn(v, tl.zeros_like(v) + tl.load(numbers + 1)))
     return tl.div_rn(tl.zeros_like(v) + tl.load(numbers), root + tl.load(numbers + 7))
 
@@ -295,11 +309,8 @@ _NARROW = tl.constexpr(NARROW)
 def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
                     UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    first = tl.load(program + 2).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    width = tl.load(row + _WIDTH)
+    row, number, outer, first = _place(rows, programs)
+    numbers, width = scalars + number * _SCALARS, tl.load(row + _WIDTH)
     if tl.int8 == M:
         _whole(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT)
     elif UNIT == 0:
@@ -317,9 +328,7 @@ def line_sums(
     rows, programs, G: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr
 ):
     """One sum of squares per line."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    row, outer = rows + tl.load(program).to(tl.int64) * _COLUMNS, tl.load(program + 1).to(tl.int64)
-    first = tl.load(program + 2).to(tl.int64)
+    row, _, outer, first = _place(rows, programs)
     width = tl.load(row + _WIDTH)
     if tl.int8 == M:
         _own_sums(row, outer, first, width, G, 1, TILE // 2, UNIT)
@@ -337,11 +346,8 @@ def line_sums(
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
                  BY_COLUMNS: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Momentum and parameter of lines whose block's scale is known."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, outer = tl.load(program).to(tl.int64), tl.load(program + 1).to(tl.int64)
-    first = tl.load(program + 2).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
-    width = tl.load(row + _WIDTH)
+    row, number, outer, first = _place(rows, programs)
+    numbers, width = scalars + number * _SCALARS, tl.load(row + _WIDTH)
     if tl.int8 == M:
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, 1, TILE // 2, UNIT, BY_COLUMNS)
     elif UNIT == 0:
@@ -352,17 +358,6 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // 2, 1, UNIT, BY_COLUMNS)
     else:
         _scaled(row, numbers, outer, first, width, P, G, M, ROUND, TILE // _NARROW, _NARROW, UNIT, BY_COLUMNS)
-
-
-def lines_of_program(width: int, unit: int, runs: bool, tile: int) -> int:
-    """Lines per program in the kernels above; `runs`: with int8 momentum, where a tile is part of one line."""
-    if runs:
-        return 1
-    if unit == 0:
-        return 64
-    if width == 1:
-        return tile // 2
-    return tile // NARROW if width <= NARROW else 1
 
 
 @triton.jit
@@ -393,9 +388,8 @@ _FOLDED = tl.constexpr(FOLDED)
 @triton.jit
 def fold(rows, scalars, programs):
     """Blocks of many lines: add the lines' sums, advance the second moment, leave the scale for the update."""
-    program = programs + tl.program_id(0).to(tl.int64) * 3
-    number, first = tl.load(program).to(tl.int64), tl.load(program + 2).to(tl.int64)
-    row, numbers = rows + number * _COLUMNS, scalars + number * _SCALARS
+    row, number, _, first = _place(rows, programs)
+    numbers = scalars + number * _SCALARS
     if tl.load(numbers + 8) != 0.0:
         if tl.load(row + _FOLD) == 1:
             _fold(row, numbers, first, _FOLDED, 1)
