@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -27,3 +28,18 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def commit() -> str:
+    """Of the repository that this package is read from, with `-dirty` where files were changed; "" without one."""
+    package = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        if git("ls-files", "--", Path(__file__).name):  # else a repository that an environment happens to lie in
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return ""

@@ -4,7 +4,7 @@
 # folder.
 #
 # From the environment: CONFIG_FILE, NGPU, LOG_RANK, TRAIN_FILE, PYTHON as for launch/run_train.sh; OUTPUTS,
-# MAX_REQUEUES, LEAD_SECONDS, HANG_SECONDS, HEALTH_CHECK, PLAN: see launch/README.md.
+# MAX_REQUEUES, LEAD_SECONDS, HANG_SECONDS, HEALTH_CHECK, PLAN, RANKS: see launch/README.md.
 
 # shellcheck source=launch/slurm/common.sh
 . "$LAUNCH/common.sh"
@@ -33,14 +33,17 @@ train() {
     fi
     CONFIG_FILE="${CONFIG_FILE:-$REPOSITORY/train_configs/debug_model.toml}"
     [ -f "$CONFIG_FILE" ] || refuse "CONFIG_FILE=$CONFIG_FILE does not exist. Configurations are in $REPOSITORY/train_configs."
+    export NGPU
+    NGPU="$(gpus_per_node)"
+    [ "$NGPU" -gt 0 ] || NGPU=1 # no GPU: CPU with gloo
+    local status=0 shown ranks=$((SLURM_JOB_NUM_NODES * NGPU))
+    [ "${RANKS:-$ranks}" = "$ranks" ] ||
+        refuse "RANKS=$RANKS were asked for, and $SLURM_JOB_NUM_NODES nodes with $NGPU each make $ranks: submit with another -N"
     OUTPUTS="$(dump_folder "$@")"
-    local status=0 shown
     number="$("$PYTHON" "$LAUNCH/attempts.py" begin "$OUTPUTS")" || exit "$?"
     ATTEMPT="$(cd "$OUTPUTS" && pwd)/attempts/$number"
     export REPOSITORY ATTEMPT PYTHON TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
-    export LOG_RANK="${LOG_RANK:-0}" NGPU
-    NGPU="$(gpus_per_node)"
-    [ "$NGPU" -gt 0 ] || NGPU=1 # no GPU: CPU with gloo
+    export LOG_RANK="${LOG_RANK:-0}"
     # A user's flags come last and count.
     set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
         --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
@@ -155,7 +158,7 @@ plan() {
     if [ "${PLAN:-yes}" = no ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         return
     fi
-    "$PYTHON" -m titan_adam_mini.cli plan "$CONFIG_FILE" --ngpu $((SLURM_JOB_NUM_NODES * NGPU)) "${@:3}" \
+    "$PYTHON" -m titan_adam_mini.cli plan "$CONFIG_FILE" --ngpu "$ranks" "${@:3}" \
         >"$ATTEMPT/plan.txt" || return
     tail -n 1 "$ATTEMPT/plan.txt" >&2
 }

@@ -1,6 +1,7 @@
 """The command from end to end on a small model: killed and started again, it reports what an undisturbed one does."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from titan_adam_mini.cli import main
-from titan_adam_mini.compare.command import _devices
+from titan_adam_mini.compare.command import _check_data, _devices, _signals
 from titan_adam_mini.compare.plan import Run
 from titan_adam_mini.compare.record import Record
 
@@ -54,12 +55,18 @@ def words(corpus_dir: Path) -> list[str]:
         (["--training.stepps", "3"], "torchtitan does not take these arguments"),
         (["--validation.no-enable"], "there is no validation set"),
         (["--validation.freq", "7"], "the last of 80 steps would not be validated"),
+        (["--validation.freq", "0"], "the last of 80 steps would not be validated"),
+        (["--validation.seq_len", "128"], "the model is built for training.seq_len, 64: give --validation.seq_len 64"),
         (
             ["--variant", "a=AdamMini --optimizer.adam_mini.roles '*.nothing=neuron'"],
             "'*.nothing' matches no parameter",
         ),
-        (["--variant", "a=AdamMini --training.seq_len 32"], "cannot be compared: training.seq_len is 64 for one"),
+        (["--variant", "a=AdamMini --training.seq_len 32"], "cannot be compared: training.seq_len is 64 for AdamW"),
         (["--seeds", "2", "--checkpoint.initial_load_path", "a"], "give --seeds 1"),
+        (
+            ["--checkpoint.initial_load_path", "a", "--checkpoint.no-initial_load_model_only"],
+            "leave checkpoint.initial_load_model_only true",
+        ),
     ],
 )
 def test_what_is_refused_before_anything_is_run(
@@ -71,6 +78,17 @@ def test_what_is_refused_before_anything_is_run(
     error = capsys.readouterr().err
     assert "titan-adam-mini: " in error and told in error, error
     assert not (tmp_path / "out").exists()
+
+
+def test_data_that_are_missing_for_a_later_seed(tmp_path: Path) -> None:
+    (tmp_path / "order-0").mkdir()
+    told = {"training": {"dataset_path": f"{tmp_path}/order-{{seed}}"}, "validation": {"dataset_path": None}}
+    _check_data(told, 1)
+    with pytest.raises(
+        ValueError, match=r"training.dataset_path .* is missing for some of the 3 seeds: .*order-1, .*-2$"
+    ):
+        _check_data(told, 3)
+    _check_data({**told, "training": {"dataset_path": "hub/name-{seed}"}}, 3)
 
 
 def test_a_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +108,17 @@ def test_every_run_at_once_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert _devices(1, 2) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}]
     with pytest.raises(ValueError, match="3 runs of 2 ranks at once need 6 GPUs, and there are 4"):
         _devices(2, 3)
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _signals():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def records(out: Path) -> dict[Run, Record]:
@@ -150,7 +179,7 @@ def test_killed_and_started_again(
     second = command()
     wait_for(mini / "train.log", EVERY + 5, second)
     second.kill()
-    os.kill(int((mini / "lock").read_text()), signal.SIGKILL)
+    os.kill(json.loads((mini / "lock").read_text())[0], signal.SIGKILL)
     told = second.communicate()[0]
     assert "AdamW, lr 0.004, seed 0: still at work since an earlier command" in told or (
         "AdamW" not in told and (adamw / "record.json").exists()

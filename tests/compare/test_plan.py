@@ -50,6 +50,7 @@ def test_a_best_rate_at_an_edge_moves_the_edge() -> None:
 def test_one_rate_is_both_edges() -> None:
     plan = Plan({"AdamW": 1.0}, [1e-3], 1)
     assert sorted(run.lr for run in done(plan, bowl(1e-3))) == [5e-4, 1e-3, 2e-3]
+    assert max(run.lr for run in done(plan, lambda run: math.inf)) == 1e-3, "no larger one where it diverged"
 
 
 def test_every_variant_has_a_sweep_of_its_own() -> None:

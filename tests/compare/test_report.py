@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from made_up_runs import record
 
+from titan_adam_mini.compare.picture import _validated
 from titan_adam_mini.compare.plan import Plan, Run
 from titan_adam_mini.compare.record import Record
 from titan_adam_mini.compare.report import Report
@@ -25,8 +26,21 @@ CONFIG: dict[str, Any] = {
         "global_batch_size": -1,
         "dataset": "c4_test",
         "dataset_path": "/data",
+        "max_norm": 1.0,
+        "dtype": "float32",
+        "mixed_precision_param": "bfloat16",
     },
-    "validation": {"freq": 2, "steps": -1, "dataset": "c4_test", "dataset_path": None},
+    "validation": {
+        "freq": 2,
+        "steps": -1,
+        "dataset": "c4_test",
+        "dataset_path": None,
+        "local_batch_size": 8,
+        "seq_len": 32,
+    },
+    "optimizer": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+    "lr_scheduler": {"warmup_steps": 50, "decay_type": "linear", "min_lr_factor": 0.0},
+    "parallelism": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": -1, "enable_async": True},
 }
 MINI = Variant("mini", "AdamMini", ("--optimizer.adam_mini.value_blocks", "tensor"))
 
@@ -40,7 +54,7 @@ def report(tmp_path: Path) -> Report:
     }
     plan = Plan({"AdamW": 1e-3, "mini": 1e-3}, [], 3)
     variants = [Variant("AdamW", "AdamW"), MINI]
-    return Report(tmp_path, "the command", "a.toml", plan, variants, compared, ranks=2, threads=1, elsewhere=False)
+    return Report(tmp_path, "the command", "a.toml", plan, variants, compared, ranks=2)
 
 
 def runs(finals: dict[str, list[float]], first: float = 6.5) -> dict[Run, Record]:
@@ -100,7 +114,9 @@ def test_what_stands_in_the_report(report: Report) -> None:
         "# AdamW and mini on llama3 tiny",
         *findings,
         "4 steps of 2 sequences per data-parallel rank of 64 tokens, c4_test at /data",
-        "every 2 steps on all of c4_test, each time on the same documents",
+        "every 2 steps on all of 8 x 32 tokens of c4_test, each time on the same documents",
+        "beta1 0.9, beta2 0.95, eps 1e-08, weight_decay 0.1, warm-up 50 steps, then linear to 0, gradients clipped at "
+        "1, parameters float32, matrix products bfloat16, tensor_parallel_degree 2\n- ranks: 2\n- device: not known",
         "`the command`",
         "mini: AdamMini with `--optimizer.adam_mini.value_blocks tensor`",
         "a seed has another where {seed} stands in the path",
@@ -134,6 +150,22 @@ def test_tables_for_other_tools(report: Report) -> None:
     ]
 
 
+def test_runs_of_several_commits_are_told_apart(report: Report) -> None:
+    made = runs({"AdamW": [2.0, 2.1], "mini": [2.1]})
+    for number, one in enumerate(made.values()):
+        one.made = {"device": "a CPU", "commit": "old" if number < 2 else "new"}
+    report.write(made, pictures=False)
+    text = (report.out / "report.md").read_text()
+    assert "- device: a CPU\n- versions: not known\n- commit: old (2 runs); new (1 runs)\n" in text
+
+
+def test_validations_that_only_some_runs_have_are_not_drawn() -> None:
+    whole, hole = (Record(Run("a", 1.0, seed), 1, {}, told) for seed, told in enumerate(({1: 9.0, 2: 3.0, 4: 2.0}, {})))
+    hole.validation = {1: 9.0, 4: 1.0, 6: 0.5}
+    assert _validated({"a": [whole]})(whole) == ([2.0, 4.0], [3.0, 2.0])
+    assert _validated({"a": [whole, hole]})(whole) == ([1.0, 4.0], [9.0, 2.0])
+
+
 def test_unequal_starts_are_said_loudly(report: Report) -> None:
     made = runs({"AdamW": [2.0, 2.0], "mini": [2.0, 2.0]})
     made[Run("mini", 1e-3, 1)].columns["loss"][0] = math.nextafter(7.5, 8)
@@ -154,7 +186,7 @@ def test_runs_that_diverged_are_no_errors(report: Report) -> None:
     made[run] = record(run, [7.5, math.nan], {1: 7.0}, diverged=2)
     findings = report.write(made)
     assert "mini diverged with seed 1, which is left out of means and differences." in findings
-    assert "over 2 seeds" in findings[1]
+    assert "over 2 seeds" in findings[1] and findings[1].endswith("(mini diverged with seed 1.)")
     text = (report.out / "report.md").read_text()
     assert "diverged at step 2" in text and rows(text, "Variants")["mini"]["seeds"] == "2"
     with open(report.out / "runs.csv") as file:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from titan_adam_mini.compare.settled import alone, settle
-from titan_adam_mini.compare.variants import Variant, check_alike, parse, trainer_words
+from titan_adam_mini.compare.variants import Settings, Variant, parse, settings_of, trainer_words, unlike
 
 ROLES = "*.wv.weight=neuron.T,*.wo.weight=token"
 
@@ -61,13 +61,16 @@ def test_adam_mini_is_made_known_where_it_is_not(tmp_path: Path) -> None:
         trainer_words(config, given)
 
 
-def config(**training: object) -> dict[str, dict[str, object]]:
-    settings = {"steps": 1, "seq_len": 2, "local_batch_size": 3, "global_batch_size": 4, "dataset": "a"}
-    return {
-        "model": {"name": "m"},
-        "training": {**settings, "dataset_path": "b", **training},
-        "validation": {"freq": 1},
+def config(data_ranks: int = 1, comm: int = 300, model: str = "m", freq: int = 1, **training: object) -> Settings:
+    told = {"steps": 1, "seq_len": 2, "local_batch_size": 3, "global_batch_size": 4, "dataset": "a"}
+    sections = {
+        "model": {"name": model},
+        "training": {**told, "dataset_path": "b", **training},
+        "validation": {"freq": freq},
+        "comm": {"init_timeout_seconds": comm},
+        "checkpoint": {"interval": comm, "enable": True},
     }
+    return settings_of(sections, data_ranks)
 
 
 def test_a_seed_stands_on_the_command_line_only(tmp_path: Path) -> None:
@@ -78,30 +81,41 @@ def test_a_seed_stands_on_the_command_line_only(tmp_path: Path) -> None:
 
 
 def test_variants_share_model_and_data() -> None:
-    check_alike({"a": config(), "b": config(max_norm=2.0)})
-    with pytest.raises(ValueError, match=r"a and b cannot be compared: training\.seq_len is 2 for one and 5 for the"):
-        check_alike({"a": config(), "b": config(seq_len=5)})
-    with pytest.raises(ValueError, match=r"validation\.freq"):
-        check_alike({"a": config(), "b": {**config(), "validation": {"freq": 2}}})
+    assert unlike({"a": config(), "b": config(max_norm=2.0)}) == []
+    assert unlike({"a": config(), "b": config(seq_len=5)}) == ["training.seq_len is 2 for a and 5 for b"]
+    assert unlike({"a": config(), "b": config(freq=2)}) == ["validation.freq is 1 for a and 2 for b"]
+    # Another mesh is no other experiment, other documents are.
+    assert unlike({"a": config(), "b": config(data_ranks=2)}) == ["data_ranks is 1 for a and 2 for b"]
 
 
 def test_a_folder_keeps_what_it_was_made_with(tmp_path: Path) -> None:
-    common = {"ranks": 2, "threads": 1}
+    common = {"ranks": 2, "threads": 1, "slurm": False}
     assert settle(tmp_path, {"a": config()}, common) == common
     (tmp_path / "seeds").mkdir()
     assert settle(tmp_path, {"a": config(steps=5)}, common) == common, "nothing has been run"
     assert not (tmp_path / "seeds").exists(), "it may be of another model"
     (tmp_path / "runs").mkdir()
-    assert settle(tmp_path, {"a": config(steps=5)}, {"ranks": 2, "threads": 8}) == common, "threads change sums"
+    assert settle(tmp_path, {"a": config(steps=5)}, {**common, "threads": 8}) == common, "threads change sums"
+    assert settle(tmp_path, {"a": config(steps=5, comm=600)}, common) == common, "no number depends on that"
     assert settle(tmp_path, {"b": config(steps=5, max_norm=2.0)}, common) == common, "a variant more"
     with pytest.raises(ValueError, match=r"another configuration \(b: training.max_norm 2.0 there, 3.0 here\): name"):
         settle(tmp_path, {"a": config(steps=5), "b": config(steps=5, max_norm=3.0)}, common)
     with pytest.raises(ValueError, match="2 ranks there, 4 here"):
-        settle(tmp_path, {"a": config(steps=5)}, {"ranks": 4, "threads": 1})
+        settle(tmp_path, {"a": config(steps=5)}, {**common, "ranks": 4})
+    with pytest.raises(ValueError, match="they are not Slurm's: leave out --slurm"):
+        settle(tmp_path, {"a": config(steps=5)}, {**common, "slurm": True})
+    with pytest.raises(ValueError, match=r"model\.name is 'm' for a and 'n' for c"):
+        settle(tmp_path, {"c": config(steps=5, model="n")}, common)
 
 
 def test_one_command_in_a_folder(tmp_path: Path) -> None:
     with alone(tmp_path / "a"), pytest.raises(ValueError, match="another compare is at work in"), alone(tmp_path / "a"):
         pass
     with alone(tmp_path / "a"):
+        pass
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*/file cannot be written: File exists"), alone(tmp_path / "file"):
         pass

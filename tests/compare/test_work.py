@@ -1,19 +1,23 @@
 """What a start finds in a run's folder, and what is handed to Slurm."""
 
+import io
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from made_up_runs import record
+from rich.console import Console
 
 from titan_adam_mini.compare import work as work_module
 from titan_adam_mini.compare.plan import Plan, Run
-from titan_adam_mini.compare.training import LOCK, Training, _prepare, steps_saved
+from titan_adam_mini.compare.training import LOCK, Training, _prepare, at_work, steps_saved
 from titan_adam_mini.compare.work import RECORD, Work
 
 
@@ -52,14 +56,18 @@ def test_a_trainer_of_another_command_is_waited_for(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program + "print('held', flush=True); sys.stdin.read()", str(tmp_path / LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert at_work(tmp_path) == (0, {}), "it was killed before it wrote more"
+        told = json.dumps([holder.pid, {"CUDA_VISIBLE_DEVICES": "3"}])
+        (tmp_path / LOCK).write_text(told)
         training = Training(tmp_path, ["nothing"], ranks=1, shown=0, variables={})
-        assert training.adopted and training.running()
+        assert training.adopted and training.running() and training.variables == {"CUDA_VISIBLE_DEVICES": "3"}
         assert (training.step, training.loss) == (7, "3.25000"), "the last line is not whole yet"
+        assert (tmp_path / LOCK).read_text() == told, "for the next command"
         training.end()
-        assert training.running(), "it is not this command's to end"
-        holder.communicate()
+        assert holder.wait(10) == -signal.SIGTERM, "whoever interrupts the command has its trainers end"
     assert not training.running() and training.failure == ""
     training.close()
+    assert at_work(tmp_path) is None
 
 
 def test_a_failure_is_told_by_its_error(tmp_path: Path) -> None:
@@ -87,6 +95,7 @@ def work(tmp_path: Path) -> Work:
         saves=False,
         own_start=False,
         variables=[{}],
+        made={"device": "a CPU"},
     )
 
 
@@ -96,21 +105,120 @@ def test_a_line_of_flags_for_every_run(work: Work, monkeypatch: pytest.MonkeyPat
     done = Run("AdamW", 1e-3, 0)
     work.records[done] = record(done, [2.0] * 4, {4: 2.0})
     told = work.hand_over("a.toml")
-    lines = [shlex.split(line) for line in (work.out / "sweep.txt").read_text().splitlines()]
+    [file] = work.out.glob("sweep-*.txt")
+    lines = [shlex.split(line) for line in file.read_text().splitlines()]
     names = [(line[line.index("--optimizer.name") + 1], line[line.index("--debug.seed") + 1]) for line in lines]
     assert names == [("AdamMini", "0"), ("AdamW", "1"), ("AdamMini", "1")] and made == [0, 1]
     assert lines[0][:2] == ["--training.dataset_path", "/my data"]
     assert lines[0][-2:] == ["--job.dump_folder", str(work.out / "runs/mini/lr-0.002/seed-0")]
-    assert f"SWEEP={work.out}/sweep.txt CONFIG_FILE={Path('a.toml').absolute()}" in told and "--array=0-2 " in told
+    assert f"SWEEP={file} CONFIG_FILE={Path('a.toml').absolute()} RANKS=1 " in told
+    assert "sbatch -N 1 --array=0-2 " in told
     # As the batch script reads them: xargs keeps what is quoted together.
-    first = (work.out / "sweep.txt").read_text().splitlines()[0]
+    first = file.read_text().splitlines()[0]
     seen = subprocess.run(
         ["xargs", "-n", "1", "printf", "%s\\n"], input=first, capture_output=True, text=True, check=True
     )
     assert seen.stdout.splitlines() == lines[0]
+    # Tasks that still wait read that file: fewer runs are another one.
+    text, run = file.read_text(), work.todo()[0]
+    work.records[run] = record(run, [2.0] * 4, {4: 2.0})
+    work.ranks = 8
+    told = work.hand_over("a.toml")
+    assert file.read_text() == text and len(list(work.out.glob("sweep-*.txt"))) == 2 and str(file) not in told
+    assert (
+        "with as many NODES as make 8 ranks:" in told and " RANKS=8 " in told and "sbatch -N NODES --array=0-1" in told
+    )
     for run in work.todo():
         work.records[run] = record(run, [2.0] * 4, {4: 2.0})
     assert work.hand_over("a.toml") == ""
+
+
+def test_a_job_that_never_validated_its_last_step_does_that_step_again(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Work, "make_start", lambda self, seed: None)
+    folder = work.out / work.todo()[0].folder
+    checkpoint(folder, 2)
+    checkpoint(folder, 4)
+    work.hand_over("a.toml")
+    assert list(steps_saved(folder)) == [2]
+
+
+class Trainer:
+    """Stands for a training that says what it is told to: its run ends after some looks, or fails."""
+
+    begun: ClassVar[list[tuple[str, str]]] = []
+    """Run and GPU, in order."""
+    at_once: ClassVar[set[str]] = set()
+    alive: ClassVar[dict[str, str]] = {}
+    """Run -> GPU of an earlier command's."""
+    failing: ClassVar[set[str]] = set()
+    goes_on_from, diverged, step, loss = 0, False, 3, "2.0"
+
+    def __init__(self, folder: Path, words: list[str], *, variables: dict[str, str], **_: object) -> None:
+        self.name = str(folder.relative_to(folder.parents[3]))
+        self.adopted = self.name in self.alive
+        self.variables = {"GPU": self.alive.pop(self.name)} if self.adopted else variables
+        assert self.variables["GPU"] not in self.at_once, "two on one GPU"
+        self.at_once.add(self.variables["GPU"])
+        self.begun.append((self.name, self.variables["GPU"]))
+        self.left = 3 if self.adopted else 1
+        self.failure = "out of memory" if self.name in self.failing else ""
+
+    def running(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+    def close(self) -> None:
+        self.at_once.remove(self.variables["GPU"])
+
+    def ask(self) -> None: ...
+    def end(self) -> None: ...
+
+
+@pytest.fixture
+def trainers(work: Work, monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
+    """Two GPUs; every run that does not fail is on record once it has ended."""
+    for one in (Trainer.begun, Trainer.at_once, Trainer.alive, Trainer.failing):
+        one.clear()
+
+    def settle(self: Work, run: Run) -> bool:
+        if run.folder not in Trainer.failing:
+            self.records[run] = record(run, [2.0] * 4, {4: 2.0})
+        return run in self.records
+
+    monkeypatch.setattr(work_module, "Training", Trainer)
+    monkeypatch.setattr(work_module, "_LOOK", 0.001)
+    monkeypatch.setattr(
+        work_module, "at_work", lambda folder: next((1 for name in Trainer.alive if str(folder).endswith(name)), None)
+    )
+    monkeypatch.setattr(Work, "make_start", lambda self, seed: None)
+    monkeypatch.setattr(Work, "_settle", settle)
+    work.variables = [{"GPU": "0"}, {"GPU": "1"}]
+    return Trainer
+
+
+def test_a_variant_that_fails_does_not_end_the_others(work: Work, trainers: type[Trainer]) -> None:
+    trainers.failing.add(Run("mini", 2e-3, 0).folder)
+    said = io.StringIO()
+    assert work.do(Console(file=said), lambda: None) == ["the run mini, lr 0.002, seed 0 failed: out of memory"]
+    assert set(work.records) == {Run("AdamW", 1e-3, 0), Run("AdamW", 1e-3, 1)}
+    assert len(trainers.begun) == 3, "its second seed would fail alike"
+    assert "mini, lr 0.002, seed 0: failed: out of memory; no more runs of mini" in said.getvalue()
+
+
+def test_a_trainer_of_another_command_keeps_its_gpu(work: Work, trainers: type[Trainer]) -> None:
+    last = work.todo()[-1].folder
+    trainers.alive[last] = "1"
+    assert work.do(Console(file=io.StringIO()), lambda: None) == []
+    assert trainers.begun[0] == (last, "1") and {gpu for _, gpu in trainers.begun[1:3]} == {"0"}
+    assert work.todo() == [] and len(trainers.begun) == 4
+    # One that was begun with more GPUs than this command has takes none of its own.
+    work.records.clear()
+    trainers.begun.clear()
+    trainers.alive[last] = "7"
+    assert work.do(Console(file=io.StringIO()), lambda: None) == []
+    assert {gpu for _, gpu in trainers.begun[1:]} == {"0", "1"}
 
 
 def test_a_seed_may_have_data_of_its_own(work: Work) -> None:
@@ -124,6 +232,7 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
     there: dict[Run, Any] = {
         Run("AdamW", 1e-3, 0): record(Run("AdamW", 1e-3, 0), [2.0] * 4, {1: 2.0, 2: 2.0, 4: 2.0}),
         Run("mini", 2e-3, 0): record(Run("mini", 2e-3, 0), [2.0] * 4, {1: 2.0, 2: 2.0}),
+        Run("mini", 2e-3, 1): record(Run("mini", 2e-3, 1), [2.0] * 4, {1: 2.0, 4: 2.0}),
         Run("AdamW", 1e-3, 1): record(Run("AdamW", 1e-3, 1), [2.0, 3.5], {1: 2.0}, diverged=2),
     }
     monkeypatch.setattr(work_module, "read", lambda board, run, ranks: there.get(run, record(run, [], {})))
@@ -132,7 +241,11 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
         checkpoint(work.out / run.folder, 2)
         checkpoint(work.out / run.folder, 4)
     work.collect()
-    assert set(work.records) == {Run("AdamW", 1e-3, 0), Run("AdamW", 1e-3, 1)}, "the last validation is missing"
+    found = {Run("AdamW", 1e-3, 0), Run("AdamW", 1e-3, 1), Run("mini", 2e-3, 1)}
+    assert set(work.records) == found, (
+        "the last validation is missing in one, and an earlier one, which may be, in another"
+    )
+    assert all(one.made == {"device": "a CPU"} for one in work.records.values())
     folder = work.out / Run("AdamW", 1e-3, 0).folder
     assert (folder / "losses.txt").read_text() == "1 2.0\n2 2.0\n3 2.0\n4 2.0\n", "as torchtitan exports them"
     assert list(steps_saved(folder)) == [4], "nobody goes on from the others"
@@ -140,4 +253,4 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
     monkeypatch.setattr(work_module, "read", lambda board, run, ranks: record(run, [], {}))
     work.records.clear()
     work.collect()
-    assert set(work.records) == {Run("AdamW", 1e-3, 0), Run("AdamW", 1e-3, 1)}, f"from {RECORD}"
+    assert set(work.records) == found, f"from {RECORD}"

@@ -223,6 +223,14 @@ def test_on_another_number_of_nodes_by_hand(jobs: Jobs) -> None:
     assert jobs.attempts("moved")[1]["from"] == "6"
 
 
+def test_another_number_of_ranks_than_was_asked_for(jobs: Jobs) -> None:
+    job = jobs("few", nodes=2, RANKS="3")
+    fields = jobs.cluster.wait(job, ended, LONG)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "78:0")
+    assert "RANKS=3 were asked for, and 2 nodes with 1 each make 2" in jobs.cluster.log(job)
+    assert not (jobs.folder / "outputs" / "few").exists(), "no attempt was made"
+
+
 def test_a_sweep(jobs: Jobs) -> None:
     lines = jobs.folder / "sweep.txt"
     lines.write_text("# two runs\n\n--optimizer.name AdamW --job.description 'two words'\n--optimizer.name AdamMini\n")

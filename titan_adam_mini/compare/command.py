@@ -16,13 +16,15 @@ import torch
 import tyro
 from rich.console import Console
 
+from ..about import device_name
 from ..child import child
+from ..drawing import figure
 from ..flags import ConfigFile, check_config, number_of_ranks
 from .plan import Plan
-from .report import Report
+from .report import Report, made_with
 from .settled import alone, settle
-from .variants import Variant, check_alike, parse, trainer_words
-from .work import Work
+from .variants import Variant, parse, settings_of, trainer_words, unlike
+from .work import Work, seeded
 
 if TYPE_CHECKING:
     from ..titan.compared import Compared
@@ -66,8 +68,9 @@ class Compare:
     """So many runs at once, each with its own GPUs; on a CPU every rank has one core, or OMP_NUM_THREADS of them."""
 
     slurm: bool = False
-    """Train nothing here: write the runs that are wanted now into OUT/sweep.txt for launch/slurm/sweep.sbatch, and
-    report what is there. Once the array has finished, the same command reports its runs and writes the next ones."""
+    """Train nothing here but make the starts, on one rank: write the runs that are wanted now into a file for
+    launch/slurm/sweep.sbatch, print the line that submits them, and report what is there. Once the array has finished,
+    the same command reports its runs and writes the next ones. The runs keep checkpoints, to survive pre-emption."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         variants, lrs, ranks = self._checked()
@@ -75,18 +78,21 @@ class Compare:
         compared = _configurations(variants, words, ranks)
         first = next(iter(compared.values())).config
         _check_validation(first)
-        own_start = _own_start(first)
-        if own_start and self.seeds > 1:
-            raise ValueError(
-                "all seeds would start from the checkpoint that the configuration names, and read the same data: give "
-                "--seeds 1"
-            )
+        _check_data(first, self.seeds)
+        own_start = _check_start(words, first, self.seeds)
+        devices = [{}] if self.slurm else _devices(ranks, self.jobs)
+        figure(1, 1)  # asked before, and not after, days of training
+        common = {"ranks": ranks, "threads": int(os.environ.get("OMP_NUM_THREADS") or 1), "slurm": self.slurm}
         out = (self.out or Path("outputs/compare") / Path(self.config).stem).absolute()
+
+        def say(line: str) -> None:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+
         with alone(out), _signals():
-            devices = [{}] if self.slurm else _devices(ranks, self.jobs)
-            common = {"ranks": ranks, "threads": int(os.environ.get("OMP_NUM_THREADS") or 1)}
-            common = settle(out, {name: one.config for name, one in compared.items()}, common)
+            settings = {name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}
+            common = settle(out, settings, common)
             plan = Plan({name: one.config["optimizer"]["lr"] for name, one in compared.items()}, lrs, self.seeds)
+            checkpoint = first["checkpoint"]
             work = Work(
                 out=out,
                 plan=plan,
@@ -95,9 +101,10 @@ class Compare:
                 shown={name: one.shown for name, one in compared.items()},
                 steps=first["training"]["steps"],
                 frequency=first["validation"]["freq"],
-                saves=first["checkpoint"]["enable"] and not first["checkpoint"]["load_only"],
+                saves=(checkpoint["enable"] or self.slurm) and not checkpoint["load_only"],
                 own_start=own_start,
                 variables=[{"OMP_NUM_THREADS": str(common["threads"]), **one} for one in devices],
+                made=made_with("nodes of Slurm" if self.slurm else device_name(_device(), common["threads"])),
             )
             report = Report(
                 out=out,
@@ -107,24 +114,21 @@ class Compare:
                 variants=variants,
                 compared=compared,
                 ranks=ranks,
-                threads=common["threads"],
-                elsewhere=self.slurm,
             )
-
-            def say(line: str) -> None:
-                console.print(line, soft_wrap=True, highlight=False)
-
             work.collect()
+            failed = []
             if self.slurm:
-                told = work.hand_over(self.config)
+                if told := work.hand_over(self.config):
+                    say(told)
             else:
-                told = ""
-                work.do(console, lambda: report.write(work.records, pictures=False))
+                if cores := _crowded(ranks * self.jobs * common["threads"]):
+                    say(f"{self.jobs} runs of {ranks} x {common['threads']} threads at once share {cores} cores.")
+                failed = work.do(console, lambda: report.write(work.records, pictures=False))
             for line in report.write(work.records):
                 say(line)
             say(f"Written: {out / 'report.md'}")
-            if told:
-                say(told)
+        if failed:
+            raise ValueError("; ".join(failed))
 
     def _checked(self) -> tuple[list[Variant], list[float], int]:
         """Variants, learning rates and ranks; ValueError for flags that cannot be served."""
@@ -153,6 +157,7 @@ class Compare:
         for name in ("optimizers", "seeds", "lr", "out", "ngpu", "jobs"):
             if (value := getattr(self, name)) != getattr(Compare, name):
                 words += [f"--{name}", str(value)]
+        words += ["--slurm"] * self.slurm
         for one in self.variant:
             words += ["--variant", one]
         return shlex.join([*words, *arguments[2:]])
@@ -162,7 +167,8 @@ def _configurations(variants: list[Variant], words: list[str], ranks: int) -> di
     """Name -> what torchtitan makes of a variant's words; ValueError if it does not take them."""
     with child() as call:
         compared = {one.name: call(_read, [*words, *one.arguments], ranks) for one in variants}
-    check_alike({name: one.config for name, one in compared.items()})
+    if told := unlike({name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}):
+        raise ValueError(f"the variants cannot be compared: {'; '.join(told)}")
     return compared
 
 
@@ -173,22 +179,61 @@ def _read(*args: Any) -> Any:
 
 
 def _check_validation(config: dict[str, Any]) -> None:
-    validation, steps = config["validation"], config["training"]["steps"]
+    validation, training = config["validation"], config["training"]
     if not validation["enable"]:
         raise ValueError(
             "there is no validation set: set [validation] enable, dataset, dataset_path, freq and steps, or give "
             "--validation.enable and the others"
         )
-    if steps % validation["freq"]:
+    if validation["freq"] < 1 or training["steps"] % validation["freq"]:
         raise ValueError(
-            f"the last of {steps} steps would not be validated: choose a --validation.freq that divides it, "
-            f"not {validation['freq']}"
+            f"the last of {training['steps']} steps would not be validated: choose a --validation.freq that divides "
+            f"it, not {validation['freq']}"
+        )
+    if validation["seq_len"] > training["seq_len"]:
+        raise ValueError(
+            f"validation.seq_len is {validation['seq_len']}, and the model is built for training.seq_len, "
+            f"{training['seq_len']}: give --validation.seq_len {training['seq_len']}"
         )
 
 
-def _own_start(config: dict[str, Any]) -> bool:
+def _check_data(config: dict[str, Any], seeds: int) -> None:
+    """Whether the data of all seeds are there, where those of seed 0 are a local path."""
+    for section in ("training", "validation"):
+        path = config[section]["dataset_path"] or ""
+        of_seed = [Path(one) for seed in range(seeds) for one in seeded([path], seed)]
+        missing = [str(one) for one in of_seed if not one.exists()]
+        if path and of_seed[0].exists() and missing:
+            raise ValueError(
+                f"{section}.dataset_path {path} is missing for some of the {seeds} seeds: {', '.join(missing)}"
+            )
+
+
+def _check_start(words: list[str], config: dict[str, Any], seeds: int) -> bool:
+    """Whether the configuration itself says which checkpoint runs start from."""
     checkpoint = config["checkpoint"]
-    return bool(checkpoint["enable"] and (checkpoint["initial_load_path"] or checkpoint["initial_load_in_hf"]))
+    if not checkpoint["enable"] or not (checkpoint["initial_load_path"] or checkpoint["initial_load_in_hf"]):
+        return False
+    if not checkpoint["initial_load_model_only"]:
+        raise ValueError(
+            "runs are compared from step 1 on, with new optimizer state: leave checkpoint.initial_load_model_only true"
+        )
+    if seeds > 1 and not any("{seed}" in word for word in words):
+        raise ValueError(
+            "all seeds would start from the checkpoint that the configuration names, and read the same data: give "
+            "--seeds 1, or data of their own with {seed} in --training.dataset_path"
+        )
+    return True
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _crowded(threads: int) -> int:
+    """The number of cores, where so many threads of trainers on a CPU are more; else 0."""
+    cores = len(os.sched_getaffinity(0))
+    return cores if _device().type == "cpu" and threads > cores else 0
 
 
 def _devices(ranks: int, jobs: int) -> list[dict[str, str]]:
@@ -211,7 +256,9 @@ def _signals() -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {one: signal.signal(one, leave) for one in (signal.SIGTERM, signal.SIGHUP)}
+    # nohup has HUP ignored, and stays in force.
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, leave) for one in heard}
     try:
         yield
     finally:

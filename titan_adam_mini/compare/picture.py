@@ -12,7 +12,7 @@ from typing import Any
 from ..drawing import COLOURS, bare, figure, wrapped
 from .record import Record
 
-LOSS, VALIDATION, SWEEP, NORM = "loss.png", "validation.png", "lr.png", "grad_norm.png"
+LOSS, VALIDATION, RATES, NORM = "loss.png", "validation.png", "lr.png", "grad_norm.png"
 _WIDTH, _HEIGHT, _TEXT, _TITLE = 7.5, 4.4, 8, 11
 _WINDOWS = 50
 """A curve of training losses is a running mean over a share of so many of its steps."""
@@ -52,7 +52,7 @@ def draw(
         right.set_xlabel("seconds, without validation")
         _finish(made, out / LOSS, title, f"{smooth} {_bands(there)}")
         made, axes = _one()
-        _lines(axes, there, _validated, marker="o")
+        _lines(axes, there, _validated(there), marker="o")
         axes.set(xlabel="step", ylabel="validation loss")
         _finish(made, out / VALIDATION, title, _bands(there))
         made, axes = _one()
@@ -69,8 +69,8 @@ def draw(
         rates = sorted({lr for losses in swept.values() for lr in losses})
         axes.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=_TEXT)
         axes.minorticks_off()
-        _finish(made, out / SWEEP, title, "The first seed. Runs that diverged are not shown.")
-        drawn.append(SWEEP)
+        _finish(made, out / RATES, title, "The first seed. Runs that diverged are not shown.")
+        drawn.append(RATES)
     return drawn
 
 
@@ -98,10 +98,12 @@ def _lines(
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.2, linewidth=0)
 
 
-def _validated(record: Record) -> Curve:
-    """Without step 1 where there are later ones: the loss of a model that was never trained flattens all others."""
-    steps = [step for step in record.validation if step > 1 or len(record.validation) < 3]
-    return [float(step) for step in steps], [record.validation[step] for step in steps]
+def _validated(runs: Mapping[str, Sequence[Record]]) -> Callable[[Record], Curve]:
+    """Validation losses at the steps that all runs have, without step 1 where there are later ones: the loss of a
+    model that was never trained flattens all others."""
+    common = sorted(set.intersection(*({*one.validation} for records in runs.values() for one in records)))
+    steps = [step for step in common if step > 1 or len(common) < 3]
+    return lambda record: ([float(step) for step in steps], [record.validation[step] for step in steps])
 
 
 def _smooth(x: Sequence[float], y: Sequence[float], window: int) -> Curve:

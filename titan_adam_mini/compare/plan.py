@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,8 +63,8 @@ class Plan:
 
         Without a sweep its own is the only one, and the best. Else the best is None while runs are missing. While it
         lies at an edge, that edge moves on by the factor between the last two values (2 if there is one value only),
-        EXTENSIONS times at most. Of equal losses the smaller rate's is the best, so that where all diverge, smaller
-        ones are tried.
+        EXTENSIONS times at most. Of equal losses the smaller rate's is the best, so that where all diverge, only
+        smaller ones are tried.
         """
         if not self.lrs:
             return [self.variants[variant]], self.variants[variant]
@@ -73,7 +74,7 @@ class Plan:
             if len(found) < len(swept):
                 return swept, None
             best = min(swept, key=lambda lr: found[lr])
-            further = _beyond(swept, best) if left else []
+            further = _beyond(swept, best, up=math.isfinite(found[best])) if left else []
             if not further:
                 break
             swept = sorted({*swept, *further})
@@ -85,11 +86,11 @@ def at_edge(swept: Sequence[float], best: float) -> bool:
     return best in (swept[0], swept[-1])
 
 
-def _beyond(swept: Sequence[float], best: float) -> list[float]:
+def _beyond(swept: Sequence[float], best: float, up: bool) -> list[float]:
     """The next learning rates at the edges where the best lies, of three digits: folders are called after them."""
     beyond = []
     if best == swept[0]:
         beyond.append(swept[0] / (swept[1] / swept[0] if len(swept) > 1 else 2))
-    if best == swept[-1]:
+    if best == swept[-1] and up:
         beyond.append(swept[-1] * (swept[-1] / swept[-2] if len(swept) > 1 else 2))
     return [float(f"{lr:.2e}") for lr in beyond]

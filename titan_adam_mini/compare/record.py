@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from ..whole import write_whole
 from .plan import Run
 from .statistics import median
 
@@ -41,6 +42,7 @@ class Record:
         columns: those of COLUMNS, one value per step, from step 1 on without a hole.
         validation: step -> loss.
         diverged: the first step whose loss is no finite number; None if there is none.
+        made: device, versions and commit, by name; what is not known is left out.
     """
 
     run: Run
@@ -48,6 +50,7 @@ class Record:
     columns: dict[str, list[float]]
     validation: dict[int, float] = field(default_factory=dict)
     diverged: int | None = None
+    made: dict[str, str] = field(default_factory=dict)
 
     @property
     def losses(self) -> list[float]:
@@ -65,7 +68,7 @@ class Record:
             return math.inf
         return self.validation[max(self.validation)]
 
-    @property
+    @cached_property
     def spikes(self) -> int:
         return spikes(self.losses)
 
@@ -97,9 +100,7 @@ class Record:
 
     def write(self, file: Path) -> None:
         """Into a file that is whole at any moment."""
-        new = file.with_name(f"{file.name}.new")
-        new.write_text(json.dumps(asdict(self)))
-        os.replace(new, file)
+        write_whole(file, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, file: Path) -> Record:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..about import device_name, version
+from ..about import commit, version
+from ..whole import write_whole
 from .picture import draw
 from .plan import EXTENSIONS, Plan, Run, at_edge
 from .record import DEVIATIONS, WINDOW, Record
@@ -38,8 +36,6 @@ class Report:
         variants: what is compared; the first is what the others are held against.
         compared: name -> its configuration.
         ranks: processes of a run.
-        threads: of a process on a CPU.
-        elsewhere: whether the runs are done by Slurm, and not on this machine.
     """
 
     out: Path
@@ -49,8 +45,6 @@ class Report:
     variants: Sequence[Variant]
     compared: Mapping[str, Compared]
     ranks: int
-    threads: int
-    elsewhere: bool
 
     def write(self, records: Mapping[Run, Record], *, pictures: bool = True) -> list[str]:
         """Write everything anew from the runs there are; returns the findings, a sentence each.
@@ -75,7 +69,7 @@ class Report:
             "",
             *(f"- {one}" for one in findings),
             "",
-            *self._about(),
+            *self._about(records),
             "",
             "## Variants, at their best learning rates" if self.plan.lrs else "## Variants",
             "",
@@ -88,11 +82,11 @@ class Report:
             *self._runs(records, best),
         ]
         file = self.out / "report.md"
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(file, "\n".join(lines) + "\n")
         if pictures:
             drawn = draw(self.out, title, chosen, {name: self._swept(name, losses) for name in best if self.plan.lrs})
             shown = [f"![{Path(name).stem}]({name})" for name in drawn]
-            file.write_text("\n".join([*lines, "", "## Pictures", "", *shown]) + "\n", encoding="utf-8")
+            write_whole(file, "\n".join([*lines, "", "## Pictures", "", *shown]) + "\n")
         return findings
 
     @property
@@ -122,14 +116,17 @@ class Report:
 
     def _verdicts(self, chosen: Mapping[str, Mapping[int, Record]]) -> Iterator[str]:
         first, *others = chosen
+        lost = {
+            name: [seed for seed, one in found.items() if one.diverged is not None] for name, found in chosen.items()
+        }
         for name in others:
             found = difference(_finals(chosen[name]), _finals(chosen[first]))
             if found is not None:
-                yield found.sentence(name, first)
-        for name, records in chosen.items():
-            bad = [str(seed) for seed, record in records.items() if record.diverged is not None]
-            if bad:
-                yield f"{name} diverged with seed {', '.join(bad)}, which is left out of means and differences."
+                gone = [f"{one} diverged with seed {_listed(lost[one])}" for one in (name, first) if lost[one]]
+                yield found.sentence(name, first) + (f" ({'; '.join(gone)}.)" if gone else "")
+        for name, seeds in lost.items():
+            if seeds:
+                yield f"{name} diverged with seed {_listed(seeds)}, which is left out of means and differences."
 
     def _edges(self, losses: Mapping[Run, float]) -> Iterator[str]:
         for name in self.plan.variants:
@@ -146,7 +143,7 @@ class Report:
 
     # Sections
 
-    def _about(self) -> Iterator[str]:
+    def _about(self, records: Mapping[Run, Record]) -> Iterator[str]:
         config = self._first.config
         training, validation = config["training"], config["validation"]
         batch = training["global_batch_size"]
@@ -155,15 +152,18 @@ class Report:
         yield f"- model: {self._first.model}, {self._first.parameters:,} parameters"
         yield f"- training: {training['steps']} steps of {size} of {training['seq_len']} tokens, {_data(training)}"
         yield (
-            f"- validation: every {validation['freq']} steps on {times} of {_data(validation)}, each time on the same"
-            " documents"
+            f"- validation: every {validation['freq']} steps on {times} of {validation['local_batch_size']} x "
+            f"{validation['seq_len']} tokens of {_data(validation)}, each time on the same documents"
         )
-        device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"), self.threads)
-        ranks = f"{self.ranks} rank{'' if self.ranks == 1 else 's'}"
-        yield f"- device: {ranks}{' on nodes of Slurm' if self.elsewhere else f', each on {device}'}"
-        yield "- versions: " + ", ".join(f"{name} {version(name)}".strip() for name in _PACKAGES)
-        if commit := _commit():
-            yield f"- commit: {commit}"
+        yield f"- settings, where a variant has no others: {_settings(config)}"
+        yield f"- ranks: {self.ranks}"
+        for key in ("device", "versions", "commit"):
+            found: dict[str, list[Run]] = {}
+            for run, record in sorted(records.items()):
+                found.setdefault(record.made.get(key, "not known"), []).append(run)
+            told = [one if len(found) == 1 else f"{one} ({len(runs)} runs)" for one, runs in found.items()]
+            if told:
+                yield f"- {key}: {'; '.join(told)}"
         yield f"- configuration: {self.config}"
         yield f"- command: `{self.command}`"
         for one in self.variants:
@@ -261,10 +261,26 @@ def _data(section: Mapping[str, Any]) -> str:
     return f"{section['dataset']}{' at ' if section['dataset_path'] else ''}{section['dataset_path'] or ''}"
 
 
-def _commit() -> str:
-    """Of the repository the command was given in; "" without one."""
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+def _settings(config: Mapping[str, Any]) -> str:
+    """What a reader without the configuration asks for first."""
+    optimizer, schedule, training = config["optimizer"], config["lr_scheduler"], config["training"]
+    degrees = {name: value for name, value in config["parallelism"].items() if name.endswith("_degree") and value > 1}
+    return ", ".join(
+        [
+            *(f"{name} {optimizer[name]:g}" for name in ("beta1", "beta2", "eps", "weight_decay")),
+            f"warm-up {schedule['warmup_steps']} steps, then {schedule['decay_type']} to {schedule['min_lr_factor']:g}",
+            f"gradients clipped at {training['max_norm']:g}",
+            f"parameters {training['dtype']}, matrix products {training['mixed_precision_param']}",
+            *(f"{name} {value}" for name, value in degrees.items()),
+        ]
+    )
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def made_with(device: str) -> dict[str, str]:
+    """What a record says of a run that is made now: device, versions and commit."""
+    versions = ", ".join(f"{name} {version(name)}".strip() for name in _PACKAGES)
+    return {"device": device, "versions": versions, **({"commit": told} if (told := commit()) else {})}

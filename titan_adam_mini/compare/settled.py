@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..whole import write_whole
+from .variants import Settings, counts, unlike
+
 FILE, LOCK = "compare.json", "lock"
-_LEFT_OUT = ("job.config_file", "job.description", "job.dump_folder", "optimizer.lr", "debug.seed")
-"""Settings that say nothing of a run's numbers, or that every run has its own of."""
 _SHOWN = 4
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Make the folder, and be the only command at work in it. Raises ValueError if there is another."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "a") as lock:
+    """Make the folder, and be the only command at work in it. Raises ValueError if that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "a")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another compare is at work in {out}") from None
+        except OSError as error:
+            raise ValueError(f"files in {out} cannot be locked ({error.strerror}): choose another --out") from None
         yield
 
 
-def settle(out: Path, configs: Mapping[str, Mapping[str, Any]], common: Mapping[str, int]) -> dict[str, int]:
+def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what all runs in a folder have in common; what was kept before counts.
 
     More variants may join those that are there.
 
     Args:
         out: the folder.
-        configs: variant -> torchtitan's job configuration.
-        common: figures that are the same for all runs: `ranks` must be what it was, `threads` is kept.
+        settings: variant -> its settings, as `settings_of` has them.
+        common: what is the same for all runs: `ranks` and `slurm` must be what they were, `threads` is kept.
 
     Returns:
         `common` as it was at the first start.
@@ -46,14 +52,18 @@ def settle(out: Path, configs: Mapping[str, Mapping[str, Any]], common: Mapping[
         ValueError: the folder was made with another configuration; what differs is named.
     """
     file = out / FILE
-    mine = {name: json.loads(json.dumps(_flat(config), default=str)) for name, config in configs.items()}
     kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**common, "variants": {}}
     told = [] if kept["ranks"] == common["ranks"] else [f"{kept['ranks']} ranks there, {common['ranks']} here"]
-    for name in mine.keys() & kept["variants"].keys():
-        there, here = kept["variants"][name], mine[name]
+    if kept.setdefault("slurm", common["slurm"]) != common["slurm"]:
+        told.append("they are Slurm's: add --slurm" if kept["slurm"] else "they are not Slurm's: leave out --slurm")
+    kept["variants"] = {name: {key: one[key] for key in one if counts(key)} for name, one in kept["variants"].items()}
+    for name in settings.keys() & kept["variants"].keys():
+        there, here = kept["variants"][name], settings[name]
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 told.append(f"{name}: {key} {there.get(key)!r} there, {here.get(key)!r} here")
+    if not told:
+        told += unlike({**kept["variants"], **settings})
     if told and not (out / "runs").exists():  # nothing has been run with what was there
         shutil.rmtree(out / "seeds", ignore_errors=True)
         kept, told = {**common, "variants": {}}, []
@@ -63,20 +73,6 @@ def settle(out: Path, configs: Mapping[str, Mapping[str, Any]], common: Mapping[
             f"{out} has runs of another configuration ({'; '.join(told[:_SHOWN])}{more}): name another folder with "
             "--out, or give the settings it was made with"
         )
-    kept["variants"] |= mine
-    new = file.with_name(f"{FILE}.new")
-    new.write_text(json.dumps(kept, indent=1) + "\n")
-    os.replace(new, file)
+    kept["variants"] |= settings
+    write_whole(file, json.dumps(kept, indent=1) + "\n")
     return {name: kept[name] for name in common}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """section.key -> value, without those that differ from run to run."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{name}.")
-        elif name not in _LEFT_OUT:
-            flat[name] = value
-    return flat

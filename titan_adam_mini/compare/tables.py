@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,21 @@ def write_runs(
                 "folder": run.folder,
             }
         )
-    _write(file, rows)
+    _write(file, iter(rows))
 
 
 def write_steps(file: Path, records: Mapping[Run, Record]) -> None:
     """Write a row per run and step: COLUMNS, with `lr_now` for the schedule's learning rate, and the validation loss
     where there is one."""
-    rows: list[dict[str, Any]] = []
-    for run, one in sorted(records.items()):
-        for place in range(one.steps):
-            about = {"variant": run.variant, "lr": run.lr, "seed": run.seed, "step": place + 1}
-            columns = {"lr_now" if name == "lr" else name: one.columns[name][place] for name in COLUMNS}
-            rows.append({**about, **columns, "validation_loss": one.validation.get(place + 1, "")})
-    _write(file, rows)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for run, one in sorted(records.items()):
+            for place in range(one.steps):
+                about = {"variant": run.variant, "lr": run.lr, "seed": run.seed, "step": place + 1}
+                columns = {"lr_now" if name == "lr" else name: one.columns[name][place] for name in COLUMNS}
+                yield {**about, **columns, "validation_loss": one.validation.get(place + 1, "")}
+
+    _write(file, rows())
 
 
 def perplexity(loss: float) -> float:
@@ -70,8 +72,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:
+    first = next(rows, None)
     with open(file, "w", newline="", encoding="utf-8") as written:
-        writer = csv.DictWriter(written, list(rows[0]) if rows else [])
+        writer = csv.DictWriter(written, list(first or ()))
         writer.writeheader()
+        if first is not None:
+            writer.writerow(first)
         writer.writerows(rows)

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
-"""Names in a run's folder. The lock's content is the trainer's process id."""
+"""Names in a run's folder. The lock's content is the trainer's process id and the variables it was given, as JSON."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(?<!validate )step:\s*(\d+)\s+loss:\s*([-+\w.]+)")
 _ERROR = re.compile(r"(?:\[\w+\]:\s*)*((?:[\w.]*(?:Error|Exception|Interrupt)|AssertionError)\b.*)")
-_PATIENCE = 45.0
-"""Seconds for a trainer to save and leave."""
+_PATIENCE, _LOOK = 45.0, 0.1
+"""Seconds for a trainer to save and leave, and between two looks whether it has."""
 
 
 class Training:
@@ -37,6 +39,12 @@ class Training:
         shown: the rank whose output is kept.
         variables: more environment variables.
         known: the step up to which the run's figures are on record: it goes on from a checkpoint no later than that.
+
+    Attributes:
+        adopted: whether the trainer is that of an earlier command, which was killed.
+        variables: those the trainer has, whoever gave them.
+        pid: of the trainer, or of its torchrun; 0 if an earlier command did not come to write it down.
+        step, loss: the last that it has said.
     """
 
     def __init__(
@@ -50,29 +58,32 @@ class Training:
         known: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.variables, self.pid = folder, variables, 0
         self.step, self.loss = 0, ""
         self._begin = self._read = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = open(folder / LOCK, "a+")  # noqa: SIM115
         self.adopted = not self._locked()
-        """Whether the trainer is that of an earlier command, which was killed."""
         if self.adopted:
+            if told := at_work(folder):
+                self.pid, self.variables = told
             return
         self.goes_on_from = _prepare(folder, known)
         self._begin = self._read = (folder / LOG).stat().st_size if (folder / LOG).exists() else 0
         environment = {**os.environ, **variables, "LOG_RANK": str(shown), "TITAN_ADAM_MINI_ONE_CURVE": "1"}
         environment |= {"TITAN_ADAM_MINI_SAME_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+        module = os.environ.get("TRAIN_FILE") or "torchtitan.train"  # as launch/run_train.sh
         command = [sys.executable, "-m"]
         if ranks == 1:
-            command += ["torchtitan.train"]
+            command += [module]
             # The only process is the one that all others would ask: a port that nobody knows will do.
             environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         else:
             command += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
             command += ["--rdzv_endpoint=localhost:0", f"--local-ranks-filter={shown}", "--role=rank", "--tee=3"]
-            command += ["-m", "torchtitan.train"]
+            command += ["-m", module]
+        self._lock.truncate(0)  # before the trainer holds it too: it may not be taken for an earlier one
         with open(folder / LOG, "ab") as log:
             self._process = subprocess.Popen(
                 [*command, *words, "--job.dump_folder", str(folder)],
@@ -83,14 +94,13 @@ class Training:
                 start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )
-        self._lock.truncate(0)
-        self._lock.write(f"{self._process.pid}\n")
+        self.pid = self._process.pid
+        self._lock.write(json.dumps([self.pid, dict(variables)]))
         self._lock.flush()
 
     def running(self) -> bool:
         """Whether it still is; reads what it has said since the last call."""
-        # Asked first: what the log holds after the end is everything.
-        running = self._process.poll() is None if self._process is not None else not self._locked()
+        running = self._alive()  # asked first: what the log holds after the end is everything
         self._follow()
         return running
 
@@ -109,21 +119,30 @@ class Training:
         told = errors[-1] if errors else (lines or ["it said nothing"])[-1]
         return f"{told} (status {self._process.returncode}; log: {self.folder / LOG})"
 
-    def end(self) -> None:
-        """End it: a run that keeps checkpoints saves first. A trainer of an earlier command is left alone."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        # Ranks are in sessions of their own; torchrun takes them along on TERM, where KILL would leave them.
-        for number, patience in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
+    def ask(self) -> None:
+        """Ask it to end, without waiting: a run that keeps checkpoints saves first."""
+        if self.pid and self._alive():
+            # The process alone: its data loader's workers, killed beside it, would make it fail before it saves, and
+            # torchrun hands the signal on to its ranks.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience)
-                return
+                os.kill(self.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """Ask it to end, wait, and kill it if it does not."""
+        self.ask()
+        until = time.monotonic() + _PATIENCE
+        while self.pid and self._alive():
+            if time.monotonic() > until:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            time.sleep(_LOOK)
 
     def close(self) -> None:
         """Let go of the folder, after the end."""
         self._lock.close()
+
+    def _alive(self) -> bool:
+        return self._process.poll() is None if self._process is not None else not self._locked()
 
     def _locked(self) -> bool:
         """Whether the folder is this process's, or that of the trainer it started."""
@@ -147,6 +166,20 @@ class Training:
                 return log.read()
         except FileNotFoundError:
             return b""
+
+
+def at_work(folder: Path) -> tuple[int, dict[str, str]] | None:
+    """Process id and variables of the trainer that is at work in a folder; (0, {}) if they are not written down."""
+    if not (folder / LOCK).is_file():
+        return None
+    with open(folder / LOCK, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            pid, variables = json.loads(lock.read() or "[0, {}]")
+            return pid, variables
+    return None
 
 
 def steps_saved(folder: Path) -> dict[int, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,19 @@ except ModuleNotFoundError:  # Python 3.10
 OPTIMIZERS = ("AdamW", "AdamMini", "Adam")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 """What a variant may be called: its runs lie in a folder of that name."""
-ALIKE = ("steps", "seq_len", "local_batch_size", "global_batch_size", "dataset", "dataset_path")
-"""Settings of [training] that all variants have in common."""
+_ALIKE = (
+    *("model.", "validation.", "training.steps", "training.seq_len", "training.local_batch_size"),
+    *("training.global_batch_size", "training.dataset", "data_ranks"),
+)
+"""How the names of settings begin that all variants have in common."""
+_IDLE = (
+    *("job.config_file", "job.description", "job.dump_folder", "optimizer.lr", "debug.seed"),
+    *("comm.", "metrics.", "profiling.", "checkpoint.interval", "checkpoint.keep_latest_k", "checkpoint.async_mode"),
+)
+"""How the names of settings begin that say nothing of a run's numbers, or that every run has its own of."""
+
+Settings = Mapping[str, Any]
+"""A variant's `section.key` -> value, as JSON has it, and `data_ranks`: how many ranks read data of their own."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +117,30 @@ def trainer_words(config: str, given: Sequence[str]) -> list[str]:
     return [*words, "--debug.deterministic", *given[2:]]
 
 
-def check_alike(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError unless all variants have the same model, data, length and validation.
+def settings_of(config: Mapping[str, Any], data_ranks: int) -> Settings:
+    """What counts of torchtitan's job configuration, a dictionary of sections."""
+    flat = json.loads(json.dumps(_flat(config), default=str))
+    return {name: value for name, value in flat.items() if counts(name)} | {"data_ranks": data_ranks}
 
-    Args:
-        configs: variant -> torchtitan's job configuration as a dictionary.
-    """
-    (first, mine), *others = configs.items()
-    for name, config in others:
-        for section in ("model", "training", "validation"):
-            keys = ALIKE if section == "training" else tuple(mine[section])
-            for key in keys:
-                if config[section][key] != mine[section][key]:
-                    raise ValueError(
-                        f"the variants {first} and {name} cannot be compared: {section}.{key} is "
-                        f"{mine[section][key]!r} for one and {config[section][key]!r} for the other"
-                    )
+
+def counts(name: str) -> bool:
+    """Whether a setting may change a run's numbers."""
+    return not name.startswith(_IDLE)
+
+
+def unlike(settings: Mapping[str, Settings]) -> list[str]:
+    """What keeps variants from being compared, a clause each: another model, data, batch, length or validation."""
+    (first, mine), *others = settings.items()
+    return [
+        f"{key} is {mine.get(key)!r} for {first} and {theirs.get(key)!r} for {name}"
+        for name, theirs in others
+        for key in sorted(mine.keys() | theirs.keys())
+        if key.startswith(_ALIKE) and mine.get(key) != theirs.get(key)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..whole import write_whole
 from .plan import Plan, Run
 from .record import Record, read
-from .training import BOARD, CHECKPOINTS, Training, steps_saved
+from .training import BOARD, CHECKPOINTS, Training, at_work, steps_saved
 
-RECORD, EXPORT, SWEEP = "record.json", "losses.txt", "sweep.txt"
+RECORD, EXPORT = "record.json", "losses.txt"
 _LOOK, _TELL = 0.5, 30.0
 """Seconds between two looks at the runs, and between two lines about a run where output is no terminal."""
 _DEGREES = (
@@ -45,6 +47,7 @@ class Work:
         saves: whether runs keep checkpoints to go on from.
         own_start: whether the configuration itself says which checkpoint runs start from.
         variables: environment variables, one mapping for each of the runs that may be at work at once.
+        made: what the records of runs say of their device, versions and commit.
         records: what is done.
     """
 
@@ -58,6 +61,7 @@ class Work:
     saves: bool
     own_start: bool
     variables: list[dict[str, str]]
+    made: dict[str, str]
     records: dict[Run, Record] = field(default_factory=dict)
 
     def todo(self) -> list[Run]:
@@ -70,8 +74,8 @@ class Work:
             record = Record.load(file)
             if record.run.variant in self.variants:
                 self.records[record.run] = record
-        while any(self._settle(run) for run in self.todo()):
-            pass
+        while [run for run in self.todo() if self._settle(run)]:
+            pass  # what is done may say what else is to be done
 
     def words(self, run: Run) -> list[str]:
         """torchtitan's command line for a run, without its folder."""
@@ -121,7 +125,9 @@ class Work:
                 raise ValueError(f"the start of seed {seed} could not be made: {training.failure or 'no checkpoint'}")
 
     def hand_over(self, config: str) -> str:
-        """Write the wanted runs into sweep.txt, one line of torchtitan's flags each, for launch/slurm/sweep.sbatch.
+        """Write the wanted runs into a file, one line of torchtitan's flags each, for launch/slurm/sweep.sbatch.
+
+        The file is called after its content and never changes: tasks of an array read it whenever they start.
 
         Args:
             config: the TOML file.
@@ -130,45 +136,65 @@ class Work:
             The command that submits them; "" if there is none to do.
         """
         runs = self.todo()
+        if not runs:
+            return ""
         for seed in sorted({run.seed for run in runs}):
             self.make_start(seed)
+        for run in runs:
+            # A job that was killed after its last save and before the validation that follows would never validate.
+            if last := steps_saved(self.out / run.folder).get(self.steps):
+                shutil.rmtree(last)
         folders = [["--job.dump_folder", str(self.out / run.folder)] for run in runs]
         # The batch script names the configuration itself.
         lines = [shlex.join([*self.words(run)[2:], *folder]) for run, folder in zip(runs, folders, strict=True)]
-        file = self.out / SWEEP
-        file.write_text("".join(f"{line}\n" for line in lines))
-        if not runs:
-            return ""
-        settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", "TITAN_ADAM_MINI_SAME_VALIDATION=1"]
-        return (
-            f"Submit the {len(runs)} runs with as many nodes (-N) as make {self.ranks} rank{'s' * (self.ranks > 1)}:\n"
-            f"{shlex.join(settings)} sbatch -N 1 --array=0-{len(runs) - 1} launch/slurm/sweep.sbatch"
-        )
+        text = "".join(f"{line}\n" for line in lines)
+        file = self.out / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+        write_whole(file, text)
+        settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", f"RANKS={self.ranks}"]
+        settings += ["TITAN_ADAM_MINI_SAME_VALIDATION=1"]
+        nodes, told = "1", f"Submit the {len(runs)} runs:"
+        if self.ranks > 1:
+            nodes, told = "NODES", f"Submit the {len(runs)} runs, with as many NODES as make {self.ranks} ranks:"
+        return f"{told}\n{shlex.join(settings)} sbatch -N {nodes} --array=0-{len(runs) - 1} launch/slurm/sweep.sbatch"
 
-    def do(self, console: Console, done: Callable[[], object]) -> None:
+    def do(self, console: Console, done: Callable[[], object]) -> list[str]:
         """Do runs until there are none left to do.
 
         Args:
             console: for progress.
             done: called after every run.
 
-        Raises:
-            ValueError: a run failed, in words; the others are ended, and what is done stays.
+        Returns:
+            What went wrong, a sentence each: a variant of which a run failed is not gone on with, the others are.
         """
-        free = list(range(len(self.variables)))
-        working: dict[Run, tuple[Training, int]] = {}
+        free = list(self.variables)
+        working: dict[Run, Training] = {}
+        taken: dict[Run, dict[str, str]] = {}
+        failed: dict[str, str] = {}
         told = _Told(console, self.steps)
+        # Those of an earlier command first: they have their GPUs already.
+        for run in self.todo():
+            if at_work(self.out / run.folder) is not None:
+                working[run] = self._begin(run, {})
+                if (has := dict(working[run].variables)) in free:
+                    taken[run] = free.pop(free.index(has))
         try:
             with told:
-                while (waiting := [run for run in self.todo() if run not in working]) or working:
+                for run, training in working.items():
+                    told.begins(run, training)
+                while (waiting := self._waiting(working, failed)) or working:
                     while free and waiting:
                         run = waiting.pop(0)
-                        slot = free.pop(0)
-                        self.make_start(run.seed)
-                        working[run] = self._begin(run, slot), slot
-                        told.begins(run, working[run][0])
+                        try:
+                            self.make_start(run.seed)
+                        except ValueError as error:
+                            failed[run.variant] = str(error)
+                            break
+                        taken[run] = free.pop(0)
+                        working[run] = self._begin(run, taken[run])
+                        told.begins(run, working[run])
                     time.sleep(_LOOK if working else 0)
-                    for run, (training, slot) in list(working.items()):
+                    for run, training in list(working.items()):
                         running = training.running()
                         if running and training.diverged:
                             training.end()
@@ -177,36 +203,42 @@ class Work:
                             continue
                         training.close()
                         del working[run]
-                        free.append(slot)
+                        if run in taken:
+                            free.append(taken.pop(run))
                         finished = self._settle(run)
-                        told.ends(run, training, self.records.get(run))
+                        why = ""
                         if not finished and not training.adopted:
                             why = training.failure or f"it ended at step {training.step} of {self.steps}: out of data?"
-                            raise ValueError(f"the run {run} failed: {why}")
+                            failed[run.variant] = f"the run {run} failed: {why}"
+                        told.ends(run, training, self.records.get(run), why)
                         done()
-                    told.total(
-                        len(self.records),
-                        self.plan.expected(self.losses()),
-                        [training for training, _ in working.values()],
-                    )
+                    told.total(self.plan.expected(self.losses()), len(self.todo()), working.values())
         finally:
-            for training, _ in working.values():
+            for training in working.values():
+                training.ask()
+            for training in working.values():
                 training.end()
+        return list(dict.fromkeys(failed.values()))
 
-    def _begin(self, run: Run, slot: int) -> Training:
+    def _waiting(self, working: Mapping[Run, Training], failed: Mapping[str, str]) -> list[Run]:
+        return [run for run in self.todo() if run not in working and run.variant not in failed]
+
+    def _begin(self, run: Run, variables: Mapping[str, str]) -> Training:
         folder = self.out / run.folder
         known = read(folder / BOARD, run, self.ranks).known(self.frequency) if self.saves else 0
-        shown, variables = self.shown[run.variant], self.variables[slot]
+        shown = self.shown[run.variant]
         return Training(folder, self.words(run), ranks=self.ranks, shown=shown, variables=variables, known=known)
 
     def _settle(self, run: Run) -> bool:
         """Whether a run is over; what it said is then on record, and its checkpoints but the last are gone."""
         folder = self.out / run.folder
         record = read(folder / BOARD, run, self.ranks)
-        if record.diverged is None and record.known(self.frequency) < self.steps:
+        # A job elsewhere that was killed between a save and the validation after it leaves that validation out.
+        if record.diverged is None and (record.steps < self.steps or self.steps not in record.validation):
             return False
         lines = [f"{step} {loss}\n" for step, loss in enumerate(record.losses, 1)]
-        (folder / EXPORT).write_text("".join(lines))
+        write_whole(folder / EXPORT, "".join(lines))
+        record.made = self.made
         record.write(folder / RECORD)
         self.records[run] = record
         for step, checkpoint in steps_saved(folder).items():
@@ -260,20 +292,23 @@ class _Told:
             self._said[run] = time.monotonic()
             self._say(f"{run}: step {training.step} of {self._steps}, loss {training.loss or 'not known yet'}")
 
-    def ends(self, run: Run, training: Training, record: Record | None) -> None:
+    def ends(self, run: Run, training: Training, record: Record | None, why: str) -> None:
         self._bars.remove_task(self._tasks.pop(run))
-        if record is None:
+        if why:
+            self._say(f"{run}: failed: {why}; no more runs of {run.variant}")
+        elif record is None:
             self._say(f"{run}: ended at step {training.step}")
         elif record.diverged is not None:
             self._say(f"{run}: diverged at step {record.diverged}")
         else:
             self._say(f"{run}: validation loss {record.final:.4f} after step {record.steps}")
 
-    def total(self, done: int, expected: int, working: list[Training]) -> None:
+    def total(self, expected: int, left: int, working: Collection[Training]) -> None:
+        done = expected - left
         steps = done * self._steps + sum(training.step for training in working)
         if self._all is not None:
             described = f"{done} of {expected} runs"
             self._bars.update(self._all, completed=steps, total=expected * self._steps, description=described)
 
     def _say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, highlight=False)
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)

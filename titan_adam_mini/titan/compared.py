@@ -7,6 +7,7 @@ from titan_adam_mini.memory.facts import ADAMW, facts
 from titan_adam_mini.memory.stages import read_run
 from titan_adam_mini.titan.build import configured
 from titan_adam_mini.titan.builder import NAME
+from titan_adam_mini.titan.refusals import data_ranks
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Compared:
         parameters: of the whole model.
         state_bytes: of the optimizer's state, every element counted once.
         shown: the rank that knows the loss.
+        data_ranks: how many ranks read data of their own.
     """
 
     config: dict[str, Any]
@@ -26,6 +28,7 @@ class Compared:
     parameters: int
     state_bytes: int
     shown: int
+    data_ranks: int
 
 
 def read_compared(arguments: list[str], ngpu: int) -> Compared:
@@ -45,5 +48,10 @@ def read_compared(arguments: list[str], ngpu: int) -> Compared:
     stages = degrees.pipeline_parallel_degree
     last = degrees.pipeline_parallel_schedule != "ZBVZeroBubble"
     return Compared(
-        config.to_dict(), told["model"], told["parameters"], states[key], ngpu // stages * (stages - 1) if last else 0
+        config=config.to_dict(),
+        model=told["model"],
+        parameters=told["parameters"],
+        state_bytes=states[key],
+        shown=ngpu // stages * (stages - 1) if last else 0,
+        data_ranks=data_ranks(degrees, ngpu),
     )

@@ -35,6 +35,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from titan_adam_mini.titan.agreement import Agreement
 from titan_adam_mini.titan.log import say
 from titan_adam_mini.titan.watchdog import STUCK, Watchdog
+from titan_adam_mini.whole import write_whole
 
 __all__ = ["LEFT", "STUCK", "Interruption", "current", "init_distributed", "original"]
 
@@ -229,10 +230,8 @@ class _Progress:
         with self._lock:
             told = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
             self._written = time.monotonic()
-            new = self._file.with_name(f"{self._file.name}.new")
             try:
-                new.write_text(json.dumps(told) + "\n")
-                os.replace(new, self._file)
+                write_whole(self._file, json.dumps(told) + "\n")
             except OSError as error:  # a run is worth more than its progress file
                 say(logging.WARNING, f"{_PROGRESS}: {error}")
 
