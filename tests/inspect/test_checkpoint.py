@@ -12,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from meshes import DENSE, full_shapes
 from stored_runs import STEPS, partition, saved
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from titan_adam_mini import Partition
 from titan_adam_mini.checkpoint.stored import Stored
 from titan_adam_mini.inspect import Moments, inspect
 from titan_adam_mini.inspect.moments import moments_stored
@@ -103,6 +105,24 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURED, *paths]
     done = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE, timeout=120)
     assert int(done.stdout) < 24 << 10, f"{int(done.stdout):,} kB more"
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_state(tmp_path: Path) -> None:
+    """Its hyper-parameters tell it from one that another model has."""
+    model = torch.nn.ModuleDict({"wo": torch.nn.Linear(6, 4, bias=False), "w1": torch.nn.Linear(6, 8, bias=False)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(7):
+        model["wo"].weight.grad = torch.rand(4, 6)
+        optimizer.step()
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)  # as torchtitan saves
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "step-7", no_dist=True)
+    stored = Stored(tmp_path / "step-7")
+    inspection = inspect(moments_stored(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6)}), Partition.transformer())
+    assert inspection.without_gradient == {"w1.weight": 1}
+    assert inspection.steps == {"wo.weight": 7, "w1.weight": 0}
+    with pytest.raises(ValueError, match=r"has no state for w2.weight of the configuration's model"):
+        moments_stored(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6), "w2.weight": (6, 8)})
 
 
 def test_what_cannot_be_looked_at_is_refused_in_words(adamw: Path, tmp_path: Path) -> None:

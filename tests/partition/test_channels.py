@@ -103,11 +103,14 @@ def test_llama_as_inspect_found_it() -> None:
     assert cut(by_hand) != cut(Partition.transformer(n_heads=2, n_kv_heads=1))
 
 
-def test_the_users_roles_stay() -> None:
-    shapes = {"layers.0.attention.wq.weight": (8, 6), "layers.0.attention.wo.weight": (6, 8)}
+@pytest.mark.parametrize("second_moment", ["channels", "factored"])
+def test_the_users_roles_stay(second_moment: str) -> None:
+    shapes = {f"layers.0.attention.{name}.weight": (8, 8) for name in ("wq", "wo", "wv")}
     roles = {"wq.weight": "query", "wo.weight": "neuron"}
-    got = Partition.transformer(n_heads=2, roles=roles, second_moment="channels").assign(shapes)
-    assert [one.layout.grid_shape for one in got.values()] == [(2, 1), (6, 1)]
+    got = Partition.transformer(n_heads=2, roles=roles, second_moment=second_moment).assign(shapes)
+    *given, other = ([layout.grid_shape for layout in one.layouts] for one in got.values())
+    assert given == [[(2, 1)], [(8, 1)]]
+    assert other == ([(8, 1)] if second_moment == "channels" else [(8, 1), (1, 8), (1, 1)])
 
 
 def test_decay_goes_by_the_role_in_the_model() -> None:

@@ -187,6 +187,25 @@ def test_roles_without_decay_are_no_patterns() -> None:
         Partition.transformer(undecayed="norm")
 
 
+def test_a_role_of_yours_does_not_switch_decay_on() -> None:
+    shapes = {"norm.weight": (4,), "wo.weight": (4, 4), "w1.weight": (4, 4)}
+    roles = {"norm.weight": "bias", "wo.weight": "tensor", "w1.weight": "factored"}
+    for undecayed, want in (
+        (["norm"], [False, True, True]),
+        (["neuron"], [True, False, False]),
+        (["tensor"], [True, False, True]),
+        (["token"], [True, True, True]),
+    ):
+        got = Partition.transformer(roles=roles, undecayed=undecayed).assign(shapes)
+        assert [blocks.decay for blocks in got.values()] == want
+
+
+def test_other_roles_in_place_of_the_users() -> None:
+    partition = Partition.transformer(n_heads=2, roles={"wq.weight": "tensor"}, undecayed=["norm"])
+    other = partition.with_roles({"wk.weight": "neuron"})
+    assert other == Partition.transformer(n_heads=2, roles={"wk.weight": "neuron"}, undecayed=["norm"])
+
+
 # Algorithm 2, the summary
 
 

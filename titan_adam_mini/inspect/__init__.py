@@ -14,12 +14,13 @@ for a factored estimate over the matrices that it factors. It can be far higher,
 others, and estimates with unlike blocks cannot be compared by it: so decisions are made by `snr`. Noise up to `EXACT`,
 float32's own rounding, counts as none.
 
-`inspect` takes what `moments_of` makes of a model and its optimizer, for any model that a `Partition` knows; the
+Every parameter is asked by itself which estimate would lose less, and the model as a whole what each `second_moment`
+loses. `inspect` takes what `moments_of` makes of a model and its optimizer, for any model that a `Partition` knows; the
 command `titan-adam-mini inspect` reads torchtitan's checkpoints.
 """
 
-from .findings import Inspection, Pattern, inspect
+from .findings import Inspection, Pattern, Setting, inspect
 from .measure import EXACT, Loss
 from .moments import Moments, moments_of
 
-__all__ = ["EXACT", "Inspection", "Loss", "Moments", "Pattern", "inspect", "moments_of"]
+__all__ = ["EXACT", "Inspection", "Loss", "Moments", "Pattern", "Setting", "inspect", "moments_of"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isinf
@@ -16,15 +17,18 @@ from rich.table import Table
 
 from ..checkpoint.stored import Stored
 from ..child import in_child
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, write_json
+from ..drawing import figure
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, number_of_ranks, write_json
+from ..partition import Partition
 from .estimates import DEFAULT
-from .findings import FACTOR, THRESHOLD, Inspection, Pattern, inspect
+from .findings import FACTOR, ROLES, THRESHOLD, Inspection, Pattern, inspect
 from .heat_map import heat_map
 from .moments import moments_stored
-from .short_run import short_run
+from .short_run import check_out, short_run
 
 WIDTH = 200
 PICTURE = "heat_map.png"
+_BUDGET = "no more second moments than rows + columns + 1, and fewer than elements"
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Inspect:
 
     Looks at the second moments of an AdamW checkpoint of torchtitan (--checkpoint), or of a short AdamW run of the
     configuration (--steps), a window of one tensor at a time; needs no GPU and no weights. How even they are within
-    blocks is a signal-to-noise ratio: above 1 averaging is safe. The roles printed at the end go into
+    blocks is a signal-to-noise ratio: above 1 averaging is safe. The line printed at the end goes into
     [optimizer.adam_mini]. Takes any of torchtitan's --section.key value besides; the configuration may also be given as
     --job.config_file X or CONFIG_FILE=X.
     """
@@ -58,44 +62,65 @@ class Inspect:
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         self._check()
+        stored = None if self.checkpoint is None else Stored(self.checkpoint)
+        found = in_child(_read_partition, arguments)  # before a run that may take hours
         if self.out is not None:
             self.out.mkdir(exist_ok=True)
-        if self.checkpoint is not None:
-            stored = Stored(self.checkpoint)
-            self._inspect(stored, str(self.checkpoint), console, arguments)
+        if stored is not None:
+            self._inspect(stored, str(self.checkpoint), console, *found)
             return
         assert self.steps is not None
-        with short_run(arguments, self.steps, self.ngpu, self.out, console) as path:
+        with short_run(arguments, self.steps, self._ranks(), self.out, console) as path:
             source = str(path) if self.out else f"a run of {self.steps} steps"
-            self._inspect(Stored(path), source, console, arguments)
+            self._inspect(Stored(path), source, console, *found)
 
     def _check(self) -> None:
         """ValueError for flags that cannot be served."""
         check_config(self.config)
         check_folder("--json", self.json)
         check_folder("--out", self.out)
+        if self.json not in (None, STDOUT) and Path(self.json).is_dir():
+            raise ValueError(f"--json {self.json} is a folder: name a file in it")
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file: name a folder")
         if (self.checkpoint is None) == (self.steps is None):
             raise ValueError("whose second moments? give --checkpoint outputs/checkpoint/step-N, or --steps N to train")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be 1 or more, not {self.steps}")
+        if self.checkpoint is not None and self.ngpu is not None:
+            raise ValueError("--ngpu is for the run of --steps, and nothing is run with --checkpoint: leave it out")
+        if self.steps is not None:
+            if self.steps < 1:
+                raise ValueError(f"--steps must be 1 or more, not {self.steps}")
+            check_out(self.out)
+            self._ranks()
+        if self.out is not None:
+            figure(1, 1)  # raises without matplotlib
 
-    def _inspect(self, stored: Stored, source: str, console: Console, arguments: list[str]) -> None:
-        model, partition, shapes = in_child(_read_partition, arguments)
+    def _ranks(self) -> int:
+        return number_of_ranks(self.ngpu) if self.ngpu is not None or os.environ.get("NGPU") else 1
+
+    def _inspect(
+        self,
+        stored: Stored,
+        source: str,
+        console: Console,
+        model: str,
+        partition: Partition,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
         moments = moments_stored(stored, shapes)
         with _progress(console, len(moments)) as advance:
             inspection = inspect(moments, partition, on_parameter=lambda name: advance())
-        if self.out is not None:
-            heat_map(self.out / PICTURE, f"{model}, {source}", inspection)
         if self.json:
             write_json(self.json, {"config": self.config, "model": model, "source": source, **inspection.facts()})
-        if self.json == STDOUT:
-            return
         if not console.is_terminal:
             console = Console(file=console.file, width=WIDTH)
-        console.print(f"{model} ({self.config}), {source}", soft_wrap=True, highlight=False)
-        show(inspection, console)
+        if self.json != STDOUT:
+            console.print(f"{model} ({self.config}), {source}", soft_wrap=True, highlight=False)
+            show(inspection, console)
         if self.out is not None:
-            console.print(f"Heat map: {self.out / PICTURE}", soft_wrap=True, highlight=False)
+            heat_map(self.out / PICTURE, f"{model}, {source}", inspection)
+            if self.json != STDOUT:
+                console.print(f"Heat map: {self.out / PICTURE}", soft_wrap=True, highlight=False)
 
 
 def _read_partition(*args: Any) -> Any:
@@ -113,29 +138,50 @@ def _progress(console: Console, total: int) -> Iterator[Any]:
 
 
 def show(inspection: Inspection, console: Console) -> None:
-    """Print what was found, for reading: the table, what its figures are, and the roles to try."""
+    """Print what was found, for reading: the tables, what their figures are, and what to try."""
+
+    def say(line: str, **how: Any) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False, **how)
+
     console.print(_table(inspection))
     for line in _notes(inspection):
-        console.print(line, soft_wrap=True, highlight=False)
-    if not (roles := inspection.roles):
-        console.print(
-            f"No roles to try: where the default's ratio is below {THRESHOLD:g}, none is {FACTOR:g} times it.",
-            style="bold",
-        )
+        say(line)
+    say("All parameters together, with each second_moment and the roles that the configuration has:")
+    console.print(_settings(inspection))
+    for left_out, why in inspection.refused.items():
+        say(f'second_moment = "{left_out}" is left out: {why}.')
+    roles, option = inspection.roles, inspection.second_moment
+    if not roles:
+        say(_nothing(inspection), style="bold")
         return
-    console.print(
-        f"To try (ratio below {THRESHOLD:g}, and at least {FACTOR:g} times it with the new role; roles that the "
-        "configuration has are kept):",
-        style="bold",
-        soft_wrap=True,
+    if not option and inspection.best_option != inspection.partition.second_moment:
+        say(f'The best in one line: second_moment = "{inspection.best_option}".')
+    if not option and inspection.undecayed:
+        say(f"With the roles below, `undecayed` takes weight decay from {', '.join(inspection.undecayed)}.")
+    other = f"another role where the ratio is below {THRESHOLD:g} and the other's at least {FACTOR:g} times that"
+    other = f"the same as {other}" if option else other
+    say(f"To try ({other}; roles that the configuration has stay):", style="bold")
+    say(toml(f'second_moment = "{option}"' if option else f"roles = {_inline(roles)}"))
+
+
+def toml(line: str) -> str:
+    """A line of a configuration under its heading."""
+    return f"[optimizer.adam_mini]\n{line}"
+
+
+def _inline(roles: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'"{pattern}" = "{role}"' for pattern, role in roles.items()) + "}"
+
+
+def _nothing(inspection: Inspection) -> str:
+    """Why no role is suggested."""
+    low = [one for one in inspection.patterns if one.default.known and one.default.snr < THRESHOLD]
+    if not low:
+        return f"Nothing to change: no ratio is below {THRESHOLD:g}."
+    return (
+        f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other at {_BUDGET} is {FACTOR:g} times "
+        "that."
     )
-    console.print(toml(roles), soft_wrap=True, highlight=False, markup=False)
-
-
-def toml(roles: dict[str, str]) -> str:
-    """Roles as lines of a configuration."""
-    table = ", ".join(f'"{pattern}" = "{role}"' for pattern, role in roles.items())
-    return f"[optimizer.adam_mini]\nroles = {{{table}}}"
 
 
 def _table(inspection: Inspection) -> Table:
@@ -150,26 +196,45 @@ def _table(inspection: Inspection) -> Table:
         estimate, default = one.estimates[DEFAULT], one.default
         shape = "x".join(map(str, one.shape))
         cells = [_cell(one, name) for name in candidates]
-        moved = ["" if value is None else f"{value:.2f}" for value in (default.rms_ratio, default.distance)]
+        moved = [_share(default.rms_ratio), _share(default.distance)]
         table.add_row(one.pattern, str(len(one.names)), shape, estimate.role, *cells, *moved, _best(one))
     return table
 
 
 def _cell(one: Pattern, candidate: str) -> str:
-    if candidate not in one.losses:
+    if candidate not in one.losses or not one.default.known:
         return ""
     return f"{_ratio(one.losses[candidate].snr)} [dim]({_short(one.estimates[candidate].entries)})[/dim]"
 
 
 def _best(one: Pattern) -> str:
-    name = one.best
-    if name == DEFAULT:
-        return DEFAULT
-    return f"{name} ({_ratio(one.losses[name].snr)})"
+    if one.best is None:
+        return "no gradient"
+    return DEFAULT if one.best == DEFAULT else f"{one.best} ({_ratio(one.losses[one.best].snr)})"
+
+
+def _settings(inspection: Inspection) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("second_moment")
+    for column in ("entries", f"patterns below {THRESHOLD:g}", "lowest"):
+        table.add_column(column, justify="right")
+    table.add_column("of", overflow="fold")
+    for column in ("RMS", "apart"):
+        table.add_column(column, justify="right")
+    for name, setting in inspection.settings.items():
+        told = {inspection.partition.second_moment: f"{name} (default)", ROLES: "the roles below"}.get(name, name)
+        total, (pattern, lowest) = setting.total, setting.lowest
+        counts = [f"{total.entries:,}", str(setting.below), _ratio(lowest.snr)]
+        table.add_row(told, *counts, pattern.pattern, _share(total.rms_ratio), _share(total.distance))
+    return table
 
 
 def _ratio(value: float) -> str:
     return "inf" if isinf(value) else f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _short(entries: int) -> str:
@@ -183,10 +248,15 @@ def _short(entries: int) -> str:
 
 
 def _notes(inspection: Inspection) -> list[str]:
-    return [
+    notes = [
         "Per candidate: 1 / mean over elements of (v / estimate - 1)^2, and the second moments that one parameter then "
         "keeps. Most is lost in the first row.",
-        "RMS and apart: AdamW's next update with the default's second moments in place of its own, its RMS and the RMS "
+        "RMS and apart: AdamW's last update with the default's second moments in place of its own, its RMS and the RMS "
         "of the difference, over the RMS of AdamW's.",
-        "best: the highest ratio at no more second moments than rows + columns + 1 (a vector's elements).",
+        f"best: the highest ratio at {_BUDGET} (of a vector, as many).",
     ]
+    if without := inspection.without_gradient:
+        number = sum(without.values())
+        parameters = f"{number} parameter{'s' * (number > 1)}"
+        notes.append(f"Never had a gradient, and left out: {parameters} ({', '.join(without)}).")
+    return notes

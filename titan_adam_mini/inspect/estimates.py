@@ -1,4 +1,4 @@
-"""The ways to keep fewer second moments that are compared: one table, and what each makes of every parameter."""
+"""The ways to keep fewer second moments that are compared: for each parameter by itself, and one for all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ..layout import BlockLayout
-from ..partition import Blocks, Partition, Rule
+from ..partition import SECOND_MOMENTS, Blocks, Partition, Rule
 from ..partition.roles import FACTORED, HEADED
 from ..partition.rules import TRANSFORMER
 
@@ -39,12 +39,17 @@ class Estimate:
     """The second moments of one parameter from the means over blocks.
 
     Attributes:
-        role: its name in `roles` of [optimizer.adam_mini].
+        role: the one that has these blocks, by its name in `roles` of [optimizer.adam_mini].
         layouts: one, or three of a factored estimate: rows, columns, and the whole.
     """
 
     role: str
     layouts: tuple[BlockLayout, ...]
+
+    @staticmethod
+    def of(blocks: Blocks) -> Estimate:
+        """The estimate that a parameter's blocks are."""
+        return Estimate(FACTORED if blocks.factored else blocks.role, blocks.layouts)
 
     @property
     def blocks(self) -> BlockLayout:
@@ -63,10 +68,11 @@ class Estimate:
 
 
 def budget(shape: Sequence[int]) -> int:
-    """How many second moments the best alternative may have: rows + columns + 1 of every matrix, all of a vector."""
-    if len(shape) < 2:
+    """How many second moments the best alternative may have: rows + columns + 1 of every matrix, but fewer than it has
+    elements; all of a vector, a matrix of one row or column among them."""
+    if sum(size > 1 for size in shape) < 2:
         return prod(shape)
-    return prod(shape[:-2]) * (shape[-2] + shape[-1] + 1)
+    return min(prod(shape[:-2]) * (shape[-2] + shape[-1] + 1), prod(shape) - 1)
 
 
 def estimates(partition: Partition, shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Estimate]]:
@@ -75,11 +81,27 @@ def estimates(partition: Partition, shapes: Mapping[str, Sequence[int]]) -> dict
     Raises ValueError where the partition cannot cut a parameter.
     """
     own = partition.assign(shapes)
-    found = {name: {DEFAULT: Estimate(one.role, one.layouts)} for name, one in own.items()}
+    found = {name: {DEFAULT: Estimate.of(one)} for name, one in own.items()}
     for candidate, rules in CANDIDATES.items():
         for name, one in _cut(partition, rules, shapes).items():
-            found[name][candidate] = Estimate(one.role, one.layouts)
+            found[name][candidate] = Estimate.of(one)
     return found
+
+
+def options(
+    partition: Partition, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
+    """What every `second_moment` makes of the model: option -> parameter -> estimate, and option -> why not, for those
+    that do not go with the partition."""
+    found, refused = {}, {}
+    for option in SECOND_MOMENTS:
+        try:
+            blocks = replace(partition, second_moment=option).assign(shapes)
+        except ValueError as error:
+            refused[option] = str(error)
+        else:
+            found[option] = {name: Estimate.of(one) for name, one in blocks.items()}
+    return found, refused
 
 
 def _cut(partition: Partition, rules: Rules, shapes: Mapping[str, Sequence[int]]) -> dict[str, Blocks]:

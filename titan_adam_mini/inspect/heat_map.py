@@ -20,6 +20,7 @@ _GAP = 0.4
 _DECADES = 2
 """The colours reach from 1 / 10^n to 10^n."""
 _TEXT, _TITLE = 7.5, 11
+_UNKNOWN = "#B0B0B0"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks], fontsize=_TEXT + 0.5)
     bar.set_label(f"signal-to-noise ratio (safe above {THRESHOLD:g})", fontsize=_TEXT + 1)
     picture.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
-    picture.supxlabel("Hatched: not cut in this way.", x=0.01, ha="left", fontsize=_TEXT, color="#505050")
+    picture.supxlabel(
+        "Hatched: not cut in this way. Grey: never had a gradient.", x=0.01, ha="left", fontsize=_TEXT, color="#505050"
+    )
     picture.savefig(path, dpi=160)
 
 
@@ -103,8 +106,9 @@ def _panel(axes: Any, candidate: str, grid: _Grid, losses: dict[str, Loss], colo
         for layer, top, height in column:
             look: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#D0D0D0", "hatch": "/////", "linewidth": 0}
             if (layer, kind) in found:
-                look = {"facecolor": colours.to_rgba(_decades(found[layer, kind].snr)), "edgecolor": "white"}
-                look["linewidth"] = 0.5 if rows <= 40 else 0.2
+                here = found[layer, kind]
+                colour = colours.to_rgba(_decades(here.snr)) if here.known else _UNKNOWN
+                look = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.5 if rows <= 40 else 0.2}
             axes.add_patch(_rectangle((place, top), height, look))
     axes.set_xlim(0, places[-1] + 1)
     axes.set_ylim(rows, 0)

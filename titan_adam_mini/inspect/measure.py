@@ -32,8 +32,8 @@ class Loss:
         entries: second moments that are kept.
         errors: sum over these elements of (v / v^ - 1)^2.
         ratios, noisy: sum of the signal-to-noise ratios of the blocks that are not even, and how many these are.
-        own: sum of squares of AdamW's next update, without learning rate and decay: m / (sqrt(v) + eps), both moments
-            without bias; 0 if nothing is known of updates.
+        own: sum of squares of the last update that AdamW took, without learning rate and decay: m / (sqrt(v) + eps),
+            both moments corrected as in that step; 0 if nothing is known of updates.
         new: the same with v^ in place of v.
         apart: sum of squares of the difference of the two.
     """
@@ -49,6 +49,11 @@ class Loss:
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Loss)))
+
+    @property
+    def known(self) -> bool:
+        """Has any element had a gradient? If not, nothing is known of the estimate."""
+        return self.elements > 0
 
     @property
     def noise(self) -> float:
@@ -153,7 +158,7 @@ class _Means:
 
 
 def _update(moments: Moments, first: Tensor, second: Tensor) -> Tensor:
-    """AdamW's next update from float64 moments, without learning rate and decay."""
+    """The update that AdamW took in the moments' step, from float64 moments, without learning rate and decay."""
     rate, square = (1 - beta**moments.step for beta in moments.betas)
     return (first / rate) / ((second / square).sqrt_().add_(moments.eps))
 

@@ -49,6 +49,11 @@ class Moments:
         first = None if exp_avg is None else _reader(exp_avg)
         return Moments(name, tuple(exp_avg_sq.shape), _reader(exp_avg_sq), first, **options)
 
+    @staticmethod
+    def without_state(name: str, shape: Sequence[int]) -> Moments:
+        """Of a parameter that the optimizer keeps nothing of: it has had no gradient, so its second moments are 0."""
+        return Moments(name, tuple(shape), lambda box: torch.zeros(box_shape(box)))
+
     def windows(self, elements: int) -> Iterator[Box]:
         """Boxes of at most so many elements that together are the whole tensor."""
         for box in self.stored or (tuple((0, size) for size in self.shape),):
@@ -75,24 +80,33 @@ def _windows(box: Box, elements: int) -> Iterator[Box]:
 def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Moments]:
     """The state of a torch AdamW (or Adam) over plain parameters of `model`, any model; nothing is copied.
 
-    Raises ValueError, naming the parameter, if it has no second moment, or not one per element.
+    Parameters that are not trained are left out; those that never had a gradient are `Moments.without_state`.
+    Raises ValueError if none has second moments, or, naming the parameter, one has not one per element.
     """
     names = {param: name for name, param in model.named_parameters()}
     found = []
     for group in optimizer.param_groups:
         for param in group["params"]:
+            if not param.requires_grad:
+                continue
             state = optimizer.state.get(param, {})
             if (second := state.get("exp_avg_sq")) is None:
-                raise ValueError(f"{names[param]} has no exp_avg_sq: {_NEEDED}, after its first step")
+                found.append(Moments.without_state(names[param], param.shape))
+                continue
             if second.shape != param.shape:
                 raise ValueError(f"{names[param]} has second moments of shape {tuple(second.shape)}: {_NEEDED}")
             options = {"step": float(state["step"]), "betas": tuple(group["betas"]), "eps": float(group["eps"])}
             found.append(Moments.of(names[param], second, state["exp_avg"], **options))
+    if all(one.first is None for one in found):
+        told = f"no trainable parameter of {type(optimizer).__name__} has an exp_avg_sq"
+        raise ValueError(f"{told}: {_NEEDED}, after its first step")
     return found
 
 
 def moments_stored(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[Moments]:
     """The state of a model's parameters in torchtitan's checkpoint, from its metadata: tensors are read when asked for.
+
+    Parameters that have hyper-parameters there and no state never had a gradient: `Moments.without_state`.
 
     Args:
         stored: the checkpoint.
@@ -113,12 +127,21 @@ def moments_stored(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[
         )
         raise ValueError(f"{stored.path} holds {told}; {_NEEDED}")
     stored.check_files()
-    check_parameters(stored, shapes)
-    return [_stored(stored, name, tuple(shape)) for name, shape in shapes.items()]
+    kept = set(stored.parameters())
+    without = {name for name in shapes if name not in kept and _group(name) + "betas" in stored}
+    check_parameters(stored, shapes.keys() - without)
+    return [
+        Moments.without_state(name, shape) if name in without else _stored(stored, name, tuple(shape))
+        for name, shape in shapes.items()
+    ]
+
+
+def _group(name: str) -> str:
+    return f"{_OPTIMIZER}{GROUPS}{name}."
 
 
 def _stored(stored: Stored, name: str, shape: tuple[int, ...]) -> Moments:
-    state, group = f"{_OPTIMIZER}{STATE}{name}", f"{_OPTIMIZER}{GROUPS}{name}."
+    state, group = f"{_OPTIMIZER}{STATE}{name}", _group(name)
     entry = stored.tensors[state + EXP_AVG_SQ]
     if tuple(entry.size) != shape:
         raise ValueError(f"{name} is {tuple(entry.size)} in {stored.path} and {shape} in the configuration's model")

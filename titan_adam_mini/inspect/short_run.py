@@ -16,40 +16,46 @@ from rich.console import Console
 
 from ..checkpoint.appearing import ending_in_order
 from ..child import in_child
-from ..flags import number_of_ranks
+
+RUN = "run"
+"""Its folder's name."""
+
+
+def check_out(out: Path | None) -> None:
+    """Raise ValueError if a folder holds a run already."""
+    if out is not None and (out / RUN).exists():
+        raise ValueError(f"{out / RUN} exists, and torchtitan would go on from its checkpoints: remove it")
 
 
 @contextmanager
-def short_run(arguments: list[str], steps: int, ngpu: int | None, out: Path | None, console: Console) -> Iterator[Path]:
+def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, console: Console) -> Iterator[Path]:
     """The checkpoint after the first `steps` steps of a configuration with AdamW, the schedule as in the whole run.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
-        steps: how many.
-        ngpu: number of ranks; as NGPU says, or one, if None.
+        steps: how many; if more than the configuration has, the schedule is longer too.
+        ranks: number of them.
         out: a folder for the run and its log, which stay; if None they are removed once the context ends.
         console: says that it trains, and where the log is.
 
     Raises:
         ValueError: the run failed, with its reason and the log, which then stays.
     """
-    ranks = number_of_ranks(ngpu) if ngpu is not None or os.environ.get("NGPU") else 1
-    if out is not None and (out / "run").exists():
-        raise ValueError(f"{out / 'run'} exists, and torchtitan would go on from its checkpoints: remove it")
     own = in_child(_settings, arguments, steps)
-    folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / "run"
-    folder.mkdir(exist_ok=True)
-    try:
-        with ending_in_order(), console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
-            _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
-    except (KeyboardInterrupt, SystemExit):
-        shutil.rmtree(folder)
-        raise
-    try:
-        yield folder / "checkpoint" / f"step-{steps}"
-    finally:
-        if out is None:
+    with ending_in_order():
+        folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / RUN
+        folder.mkdir(exist_ok=True)
+        try:
+            with console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
+                _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
+        except (KeyboardInterrupt, SystemExit):
             shutil.rmtree(folder)
+            raise
+        try:
+            yield folder / "checkpoint" / f"step-{steps}"
+        finally:
+            if out is None:
+                shutil.rmtree(folder)
 
 
 def _settings(arguments: list[str], steps: int) -> list[str]:
@@ -58,7 +64,9 @@ def _settings(arguments: list[str], steps: int) -> list[str]:
 
     config = configured(arguments, ngpu=1)
     settings = ["--optimizer.name", "AdamW", "--training.steps", str(steps), "--validation.no-enable"]
-    settings += ["--lr_scheduler.total_steps", str(config.lr_scheduler.total_steps or config.training.steps)]
+    # Past the end of its decay a linear schedule goes on below zero.
+    total = max(steps, config.lr_scheduler.total_steps or config.training.steps)
+    settings += ["--lr_scheduler.total_steps", str(total)]
     settings += ["--checkpoint.enable", "--checkpoint.folder", "checkpoint", "--checkpoint.interval", str(steps)]
     settings += ["--checkpoint.no-last_save_model_only", "--checkpoint.no-last_save_in_hf", "--checkpoint.no-load_only"]
     if not config.experimental.custom_import:  # without an accelerator torchtitan needs it
@@ -70,7 +78,8 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
     """torchrun, whose output goes into `log`. Raises ValueError if it fails; ends it if anything happens here."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
     # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
-    torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks"), "-m", "torchtitan.train"]
+    torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks")]
+    torchrun += ["-m", os.environ.get("TRAIN_FILE") or "torchtitan.train"]  # as launch/run_train.sh
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],

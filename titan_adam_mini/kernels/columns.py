@@ -32,7 +32,7 @@ def grids(work: Work) -> list[tuple[int, Work | Factor]]:
     return list(enumerate((work, *work.factors))) if work.factors else [(COLUMNS, work)]
 
 
-def of_columns(work: Work) -> Work | Factor:
+def column_grid(work: Work) -> Work | Factor:
     """The grid of a work's columns."""
     return work.factors[0] if work.factors else work
 
@@ -47,7 +47,7 @@ def take_squares(work: Work, square_sums: Callable[..., Tensor]) -> None:
     around = magic(work)
     found = []
     for view, (tiles, _, _), (_, _, blocks) in zip(
-        work.plan.shard.views(work.grad), work.plan.parts, of_columns(work).plan.parts, strict=True
+        work.plan.shard.views(work.grad), work.plan.parts, column_grid(work).plan.parts, strict=True
     ):
         rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
         if work.factors and view.numel():
@@ -72,7 +72,7 @@ def magic(work: Work) -> Tensor | None:
     """What to add to a square and take away again, to round it to multiples of its column's quantum: float64, of the
     shape of the columns' grid, 0 where nothing is known. None where nothing is rounded: for float64 parameters, and
     where the state is forgotten so fast that it says nothing of what is lost beside it."""
-    columns, beta2 = of_columns(work), float(work.group["betas"][1])
+    columns, beta2 = column_grid(work), float(work.group["betas"][1])
     if columns.exp_avg_sq.dtype == torch.float64 or beta2 < LEAST_BETA2:
         return None
     number = prod(tiles.size for tiles in columns.plan.layout.dims if tiles.is_whole)

@@ -202,7 +202,7 @@ class Table:
             own if work.squares is None else work.squares[0] for work, own in zip(works, self.squares, strict=True)
         ]
         of_rows, of_columns = zip(*squares, strict=True)
-        grids = [columns.of_columns(work) for work in works]
+        grids = [columns.column_grid(work) for work in works]
         self.place(COLUMN_SQ, [grid.exp_avg_sq for grid in grids])
         self.place(COLUMN_TOTALS, [_or(grid.sums, own) for grid, own in zip(grids, of_columns, strict=True)])
         if self.factored:

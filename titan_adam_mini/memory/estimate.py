@@ -35,7 +35,7 @@ MODES = ("none", "selective", "full")
 """Activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
 CAVEAT = (
     "Simulated, not measured: eager (torch.compile usually needs less), without the allocator's fragmentation, the "
-    "CUDA context and NCCL. Compared with one GPU for one model (README, Memory); not validated on a GPU otherwise."
+    "CUDA context and NCCL. Compared with one GPU for one model (docs/memory.md); not validated on a GPU otherwise."
 )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "Rule",
     "clean_name",
+    "collapse",
     "summarize",
 ]
 
@@ -52,6 +53,7 @@ class Blocks:
         pattern: the rule that said so.
         factors: the columns and the whole, where the second moment of an element is that of its block (a row) times
             that of its column over that of the whole; else nothing.
+        factored: it is cut as the role "factored", whatever its own.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Blocks:
     decay: bool
     pattern: str
     factors: tuple[BlockLayout, ...] = ()
+    factored: bool = False
 
     @property
     def layouts(self) -> tuple[BlockLayout, ...]:
@@ -146,17 +149,17 @@ class Partition:
             geometry: the model's heads; `n_heads`, `n_kv_heads`, `head_dim` replace its fields.
             value_blocks: "neuron", one block per row of a value projection, or "tensor", one for all its rows.
             roles: pattern -> role (see ROLES), tried in order before the built-in rules.
-            undecayed: patterns, or names of roles, of the parameters without weight decay.
+            undecayed: patterns, or names of roles, of the parameters without weight decay: the role that `roles` gives
+                them, or the one that they would have without.
             second_moment: "blocks"; "channels": rows of matrices that read the residual stream, columns of those that
                 write to it, in place of heads and of the latter's rows (see `roles.by_channel`); or "factored": every
-                matrix, whatever its role, as the role "factored".
+                matrix as the role "factored". Parameters that `roles` names keep the blocks of the role given there.
 
         Raises ValueError for a number that is not positive and for an unknown role, value_blocks or second_moment.
         """
         said = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
         geometry = replace(geometry or Geometry(), **{k: v for k, v in said.items() if v is not None})
-        given = tuple(Rule(pattern, role, given=True) for pattern, role in (roles or {}).items())
-        return Partition(given + TRANSFORMER, geometry, value_blocks, undecayed, second_moment)
+        return Partition(TRANSFORMER, geometry, value_blocks, undecayed, second_moment).with_roles(roles or {})
 
     @staticmethod
     def from_config(
@@ -181,6 +184,11 @@ class Partition:
         """One block per tensor (Algorithm 2 of the paper), for models that are not transformers."""
         return Partition((Rule("*", "tensor"),), undecayed=undecayed)
 
+    def with_roles(self, roles: Mapping[str, str]) -> Partition:
+        """The same with these roles, pattern -> role, in place of those that the user gave before."""
+        given = tuple(Rule(pattern, role, given=True) for pattern, role in roles.items())
+        return replace(self, rules=given + tuple(rule for rule in self.rules if not rule.given))
+
     def assign(self, shapes: Mapping[str, Sequence[int]], *, partial: bool = False) -> dict[str, Blocks]:
         """The blocks of every parameter, under its name as given and in the order given.
 
@@ -197,28 +205,27 @@ class Partition:
         if not partial and (unused := self.unused(sizes)):
             raise ValueError(_unused_message(unused, cleaned.values()))
         index = Index(self.rules)
-        found = {given: self._rule(index, name, len(sizes[given])) for given, name in cleaned.items()}
-        if unknown := {cleaned[given]: sizes[given] for given, rule in found.items() if rule is None}:
+        found = {given: self._rules(index, name, len(sizes[given])) for given, name in cleaned.items()}
+        if unknown := {cleaned[given]: sizes[given] for given, rules in found.items() if not rules}:
             raise ValueError(_unknown_message(unknown))
         model = _roles.Model(self.geometry, self.value_blocks)
         orientation = Orientation({name: sizes[given] for given, name in cleaned.items()})
         assigned = {}
         for given, name in cleaned.items():
-            rule, shape = found[given], sizes[given]
-            assert rule is not None
+            rule, shape = found[given][0], sizes[given]
             try:
                 role = rule.role + _roles.TRANSPOSED * orientation.transposed(rule.orientation, name)
                 if self.second_moment == _roles.CHANNELS and not rule.given:
                     role = _roles.by_channel(role, rule.writes)
-                factored = role == _roles.FACTORED or (
-                    self.second_moment == _roles.FACTORED and _roles.find(role)[0].matrix and len(shape) in (2, 3)
-                )
+                factored = role == _roles.FACTORED
+                if self.second_moment == _roles.FACTORED and not rule.given:
+                    factored |= _roles.find(role)[0].matrix and len(shape) in (2, 3)
                 layout = _layout(_roles.FACTORED if factored else role, shape, model)
                 factors = _roles.factors(shape) if factored else ()
             except ValueError as error:
                 raise ValueError(f"parameter {name} of shape {shape}, role {rule.role}: {error}") from None
-            decays = self._decays(name, rule.role)
-            assigned[given] = Blocks(name, shape, role, layout, decays, rule.pattern, factors)
+            decays = self._decays(name, found[given])
+            assigned[given] = Blocks(name, shape, role, layout, decays, rule.pattern, factors, factored)
         if self.geometry.qk_head_dim is None:
             _check_heads(assigned.values())
         return assigned
@@ -231,21 +238,19 @@ class Partition:
         return [pattern for pattern in patterns if not any(fits(pattern, name) for name in cleaned)]
 
     @staticmethod
-    def _rule(index: Index, name: str, dims: int) -> Rule | None:
-        """The first rule that applies; a built-in rule also has to fit the number of dims."""
-        for rule in index.matching(name):
-            if rule.given or dims in _roles.find(rule.role)[0].dims:
-                return rule
-        return None
+    def _rules(index: Index, name: str, dims: int) -> list[Rule]:
+        """The first rule that applies, and the first built-in one, which also has to fit the number of dims."""
+        rules = [rule for rule in index.matching(name) if rule.given or dims in _roles.find(rule.role)[0].dims]
+        return [*rules[:1], *[rule for rule in rules if not rule.given][:1]]
 
-    def _decays(self, name: str, role: str) -> bool:
-        base = role.removesuffix(_roles.TRANSPOSED)
-        return not any(entry == base if _roles.known(entry) else fits(entry, name) for entry in self.undecayed)
+    def _decays(self, name: str, rules: Iterable[Rule]) -> bool:
+        roles = {rule.role.removesuffix(_roles.TRANSPOSED) for rule in rules}
+        return not any(entry in roles if _roles.known(entry) else fits(entry, name) for entry in self.undecayed)
 
     def __str__(self) -> str:
         lines = [f"Partition: {self.geometry}; values by {self.value_blocks}; the first rule that matches wins"]
         if told := _INSTEAD.get(self.second_moment):
-            lines.append(f"  {told}")
+            lines.append(f"  {told}; roles of yours stay")
         for (role, given), rules in groupby(self.rules, key=lambda rule: (rule.role, rule.given)):
             patterns = "  ".join(rule.pattern for rule in rules)
             lines.append(f"  {role}{' (yours)' if given else ''}: {_roles.find(role)[0].blocks}\n      {patterns}")
@@ -257,7 +262,7 @@ def summarize(blocks: Iterable[Blocks]) -> list[Row]:
     """Blocks with the numbers in their names collapsed to `*`, alike ones in one row, in order of appearance."""
     rows: dict[tuple[str, tuple[int, ...], str, BlockLayout, tuple[BlockLayout, ...], bool], list[str]] = {}
     for b in blocks:
-        rows.setdefault((_collapse(b.name), b.shape, b.role, b.layout, b.factors, b.decay), []).append(b.name)
+        rows.setdefault((collapse(b.name), b.shape, b.role, b.layout, b.factors, b.decay), []).append(b.name)
     return [Row(*key, tuple(names)) for key, names in rows.items()]
 
 
@@ -275,7 +280,7 @@ def _check_heads(assigned: Iterable[Blocks]) -> None:
     seen: dict[int, Blocks] = {}
     for blocks in assigned:
         role = blocks.role.removesuffix(_roles.TRANSPOSED)
-        if role in _roles.HEADED and not blocks.factors:
+        if role in _roles.HEADED and not blocks.factored:
             outputs = blocks.layout.dims[0 if role == blocks.role else -1]
             for _, length in outputs.runs[:1]:
                 seen.setdefault(length, blocks)
@@ -287,7 +292,8 @@ def _check_heads(assigned: Iterable[Blocks]) -> None:
         )
 
 
-def _collapse(name: str) -> str:
+def collapse(name: str) -> str:
+    """The name with its numbers as `*`: what the parameters of all layers share."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
@@ -299,7 +305,7 @@ def _unknown_message(unknown: Mapping[str, tuple[int, ...]]) -> str:
     shown = [f"  {name} {shape}" for name, shape in list(unknown.items())[:_SHOWN]]
     if len(unknown) > _SHOWN:
         shown.append(f"  and {len(unknown) - _SHOWN} more")
-    wanted = dict(list({_collapse(name): _suggestion(len(shape)) for name, shape in unknown.items()}.items())[:_SHOWN])
+    wanted = dict(list({collapse(name): _suggestion(len(shape)) for name, shape in unknown.items()}.items())[:_SHOWN])
     python = ", ".join(f'"{pattern}": "{role}"' for pattern, role in wanted.items())
     toml = ", ".join(f'"{pattern}" = "{role}"' for pattern, role in wanted.items())
     meanings = "\n".join(f"  {role}: {blocks}" for role, blocks in ROLES.items())
@@ -314,9 +320,9 @@ def _unknown_message(unknown: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _unused_message(unused: Sequence[str], names: Iterable[str]) -> str:
-    known = list(dict.fromkeys(_collapse(name) for name in names))
+    known = list(dict.fromkeys(collapse(name) for name in names))
     told = []
     for pattern in unused:
-        near = get_close_matches(_collapse(pattern), known, n=3, cutoff=0.4) or known[:3]
+        near = get_close_matches(collapse(pattern), known, n=3, cutoff=0.4) or known[:3]
         told.append(f"pattern {pattern!r} matches no parameter; names near it are {', '.join(near)}")
     return "; ".join(told)
