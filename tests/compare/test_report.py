@@ -88,12 +88,13 @@ def test_paired_differences_by_hand() -> None:
 def test_sentences_are_honest() -> None:
     near = Difference(0.0123, 0.01, 3)
     assert near.sentence("mini", "AdamW") == (
-        "mini ends 0.0123 above AdamW in validation loss, 1.2 standard errors over 3 seeds: not distinguishable (at 95 "
-        "% it takes more than 4.3 with 3 seeds)."
+        "mini ends 0.0123 above AdamW in validation loss, 1.2 standard errors over 3 seeds (95 %: -0.0307 to +0.0553): "
+        "not distinguishable."
     )
-    assert replace(near, error=0.001).sentence("mini", "AdamW").endswith("over 3 seeds: AdamW is better.")
+    assert replace(near, error=0.001).sentence("mini", "AdamW").endswith("(95 %: +0.0080 to +0.0166): AdamW is better.")
     assert replace(near, mean=-0.1).sentence("mini", "AdamW") == (
-        "mini ends 0.1000 below AdamW in validation loss, 10.0 standard errors over 3 seeds: mini is better."
+        "mini ends 0.1000 below AdamW in validation loss, 10.0 standard errors over 3 seeds (95 %: -0.1430 to "
+        "-0.0570): mini is better."
     )
     assert "nothing is known of chance" in Difference(0.0123, None, 1).sentence("mini", "AdamW")
     assert Difference(0.1, 0.0, 2).distinguishable, "the same with every seed"
@@ -106,8 +107,8 @@ def test_what_stands_in_the_report(report: Report) -> None:
     assert findings == [
         "Equal starts: the loss of step 1, before any update, is the same to the bit in all runs (6.5 with seed 0, 7.5 "
         "with seed 1, 8.5 with seed 2).",
-        "mini ends 0.1333 above AdamW in validation loss, 4.0 standard errors over 3 seeds: not distinguishable (at 95 "
-        "% it takes more than 4.3 with 3 seeds).",
+        "mini ends 0.1333 above AdamW in validation loss, 4.0 standard errors over 3 seeds (95 %: -0.0101 to +0.2768): "
+        "not distinguishable.",
     ]
     text = (report.out / "report.md").read_text()
     for words in (

@@ -38,6 +38,12 @@ class Difference:
         return _QUANTILES[min(self.seeds - 1, len(_QUANTILES)) - 1] if self.seeds > 1 else math.inf
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Where the difference lies, at 95 %; for two seeds and more."""
+        assert self.error is not None
+        return self.mean - self.needed * self.error, self.mean + self.needed * self.error
+
+    @property
     def distinguishable(self) -> bool:
         return self.errors is not None and self.errors > self.needed
 
@@ -50,11 +56,10 @@ class Difference:
         shown = (
             "by the same amount with every seed" if self.errors == math.inf else f"{self.errors:.1f} standard errors"
         )
-        told = f"{told}, {shown} over {self.seeds} seeds"
+        low, high = self.interval
+        told = f"{told}, {shown} over {self.seeds} seeds (95 %: {low:+.4f} to {high:+.4f})"
         if not self.distinguishable:
-            return (
-                f"{told}: not distinguishable (at 95 % it takes more than {self.needed:.1f} with {self.seeds} seeds)."
-            )
+            return f"{told}: not distinguishable."
         return f"{told}: {first if self.mean > 0 else name} is better."
 
 
