@@ -76,7 +76,7 @@ class Convert:
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             task = progress.add_task("converting", total=stored.size)
             rows = convert(conversion, self.target, lambda count: progress.advance(task, count))
-        table = Table("role", "before", "after", title="RMS of the next update, without the learning rate")
+        table = Table("role", "before", "after", title="RMS of the last update, without the learning rate")
         for role, before, after in rows:
             table.add_row(role, f"{before:.4f}", f"{after:.4f}")
         console.print(table)

@@ -53,10 +53,25 @@ def number_of_ranks(given: int | None) -> int:
     return int(word)
 
 
-def check_folder(flag: str, file: str | Path | None) -> None:
-    """Raise ValueError if a file could not be written for want of its folder."""
-    if file and file != STDOUT and not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"{flag} {file}: its folder does not exist")
+def check_file(flag: str, file: str | Path | None) -> None:
+    """Raise ValueError if a file could not be written there; nothing is asked of None and of STDOUT."""
+    if file and file != STDOUT:
+        _check_parent(flag, Path(file))
+        if Path(file).is_dir():
+            raise ValueError(f"{flag} {file} is a folder: name a file in it")
+
+
+def check_folder(flag: str, folder: Path | None) -> None:
+    """Raise ValueError if a folder could not be made there; nothing is asked of None."""
+    if folder:
+        _check_parent(flag, folder)
+        if folder.is_file():
+            raise ValueError(f"{flag} {folder} is a file: name a folder")
+
+
+def _check_parent(flag: str, path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: its folder does not exist")
 
 
 def write_json(file: str, told: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def test_to_adamw(adamw: Path, mini: Path, tmp_path: Path) -> None:
             assert same(value, old[key]), key
         else:
             assert same(value, old.get(key, like[key])), key
-    assert all(before == after for _, before, after in rows), "the next update stays as it is"
+    assert all(before == after for _, before, after in rows), "the last update stays as it is"
     assert new["optimizer.param_groups.output.weight.foreach"] is True
 
 
@@ -108,7 +108,7 @@ def test_factored_there_and_back(adamw: Path, tmp_path: Path) -> None:
     convert(conversion(tmp_path / "b", "adam_mini", second_moment="factored"), tmp_path / "c")
     old, one, back, again = entries(adamw), entries(tmp_path / "a"), entries(tmp_path / "b"), entries(tmp_path / "c")
     assert set(one) == set(again) == set(like) and set(back) == set(old)
-    assert all(before == after for _, before, after in rows), "the next update stays as it is"
+    assert all(before == after for _, before, after in rows), "the last update stays as it is"
     for name, two in factors(DENSE).items():
         second, key = old[f"{STATE}{name}.exp_avg_sq"].double(), f"{STATE}{name}.exp_avg_sq"
         row, column = second.mean(-1, keepdim=True), second.mean(-2, keepdim=True)

@@ -89,6 +89,7 @@ def test_one_sentence(words: list[str], told: str, capfd: pytest.CaptureFixture[
         ([str(CONFIG)], "give --ngpu N, or set NGPU=N"),
         ([str(CONFIG), "--ngpu", "0"], "must be a positive number, not 0"),
         ([str(CONFIG), "--ngpu", "2", "--json", "no/such/folder/x.json"], "its folder does not exist"),
+        ([str(CONFIG), "--ngpu", "2", "--json", "/tmp"], "--json /tmp is a folder: name a file in it"),
     ],
 )
 def test_own_flags(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..about import device_name, version
 from ..child import in_child
-from ..flags import ConfigFile, check_config, check_folder, number_of_ranks
+from ..flags import ConfigFile, check_config, check_file, number_of_ranks
 from .competitors import BASELINE, chosen
 from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
 from .part import Part, allocated
@@ -99,7 +99,7 @@ class Bench:
             raise ValueError(f"--repeats must be 2 or more, not {self.repeats}: one time has no spread")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be 1 or more, not {self.threads}")
-        check_folder("--json", self.json)
+        check_file("--json", self.json)
         cuda = torch.cuda.is_available()
         if self.device == "cuda" and not cuda:
             raise ValueError("--device cuda: torch finds no GPU here")

@@ -45,7 +45,7 @@ _SCHEDULER = "lr_scheduler."
 
 @dataclass
 class Roles:
-    """Root mean square of the next update (without the learning rate), per role, before and after.
+    """Root mean square of the last update (without the learning rate), per role, before and after.
 
     Attributes:
         squares: role -> [elements, sum of squares before, sum of squares after].
@@ -210,7 +210,7 @@ class Conversion:
         return [self.stored.read(key) for key in keys if key in self.stored.tensors]
 
     def compare(self, name: str, roots: Tensor | None, grids: list[Tensor], roles: Roles) -> None:
-        """Add a parameter's next update to `roles`: before, with AdamW's second moments if there are `roots` of them,
+        """Add a parameter's last update to `roles`: before, with AdamW's second moments if there are `roots` of them,
         and with those of the blocks."""
         stored, start = self.stored, f"{_OPTIMIZER}{GROUPS}{name}."
         betas, eps = stored.value(start + "betas"), float(stored.value(start + "eps"))
@@ -259,7 +259,7 @@ def convert(
         on_bytes: called with the number of source bytes done, bit by bit.
 
     Returns:
-        (role, RMS of the next update before, after) for every role; equal numbers where nothing is averaged.
+        (role, RMS of the last update before, after) for every role; equal numbers where nothing is averaged.
 
     Raises:
         ValueError: `target` exists, another conversion writes it, or its disk is full; nothing is left behind.

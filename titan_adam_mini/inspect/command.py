@@ -18,7 +18,7 @@ from rich.table import Table
 from ..checkpoint.stored import Stored
 from ..child import in_child
 from ..drawing import figure
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, number_of_ranks, write_json
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, number_of_ranks, write_json
 from ..partition import Partition
 from .estimates import DEFAULT
 from .findings import FACTOR, ROLES, THRESHOLD, Inspection, Pattern, inspect
@@ -77,12 +77,8 @@ class Inspect:
     def _check(self) -> None:
         """ValueError for flags that cannot be served."""
         check_config(self.config)
-        check_folder("--json", self.json)
+        check_file("--json", self.json)
         check_folder("--out", self.out)
-        if self.json not in (None, STDOUT) and Path(self.json).is_dir():
-            raise ValueError(f"--json {self.json} is a folder: name a file in it")
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {self.out} is a file: name a folder")
         if (self.checkpoint is None) == (self.steps is None):
             raise ValueError("whose second moments? give --checkpoint outputs/checkpoint/step-N, or --steps N to train")
         if self.checkpoint is not None and self.ngpu is not None:

@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..child import Child, child, in_child
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, write_json
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, write_json
 from ..momentum import TYPES
 from .fit import BATCH, GPUS, LIMITS, SEQUENCE, Found, fewest, largest
 from .picture import CATEGORIES, GIB, stacked_bars
@@ -108,8 +108,8 @@ class Estimate:
             raise ValueError("the number of ranks is not known: give --ngpu N or --ngpu N,N,..., or set NGPU=N")
         if not all(word.isdecimal() and int(word) for word in words):
             raise ValueError(f"--ngpu {given}: numbers of ranks are positive, with commas between them")
-        check_folder("--json", self.json)
-        check_folder("--plot", self.plot)
+        check_file("--json", self.json)
+        check_file("--plot", self.plot)
         if unknown := [one for one in self._varied() if one not in LIMITS]:
             raise ValueError(f"--vary {', '.join(unknown)}: it takes {', '.join(LIMITS)}, with commas between them")
         if not self.fit:

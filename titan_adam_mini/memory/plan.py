@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..child import in_child
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_folder, number_of_ranks, write_json
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, number_of_ranks, write_json
 from .facts import facts, size
 from .holdings import ROUNDING, Run
 
@@ -51,7 +51,7 @@ class Plan:
     def _checked(self) -> int:
         """The number of ranks; ValueError for flags that cannot be served."""
         check_config(self.config)
-        check_folder("--json", self.json)
+        check_file("--json", self.json)
         return number_of_ranks(self.ngpu)
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..flags import check_folder
+from ..flags import check_file
 from .picture import CATEGORIES, stacked_bars
 from .snapshot import KEPT, Snapshot, Summary, read, summarize
 
@@ -73,8 +73,8 @@ class SnapshotCommand:
         rest = arguments[2:] if arguments[:1] == ["--job.config_file"] else arguments
         if rest:
             raise ValueError(f"snapshot takes no {' '.join(rest)}; titan-adam-mini snapshot --help says what it takes")
-        check_folder("--json", self.json)
-        check_folder("--plot", self.plot)
+        check_file("--json", self.json)
+        check_file("--plot", self.plot)
         names = ["A", "B"] if self.second else ["A"]
         snapshots, summaries = [], []
         for name, path in zip(names, (self.first, Path(self.second)), strict=False):
