@@ -43,3 +43,9 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         pass
     return ""
+
+
+def made_with(device: str) -> dict[str, str]:
+    """What a record of a run should say: its device, versions and, where there is one, the commit."""
+    versions = ", ".join(f"{name} {version(name)}".strip() for name in ("titan-adam-mini", "torchtitan", "torch"))
+    return {"device": device, "versions": versions, **({"commit": told} if (told := commit()) else {})}

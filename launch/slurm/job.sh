@@ -38,7 +38,7 @@ train() {
     [ "$NGPU" -gt 0 ] || NGPU=1 # no GPU: CPU with gloo
     local status=0 shown ranks=$((SLURM_JOB_NUM_NODES * NGPU))
     [ "${RANKS:-$ranks}" = "$ranks" ] ||
-        refuse "RANKS=$RANKS were asked for, and $SLURM_JOB_NUM_NODES nodes with $NGPU each make $ranks: submit with another -N"
+        refuse "RANKS=$RANKS were asked for, and $SLURM_JOB_NUM_NODES nodes with $NGPU each make $ranks: submit with another -N, or with NGPU=ranks per node"
     OUTPUTS="$(dump_folder "$@")"
     number="$("$PYTHON" "$LAUNCH/attempts.py" begin "$OUTPUTS")" || exit "$?"
     ATTEMPT="$(cd "$OUTPUTS" && pwd)/attempts/$number"

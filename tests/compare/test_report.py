@@ -39,7 +39,13 @@ CONFIG: dict[str, Any] = {
         "seq_len": 32,
     },
     "optimizer": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
-    "lr_scheduler": {"warmup_steps": 50, "decay_type": "linear", "min_lr_factor": 0.0},
+    "lr_scheduler": {
+        "warmup_steps": 50,
+        "decay_type": "linear",
+        "min_lr_factor": 0.0,
+        "decay_ratio": 0.5,
+        "total_steps": None,
+    },
     "parallelism": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": -1, "enable_async": True},
 }
 MINI = Variant("mini", "AdamMini", ("--optimizer.adam_mini.value_blocks", "tensor"))
@@ -116,8 +122,9 @@ def test_what_stands_in_the_report(report: Report) -> None:
         *findings,
         "4 steps of 2 sequences per data-parallel rank of 64 tokens, c4_test at /data",
         "every 2 steps on all of 8 x 32 tokens of c4_test, each time on the same documents",
-        "beta1 0.9, beta2 0.95, eps 1e-08, weight_decay 0.1, warm-up 50 steps, then linear to 0, gradients clipped at "
-        "1, parameters float32, matrix products bfloat16, tensor_parallel_degree 2\n- ranks: 2\n- device: not known",
+        "beta1 0.9, beta2 0.95, eps 1e-08, weight_decay 0.1, warm-up 50 steps, then linear to 0 over the last 0.5 of "
+        "the steps, gradients clipped at 1, parameters float32, matrix products bfloat16, tensor_parallel_degree 2\n"
+        "- ranks: 2\n- device: not known",
         "`the command`",
         "mini: AdamMini with `--optimizer.adam_mini.value_blocks tensor`",
         "a seed has another where {seed} stands in the path",
@@ -186,8 +193,8 @@ def test_runs_that_diverged_are_no_errors(report: Report) -> None:
     run = Run("mini", 1e-3, 1)
     made[run] = record(run, [7.5, math.nan], {1: 7.0}, diverged=2)
     findings = report.write(made)
-    assert "mini diverged with seed 1, which is left out of means and differences." in findings
-    assert "over 2 seeds" in findings[1] and findings[1].endswith("(mini diverged with seed 1.)")
+    assert "over 2 seeds" in findings[1] and findings[1].endswith(" (mini diverged with seed 1, which is left out.)")
+    assert len(findings) == 2, "it is said once"
     text = (report.out / "report.md").read_text()
     assert "diverged at step 2" in text and rows(text, "Variants")["mini"]["seeds"] == "2"
     with open(report.out / "runs.csv") as file:

@@ -94,6 +94,10 @@ def test_a_folder_keeps_what_it_was_made_with(tmp_path: Path) -> None:
     (tmp_path / "seeds").mkdir()
     assert settle(tmp_path, {"a": config(steps=5)}, common) == common, "nothing has been run"
     assert not (tmp_path / "seeds").exists(), "it may be of another model"
+    (tmp_path / "sweep-1.txt").touch()
+    with pytest.raises(ValueError, match=r"training.steps 5 there, 6 here"):
+        settle(tmp_path, {"a": config(steps=6)}, common)  # jobs that wait would train for it
+    (tmp_path / "sweep-1.txt").unlink()
     (tmp_path / "runs").mkdir()
     assert settle(tmp_path, {"a": config(steps=5)}, {**common, "threads": 8}) == common, "threads change sums"
     assert settle(tmp_path, {"a": config(steps=5, comm=600)}, common) == common, "no number depends on that"

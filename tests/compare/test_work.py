@@ -40,9 +40,7 @@ def test_a_start_goes_on_from_what_is_on_record(tmp_path: Path, known: int, kept
         (tmp_path / name).touch()
     assert _prepare(tmp_path, known) == max(kept, default=0)
     assert list(steps_saved(tmp_path)) == kept
-    assert [one.name for one in (tmp_path / "checkpoint").glob("*")] == [
-        f"step-{step}" for step in sorted(kept)
-    ] or kept
+    assert {one.name for one in tmp_path.glob("checkpoint/*")} == {f"step-{step}" for step in kept}
     left = {one.name for one in tmp_path.iterdir()}
     assert left == ({LOCK, "train.log", "tb", "checkpoint"} if kept else {LOCK}), "or the trainer begins anew"
 
@@ -102,6 +100,7 @@ def work(tmp_path: Path) -> Work:
 def test_a_line_of_flags_for_every_run(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     monkeypatch.setattr(Work, "make_start", lambda self, seed: made.append(seed))
+    monkeypatch.setenv("TRAIN_FILE", "my.train")
     done = Run("AdamW", 1e-3, 0)
     work.records[done] = record(done, [2.0] * 4, {4: 2.0})
     told = work.hand_over("a.toml")
@@ -112,7 +111,8 @@ def test_a_line_of_flags_for_every_run(work: Work, monkeypatch: pytest.MonkeyPat
     assert lines[0][:2] == ["--training.dataset_path", "/my data"]
     assert lines[0][-2:] == ["--job.dump_folder", str(work.out / "runs/mini/lr-0.002/seed-0")]
     assert f"SWEEP={file} CONFIG_FILE={Path('a.toml').absolute()} RANKS=1 " in told
-    assert "sbatch -N 1 --array=0-2 " in told
+    assert "TRAIN_FILE=my.train NGPU=1 sbatch -N 1 --array=0-2 " in told
+    assert json.loads((work.out / work.todo()[0].folder / "made.json").read_text()) == {"device": "a CPU"}
     # As the batch script reads them: xargs keeps what is quoted together.
     first = file.read_text().splitlines()[0]
     seen = subprocess.run(
@@ -137,16 +137,21 @@ def test_a_job_that_never_validated_its_last_step_does_that_step_again(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Work, "make_start", lambda self, seed: None)
-    folder = work.out / work.todo()[0].folder
-    checkpoint(folder, 2)
-    checkpoint(folder, 4)
+    folders = [work.out / run.folder for run in work.todo()[:2]]
+    for folder, ended in zip(folders, (1.0, None), strict=True):
+        checkpoint(folder, 2)
+        checkpoint(folder, 4)
+        (folder / "attempts/1").mkdir(parents=True)
+        (folder / "attempts/1/begun.json").write_text(json.dumps({"ended": ended}))
     work.hand_over("a.toml")
-    assert list(steps_saved(folder)) == [2]
+    assert [list(steps_saved(folder)) for folder in folders] == [[2], [2, 4]], "the other one may be at it"
 
 
 class Trainer:
     """Stands for a training that says what it is told to: its run ends after some looks, or fails."""
 
+    asked: ClassVar[list[str]] = []
+    ended: ClassVar[list[str]] = []
     begun: ClassVar[list[tuple[str, str]]] = []
     """Run and GPU, in order."""
     at_once: ClassVar[set[str]] = set()
@@ -172,14 +177,18 @@ class Trainer:
     def close(self) -> None:
         self.at_once.remove(self.variables["GPU"])
 
-    def ask(self) -> None: ...
-    def end(self) -> None: ...
+    def ask(self) -> None:
+        assert not self.ended, "all are asked before any is waited for"
+        self.asked.append(self.name)
+
+    def end(self) -> None:
+        self.ended.append(self.name)
 
 
 @pytest.fixture
 def trainers(work: Work, monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
     """Two GPUs; every run that does not fail is on record once it has ended."""
-    for one in (Trainer.begun, Trainer.at_once, Trainer.alive, Trainer.failing):
+    for one in (Trainer.begun, Trainer.at_once, Trainer.alive, Trainer.failing, Trainer.asked, Trainer.ended):
         one.clear()
 
     def settle(self: Work, run: Run) -> bool:
@@ -189,9 +198,11 @@ def trainers(work: Work, monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
 
     monkeypatch.setattr(work_module, "Training", Trainer)
     monkeypatch.setattr(work_module, "_LOOK", 0.001)
-    monkeypatch.setattr(
-        work_module, "at_work", lambda folder: next((1 for name in Trainer.alive if str(folder).endswith(name)), None)
-    )
+
+    def earlier(self: Work) -> dict[Run, dict[str, str]]:
+        return {run: {"GPU": Trainer.alive[run.folder]} for run in self.todo() if run.folder in Trainer.alive}
+
+    monkeypatch.setattr(Work, "_earlier", earlier)
     monkeypatch.setattr(Work, "make_start", lambda self, seed: None)
     monkeypatch.setattr(Work, "_settle", settle)
     work.variables = [{"GPU": "0"}, {"GPU": "1"}]
@@ -236,8 +247,9 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
         Run("AdamW", 1e-3, 1): record(Run("AdamW", 1e-3, 1), [2.0, 3.5], {1: 2.0}, diverged=2),
     }
     monkeypatch.setattr(work_module, "read", lambda board, run, ranks: there.get(run, record(run, [], {})))
+    work._say_made(work.out / Run("AdamW", 1e-3, 0).folder)
     for run in there:
-        (work.out / run.folder).mkdir(parents=True)
+        (work.out / run.folder).mkdir(parents=True, exist_ok=True)
         checkpoint(work.out / run.folder, 2)
         checkpoint(work.out / run.folder, 4)
     work.collect()
@@ -245,7 +257,8 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
     assert set(work.records) == found, (
         "the last validation is missing in one, and an earlier one, which may be, in another"
     )
-    assert all(one.made == {"device": "a CPU"} for one in work.records.values())
+    made = [work.records[run].made for run in sorted(found)]
+    assert made == [{"device": "a CPU"}, {}, {}], "of those who began a run, not of those who found it done"
     folder = work.out / Run("AdamW", 1e-3, 0).folder
     assert (folder / "losses.txt").read_text() == "1 2.0\n2 2.0\n3 2.0\n4 2.0\n", "as torchtitan exports them"
     assert list(steps_saved(folder)) == [4], "nobody goes on from the others"
@@ -254,3 +267,30 @@ def test_runs_from_elsewhere_are_taken_up(work: Work, monkeypatch: pytest.Monkey
     work.records.clear()
     work.collect()
     assert set(work.records) == found, f"from {RECORD}"
+
+
+def test_interrupted_it_ends_its_trainers(work: Work, trainers: type[Trainer]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.do(Console(file=io.StringIO()), interrupted)  # after the first run, with another at work
+    assert len(trainers.begun) == 2 and trainers.asked == trainers.ended == [trainers.begun[1][0]]
+
+
+def test_trainers_of_earlier_commands(work: Work) -> None:
+    """A lock that somebody holds: of a run that is wanted, with its GPU, or of one that is not."""
+    program = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); "
+    program += "print('held', flush=True); sys.stdin.read()"
+    run = work.todo()[-1]
+    lock = work.out / run.folder / LOCK
+    lock.parent.mkdir(parents=True)
+    lock.write_text('[1234, {"GPU": "1"}]')
+    assert work._earlier() == {}, "nobody holds it"
+    with subprocess.Popen([sys.executable, "-c", program, str(lock)], stdin=-1, stdout=-1) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert work._earlier() == {run: {"GPU": "1"}}
+        work.records[run] = record(run, [2.0] * 4, {4: 2.0})
+        with pytest.raises(ValueError, match=r"no run that is wanted now: wait for it, or end it with kill 1234"):
+            work._earlier()
+        holder.communicate()

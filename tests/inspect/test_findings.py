@@ -162,7 +162,7 @@ def test_every_setting_is_measured() -> None:
     own = sum(inspection.losses[name]["default"].own for name in second)
     assert told["blocks"]["distance"] == pytest.approx((apart / own) ** 0.5)
     lines = printed(inspection).splitlines()
-    assert any(line.split()[:2] == ["blocks", "(default)"] for line in lines)
+    assert any(line.split()[:2] == ["blocks", "(configured)"] for line in lines)
     assert any(line.split()[:3] == ["the", "roles", "below"] for line in lines)
 
 

@@ -10,11 +10,7 @@ import torch
 from flavours import flavours, shapes_of
 
 from titan_adam_mini.layout import Tiles
-from titan_adam_mini.partition import Partition
-
-
-def collapse(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+from titan_adam_mini.partition import Partition, collapse
 
 
 @pytest.mark.parametrize("model", sorted(families.TITAN))

@@ -227,7 +227,7 @@ def test_another_number_of_ranks_than_was_asked_for(jobs: Jobs) -> None:
     job = jobs("few", nodes=2, RANKS="3")
     fields = jobs.cluster.wait(job, ended, LONG)
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "78:0")
-    assert "RANKS=3 were asked for, and 2 nodes with 1 each make 2" in jobs.cluster.log(job)
+    assert "RANKS=3 were asked for, and 2 nodes with 1 each make 2: submit with another -N, or" in jobs.cluster.log(job)
     assert not (jobs.folder / "outputs" / "few").exists(), "no attempt was made"
 
 

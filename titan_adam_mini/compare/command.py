@@ -16,12 +16,12 @@ import torch
 import tyro
 from rich.console import Console
 
-from ..about import device_name
+from ..about import device_name, made_with
 from ..child import child
 from ..drawing import figure
 from ..flags import ConfigFile, check_config, number_of_ranks
 from .plan import Plan
-from .report import Report, made_with
+from .report import Report
 from .settled import alone, settle
 from .variants import Variant, parse, settings_of, trainer_words, unlike
 from .work import Work, seeded

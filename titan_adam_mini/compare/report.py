@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..about import commit, version
 from ..whole import write_whole
 from .picture import draw
 from .plan import EXTENSIONS, Plan, Run, at_edge
@@ -20,8 +19,6 @@ from .variants import Variant
 
 if TYPE_CHECKING:
     from ..titan.compared import Compared
-
-_PACKAGES = ("titan-adam-mini", "torchtitan", "torch")
 
 
 @dataclass(frozen=True)
@@ -116,17 +113,16 @@ class Report:
 
     def _verdicts(self, chosen: Mapping[str, Mapping[int, Record]]) -> Iterator[str]:
         first, *others = chosen
-        lost = {
-            name: [seed for seed, one in found.items() if one.diverged is not None] for name, found in chosen.items()
-        }
+        lost = {name: told for name, found in chosen.items() if (told := _lost(name, found))}
+        said = []
         for name in others:
             found = difference(_finals(chosen[name]), _finals(chosen[first]))
             if found is not None:
-                gone = [f"{one} diverged with seed {_listed(lost[one])}" for one in (name, first) if lost[one]]
-                yield found.sentence(name, first) + (f" ({'; '.join(gone)}.)" if gone else "")
-        for name, seeds in lost.items():
-            if seeds:
-                yield f"{name} diverged with seed {_listed(seeds)}, which is left out of means and differences."
+                there = [one for one in (name, first) if one in lost]
+                but = f" ({' and '.join(lost[one] for one in there)}, which is left out.)" if there else ""
+                yield found.sentence(name, first) + but
+                said += there
+        yield from (f"{told}, which is left out of the means." for name, told in lost.items() if name not in said)
 
     def _edges(self, losses: Mapping[Run, float]) -> Iterator[str]:
         for name in self.plan.variants:
@@ -246,6 +242,11 @@ def _finals(records: Mapping[int, Record]) -> dict[int, float]:
     return {seed: record.final for seed, record in records.items() if record.diverged is None}
 
 
+def _lost(name: str, records: Mapping[int, Record]) -> str:
+    seeds = [str(seed) for seed, one in records.items() if one.diverged is not None]
+    return f"{name} diverged with seed {', '.join(seeds)}" if seeds else ""
+
+
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(headings)} |"
     yield f"|{'---|' * len(headings)}"
@@ -268,19 +269,11 @@ def _settings(config: Mapping[str, Any]) -> str:
     return ", ".join(
         [
             *(f"{name} {optimizer[name]:g}" for name in ("beta1", "beta2", "eps", "weight_decay")),
-            f"warm-up {schedule['warmup_steps']} steps, then {schedule['decay_type']} to {schedule['min_lr_factor']:g}",
+            f"warm-up {schedule['warmup_steps']} steps, then {schedule['decay_type']} to {schedule['min_lr_factor']:g}"
+            + (f" over the last {share:g} of the steps" if (share := schedule["decay_ratio"]) is not None else "")
+            + (f", as if of {total} steps" if (total := schedule["total_steps"]) else ""),
             f"gradients clipped at {training['max_norm']:g}",
             f"parameters {training['dtype']}, matrix products {training['mixed_precision_param']}",
             *(f"{name} {value}" for name, value in degrees.items()),
         ]
     )
-
-
-def _listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def made_with(device: str) -> dict[str, str]:
-    """What a record says of a run that is made now: device, versions and commit."""
-    versions = ", ".join(f"{name} {version(name)}".strip() for name in _PACKAGES)
-    return {"device": device, "versions": versions, **({"commit": told} if (told := commit()) else {})}

@@ -54,7 +54,7 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
     file = out / FILE
     kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**common, "variants": {}}
     told = [] if kept["ranks"] == common["ranks"] else [f"{kept['ranks']} ranks there, {common['ranks']} here"]
-    if kept.setdefault("slurm", common["slurm"]) != common["slurm"]:
+    if kept["slurm"] != common["slurm"]:
         told.append("they are Slurm's: add --slurm" if kept["slurm"] else "they are not Slurm's: leave out --slurm")
     kept["variants"] = {name: {key: one[key] for key in one if counts(key)} for name, one in kept["variants"].items()}
     for name in settings.keys() & kept["variants"].keys():
@@ -64,7 +64,7 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
                 told.append(f"{name}: {key} {there.get(key)!r} there, {here.get(key)!r} here")
     if not told:
         told += unlike({**kept["variants"], **settings})
-    if told and not (out / "runs").exists():  # nothing has been run with what was there
+    if told and not (out / "runs").exists() and not any(out.glob("sweep-*.txt")):  # nothing has been run, or will be
         shutil.rmtree(out / "seeds", ignore_errors=True)
         kept, told = {**common, "variants": {}}, []
     if told:

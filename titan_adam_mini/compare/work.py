@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -16,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ..whole import write_whole
 from .plan import Plan, Run
 from .record import Record, read
-from .training import BOARD, CHECKPOINTS, Training, at_work, steps_saved
+from .training import BOARD, CHECKPOINTS, LOCK, Training, at_work, steps_saved
 
-RECORD, EXPORT = "record.json", "losses.txt"
+RECORD, EXPORT, MADE = "record.json", "losses.txt", "made.json"
 _LOOK, _TELL = 0.5, 30.0
 """Seconds between two looks at the runs, and between two lines about a run where output is no terminal."""
 _DEGREES = (
@@ -47,7 +50,7 @@ class Work:
         saves: whether runs keep checkpoints to go on from.
         own_start: whether the configuration itself says which checkpoint runs start from.
         variables: environment variables, one mapping for each of the runs that may be at work at once.
-        made: what the records of runs say of their device, versions and commit.
+        made: device, versions and commit of runs that are begun, or handed over, now.
         records: what is done.
     """
 
@@ -141,8 +144,11 @@ class Work:
         for seed in sorted({run.seed for run in runs}):
             self.make_start(seed)
         for run in runs:
+            folder = self.out / run.folder
+            if not _attempted(folder):
+                self._say_made(folder)
             # A job that was killed after its last save and before the validation that follows would never validate.
-            if last := steps_saved(self.out / run.folder).get(self.steps):
+            elif not _at_slurm(folder) and (last := steps_saved(folder).get(self.steps)):
                 shutil.rmtree(last)
         folders = [["--job.dump_folder", str(self.out / run.folder)] for run in runs]
         # The batch script names the configuration itself.
@@ -152,6 +158,8 @@ class Work:
         write_whole(file, text)
         settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", f"RANKS={self.ranks}"]
         settings += ["TITAN_ADAM_MINI_SAME_VALIDATION=1"]
+        settings += [f"TRAIN_FILE={module}"] if (module := os.environ.get("TRAIN_FILE")) else []
+        settings += ["NGPU=1"] if self.ranks == 1 else []  # whatever GPUs a node has
         nodes, told = "1", f"Submit the {len(runs)} runs:"
         if self.ranks > 1:
             nodes, told = "NODES", f"Submit the {len(runs)} runs, with as many NODES as make {self.ranks} ranks:"
@@ -170,25 +178,23 @@ class Work:
         free = list(self.variables)
         working: dict[Run, Training] = {}
         taken: dict[Run, dict[str, str]] = {}
-        failed: dict[str, str] = {}
+        failed: dict[str, list[str]] = {}
         told = _Told(console, self.steps)
-        # Those of an earlier command first: they have their GPUs already.
-        for run in self.todo():
-            if at_work(self.out / run.folder) is not None:
-                working[run] = self._begin(run, {})
-                if (has := dict(working[run].variables)) in free:
-                    taken[run] = free.pop(free.index(has))
+        earlier = self._earlier()
         try:
             with told:
-                for run, training in working.items():
-                    told.begins(run, training)
+                for run, variables in earlier.items():  # they have their GPUs already
+                    working[run] = self._begin(run, variables)
+                    if variables in free:
+                        taken[run] = free.pop(free.index(variables))
+                    told.begins(run, working[run])
                 while (waiting := self._waiting(working, failed)) or working:
                     while free and waiting:
                         run = waiting.pop(0)
                         try:
                             self.make_start(run.seed)
-                        except ValueError as error:
-                            failed[run.variant] = str(error)
+                        except ValueError as error:  # no variant has another start
+                            failed |= {name: [*failed.get(name, []), str(error)] for name in self.variants}
                             break
                         taken[run] = free.pop(0)
                         working[run] = self._begin(run, taken[run])
@@ -209,7 +215,7 @@ class Work:
                         why = ""
                         if not finished and not training.adopted:
                             why = training.failure or f"it ended at step {training.step} of {self.steps}: out of data?"
-                            failed[run.variant] = f"the run {run} failed: {why}"
+                            failed.setdefault(run.variant, []).append(f"the run {run} failed: {why}")
                         told.ends(run, training, self.records.get(run), why)
                         done()
                     told.total(self.plan.expected(self.losses()), len(self.todo()), working.values())
@@ -218,16 +224,38 @@ class Work:
                 training.ask()
             for training in working.values():
                 training.end()
-        return list(dict.fromkeys(failed.values()))
+        return list(dict.fromkeys(chain(*failed.values())))
 
-    def _waiting(self, working: Mapping[Run, Training], failed: Mapping[str, str]) -> list[Run]:
+    def _waiting(self, working: Mapping[Run, Training], failed: Mapping[str, list[str]]) -> list[Run]:
         return [run for run in self.todo() if run not in working and run.variant not in failed]
+
+    def _earlier(self) -> dict[Run, dict[str, str]]:
+        """The runs that trainers of an earlier command are at work on -> the variables that those have."""
+        runs = {self.out / run.folder: run for run in self.todo()}
+        found: dict[Run, dict[str, str]] = {}
+        for lock in self.out.glob(f"runs/*/*/*/{LOCK}"):
+            if told := at_work(lock.parent):
+                pid, variables = told
+                if lock.parent not in runs:
+                    raise ValueError(
+                        f"a trainer of an earlier command is at work in {lock.parent}, which is no run that is wanted "
+                        f"now: wait for it, or end it with kill {pid}"
+                    )
+                found[runs[lock.parent]] = variables
+        return found
 
     def _begin(self, run: Run, variables: Mapping[str, str]) -> Training:
         folder = self.out / run.folder
         known = read(folder / BOARD, run, self.ranks).known(self.frequency) if self.saves else 0
         shown = self.shown[run.variant]
-        return Training(folder, self.words(run), ranks=self.ranks, shown=shown, variables=variables, known=known)
+        begun = Training(folder, self.words(run), ranks=self.ranks, shown=shown, variables=variables, known=known)
+        if not begun.adopted:
+            self._say_made(folder)
+        return begun
+
+    def _say_made(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / MADE, json.dumps(self.made))
 
     def _settle(self, run: Run) -> bool:
         """Whether a run is over; what it said is then on record, and its checkpoints but the last are gone."""
@@ -238,7 +266,7 @@ class Work:
             return False
         lines = [f"{step} {loss}\n" for step, loss in enumerate(record.losses, 1)]
         write_whole(folder / EXPORT, "".join(lines))
-        record.made = self.made
+        record.made = json.loads(made.read_text()) if (made := folder / MADE).is_file() else {}
         record.write(folder / RECORD)
         self.records[run] = record
         for step, checkpoint in steps_saved(folder).items():
@@ -249,6 +277,16 @@ class Work:
     def losses(self) -> dict[Run, float]:
         """Finished run -> its last validation loss, infinite if it diverged."""
         return {run: record.final for run, record in self.records.items()}
+
+
+def _attempted(folder: Path) -> bool:
+    """Whether Slurm has begun this run."""
+    return any(folder.glob("attempts/*/begun.json"))
+
+
+def _at_slurm(folder: Path) -> bool:
+    """Whether an attempt of launch/slurm has not ended, as far as is known."""
+    return any(json.loads(one.read_text())["ended"] is None for one in folder.glob("attempts/*/begun.json"))
 
 
 def seeded(words: list[str], seed: int) -> list[str]:

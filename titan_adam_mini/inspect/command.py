@@ -37,7 +37,7 @@ class Inspect:
 
     Looks at the second moments of an AdamW checkpoint of torchtitan (--checkpoint), or of a short AdamW run of the
     configuration (--steps), a window of one tensor at a time; needs no GPU and no weights. How even they are within
-    blocks is a signal-to-noise ratio: above 1 averaging is safe. The line printed at the end goes into
+    blocks is a signal-to-noise ratio: above 1 means stand for their elements. The line printed at the end goes into
     [optimizer.adam_mini]. Takes any of torchtitan's --section.key value besides; the configuration may also be given as
     --job.config_file X or CONFIG_FILE=X.
     """
@@ -171,8 +171,7 @@ def _inline(roles: Mapping[str, str]) -> str:
 
 def _nothing(inspection: Inspection) -> str:
     """Why no role is suggested."""
-    low = [one for one in inspection.patterns if one.default.known and one.default.snr < THRESHOLD]
-    if not low:
+    if all(one.default.snr >= THRESHOLD for one in inspection.patterns):
         return f"Nothing to change: no ratio is below {THRESHOLD:g}."
     return (
         f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other at {_BUDGET} is {FACTOR:g} times "
@@ -218,7 +217,7 @@ def _settings(inspection: Inspection) -> Table:
     for column in ("RMS", "apart"):
         table.add_column(column, justify="right")
     for name, setting in inspection.settings.items():
-        told = {inspection.partition.second_moment: f"{name} (default)", ROLES: "the roles below"}.get(name, name)
+        told = {inspection.partition.second_moment: f"{name} (configured)", ROLES: "the roles below"}.get(name, name)
         total, (pattern, lowest) = setting.total, setting.lowest
         counts = [f"{total.entries:,}", str(setting.below), _ratio(lowest.snr)]
         table.add_row(told, *counts, pattern.pattern, _share(total.rms_ratio), _share(total.distance))

@@ -39,7 +39,7 @@ from .roles import roles_table
 
 THRESHOLD = 1.0
 """SlimAdam's: below it the deviation of v within blocks is larger than its mean. SlimAdam asks it of `block_snr`, the
-plain mean of the blocks' ratios; here it is asked of `snr`, which a few uneven blocks pull down, and so is stricter."""
+plain mean of the blocks' ratios; here it is asked of `snr`, which a few uneven blocks pull down: mostly stricter."""
 FACTOR = 2.0
 ROLES = "roles"
 """The setting that is suggested."""
@@ -113,7 +113,7 @@ class Setting:
     @property
     def below(self) -> int:
         """The number of patterns with a ratio below the threshold."""
-        return sum(loss.known and loss.snr < THRESHOLD for _, loss in self.losses)
+        return sum(loss.snr < THRESHOLD for _, loss in self.losses)
 
     @property
     def lowest(self) -> tuple[Pattern, Loss]:

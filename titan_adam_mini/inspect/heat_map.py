@@ -62,7 +62,7 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     ticks = range(-_DECADES, _DECADES + 1)
     bar = picture.colorbar(colours, ax=list(panels), ticks=ticks, extend="both", aspect=30, shrink=0.9, pad=0.01)
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks], fontsize=_TEXT + 0.5)
-    bar.set_label(f"signal-to-noise ratio (safe above {THRESHOLD:g})", fontsize=_TEXT + 1)
+    bar.set_label(f"signal-to-noise ratio (above {THRESHOLD:g} means stand for elements)", fontsize=_TEXT + 1)
     picture.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
     picture.supxlabel(
         "Hatched: not cut in this way. Grey: never had a gradient.", x=0.01, ha="left", fontsize=_TEXT, color="#505050"
