@@ -19,7 +19,7 @@ from rich.console import Console
 from ..about import device_name, made_with
 from ..child import child
 from ..drawing import figure
-from ..flags import ConfigFile, check_config, number_of_ranks
+from ..flags import ConfigFile, check_config, ranks_of_a_run
 from .plan import Plan
 from .report import Report
 from .settled import alone, settle
@@ -149,7 +149,7 @@ class Compare:
         for one in variants:
             if lrs and any(word.partition("=")[0] == "--optimizer.lr" for word in one.words):
                 raise ValueError(f"the variant {one.name} has an --optimizer.lr of its own, and --lr is given: use one")
-        return variants, lrs, number_of_ranks(self.ngpu) if self.ngpu is not None or os.environ.get("NGPU") else 1
+        return variants, lrs, ranks_of_a_run(self.ngpu)
 
     def _command(self, arguments: list[str]) -> str:
         """The command that was given, whichever way its parts came in."""

@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..flags import trainer
+
 LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
 """Names in a run's folder. The lock's content is the trainer's process id and the variables it was given, as JSON."""
 
@@ -72,7 +74,7 @@ class Training:
         self._begin = self._read = (folder / LOG).stat().st_size if (folder / LOG).exists() else 0
         environment = {**os.environ, **variables, "LOG_RANK": str(shown), "TITAN_ADAM_MINI_ONE_CURVE": "1"}
         environment |= {"TITAN_ADAM_MINI_SAME_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
-        module = os.environ.get("TRAIN_FILE") or "torchtitan.train"  # as launch/run_train.sh
+        module = trainer()
         command = [sys.executable, "-m"]
         if ranks == 1:
             command += [module]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.table import Table
 from ..checkpoint.stored import Stored
 from ..child import in_child
 from ..drawing import figure
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, number_of_ranks, write_json
+from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, ranks_of_a_run, write_json
 from ..partition import Partition
 from .estimates import DEFAULT
 from .findings import FACTOR, ROLES, THRESHOLD, Inspection, Pattern, inspect
@@ -70,7 +69,7 @@ class Inspect:
             self._inspect(stored, str(self.checkpoint), console, *found)
             return
         assert self.steps is not None
-        with short_run(arguments, self.steps, self._ranks(), self.out, console) as path:
+        with short_run(arguments, self.steps, ranks_of_a_run(self.ngpu), self.out, console) as path:
             source = str(path) if self.out else f"a run of {self.steps} steps"
             self._inspect(Stored(path), source, console, *found)
 
@@ -87,12 +86,9 @@ class Inspect:
             if self.steps < 1:
                 raise ValueError(f"--steps must be 1 or more, not {self.steps}")
             check_out(self.out)
-            self._ranks()
+            ranks_of_a_run(self.ngpu)  # raises for what is no number
         if self.out is not None:
             figure(1, 1)  # raises without matplotlib
-
-    def _ranks(self) -> int:
-        return number_of_ranks(self.ngpu) if self.ngpu is not None or os.environ.get("NGPU") else 1
 
     def _inspect(
         self,

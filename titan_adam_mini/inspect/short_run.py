@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from ..checkpoint.appearing import ending_in_order
 from ..child import in_child
+from ..flags import trainer
 
 RUN = "run"
 """Its folder's name."""
@@ -79,7 +79,7 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
     # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
     torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks")]
-    torchrun += ["-m", os.environ.get("TRAIN_FILE") or "torchtitan.train"]  # as launch/run_train.sh
+    torchrun += ["-m", trainer()]
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],

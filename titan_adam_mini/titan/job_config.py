@@ -67,7 +67,7 @@ class AdamMini:
     "blocks": one second moment per block, as in the Adam-mini paper.
     "channels": one per row of queries and keys instead of one per head, and one per column of what attention and MLPs
     add to the residual stream (wo, w2) instead of one per row; about as many as with "blocks". After SlimAdam (arXiv
-    2503.01843) and what `titan-adam-mini inspect` finds. Not with `value_blocks = "tensor"`.
+    2503.01843, table 1). Not with `value_blocks = "tensor"`.
     "factored": for every matrix, one per row and one per column, multiplied, as Adafactor (arXiv 1804.04235) keeps
     them, with Adam-mini's momentum. A matrix of rows x columns then has rows + columns + 1 second moments. For single
     ones: `roles = {"*.wv.weight" = "factored"}`.
