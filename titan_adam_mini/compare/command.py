@@ -76,6 +76,9 @@ class Compare:
         variants, lrs, ranks = self._checked()
         words = trainer_words(self.config, arguments)
         compared = _configurations(variants, words, ranks)
+        settings = {name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}
+        if told := unlike(settings):
+            raise ValueError(f"the variants cannot be compared: {'; '.join(told)}")
         first = next(iter(compared.values())).config
         _check_validation(first)
         _check_data(first, self.seeds)
@@ -89,7 +92,6 @@ class Compare:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
         with alone(out), _signals():
-            settings = {name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}
             common = settle(out, settings, common)
             plan = Plan({name: one.config["optimizer"]["lr"] for name, one in compared.items()}, lrs, self.seeds)
             checkpoint = first["checkpoint"]
@@ -118,8 +120,8 @@ class Compare:
             work.collect()
             failed = []
             if self.slurm:
-                if told := work.hand_over(self.config):
-                    say(told)
+                if line := work.hand_over(self.config):
+                    say(line)
             else:
                 if cores := _crowded(ranks * self.jobs * common["threads"]):
                     say(f"{self.jobs} runs of {ranks} x {common['threads']} threads at once share {cores} cores.")
@@ -166,10 +168,7 @@ class Compare:
 def _configurations(variants: list[Variant], words: list[str], ranks: int) -> dict[str, Compared]:
     """Name -> what torchtitan makes of a variant's words; ValueError if it does not take them."""
     with child() as call:
-        compared = {one.name: call(_read, [*words, *one.arguments], ranks) for one in variants}
-    if told := unlike({name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}):
-        raise ValueError(f"the variants cannot be compared: {'; '.join(told)}")
-    return compared
+        return {one.name: call(_read, [*words, *one.arguments], ranks) for one in variants}
 
 
 def _read(*args: Any) -> Any:

@@ -145,10 +145,11 @@ class Work:
             self.make_start(seed)
         for run in runs:
             folder = self.out / run.folder
-            if not _attempted(folder):
+            ended = _attempts(folder)
+            if not ended:
                 self._say_made(folder)
             # A job that was killed after its last save and before the validation that follows would never validate.
-            elif not _at_slurm(folder) and (last := steps_saved(folder).get(self.steps)):
+            elif all(ended) and (last := steps_saved(folder).get(self.steps)):
                 shutil.rmtree(last)
         folders = [["--job.dump_folder", str(self.out / run.folder)] for run in runs]
         # The batch script names the configuration itself.
@@ -279,14 +280,9 @@ class Work:
         return {run: record.final for run, record in self.records.items()}
 
 
-def _attempted(folder: Path) -> bool:
-    """Whether Slurm has begun this run."""
-    return any(folder.glob("attempts/*/begun.json"))
-
-
-def _at_slurm(folder: Path) -> bool:
-    """Whether an attempt of launch/slurm has not ended, as far as is known."""
-    return any(json.loads(one.read_text())["ended"] is None for one in folder.glob("attempts/*/begun.json"))
+def _attempts(folder: Path) -> list[bool]:
+    """Of each attempt of launch/slurm at a run: whether it has ended, as far as is known."""
+    return [json.loads(one.read_text())["ended"] is not None for one in folder.glob("attempts/*/begun.json")]
 
 
 def seeded(words: list[str], seed: int) -> list[str]:
