@@ -47,6 +47,32 @@ def test_one_process_that_plays_many_ranks_is_left_alone(
     assert interruption.current() is None and heard == [signal.SIGTERM]
 
 
+SOON_GONE = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.config import JobConfig
+from torchtitan.distributed import utils
+import titan_adam_mini.titan
+
+utils.init_distributed(JobConfig().comm)
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # lives on, as in DTensor's caches, and with it gloo's threads
+for _ in range(20):
+    dist.all_reduce(torch.ones(10_000))
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_ends_after_a_collective_keeps_its_exit_code(tmp_path: Path) -> None:
+    """Without the wait about half of the ranks abort."""
+    script = tmp_path / "soon_gone.py"
+    script.write_text(SOON_GONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "--local_addr=127.0.0.1", str(script)]
+    for _ in range(2):
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_torchtitans_function_is_replaced_once() -> None:
     register.enable()
     assert titan_distributed.init_distributed is interruption.init_distributed

@@ -16,6 +16,7 @@ read as the trainer starts:
                                     at the end, and every five seconds.
 """
 
+import atexit
 import functools
 import json
 import logging
@@ -41,6 +42,11 @@ __all__ = ["LEFT", "STUCK", "Interruption", "current", "init_distributed", "orig
 
 LEFT = 75
 """Exit code of a run that left on a signal with everything saved (EX_TEMPFAIL: start again to go on)."""
+
+LETTING_GO = 0.5
+"""Seconds at the end of a process: gloo's threads let go of the last collective's tensors in them, and one that does so
+without an interpreter aborts the process, whatever its exit code was to be (pytorch's pull request 179291). torchtitan
+has rank 0 wait for the others two seconds long."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -68,6 +74,7 @@ def init_distributed(comm_config: Any, *args: Any, **kwargs: Any) -> int:
     # The other modes play many ranks in one process.
     if comm_config.mode == "default":
         _current = Interruption()
+        atexit.register(time.sleep, LETTING_GO)
     return original(comm_config, *args, **kwargs)
 
 
