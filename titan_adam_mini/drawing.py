@@ -22,6 +22,11 @@ def figure(width: float, height: float) -> Any:
     return made
 
 
+def require_matplotlib() -> None:
+    """Raises ValueError if it is not installed: for commands that draw last of all."""
+    figure(1, 1)
+
+
 def wrapped(text: str, inches: float, size: float) -> str:
     """Text in lines of that width at most; a letter is about half as wide as high."""
     wide = int(inches * 72 / (size * 0.54))

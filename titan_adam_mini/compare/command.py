@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..about import device_name, made_with
 from ..child import child
-from ..drawing import figure
+from ..drawing import require_matplotlib
 from ..flags import ConfigFile, check_config, ranks_of_a_run
 from .plan import Plan
 from .report import Report
@@ -84,7 +84,7 @@ class Compare:
         _check_data(first, self.seeds)
         own_start = _check_start(words, first, self.seeds)
         devices = [{}] if self.slurm else _devices(ranks, self.jobs)
-        figure(1, 1)  # asked before, and not after, days of training
+        require_matplotlib()  # before, and not after, days of training
         common = {"ranks": ranks, "threads": int(os.environ.get("OMP_NUM_THREADS") or 1), "slurm": self.slurm}
         out = (self.out or Path("outputs/compare") / Path(self.config).stem).absolute()
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..checkpoint.stored import Stored
 from ..child import in_child
-from ..drawing import figure
+from ..drawing import require_matplotlib
 from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, ranks_of_a_run, write_json
 from ..partition import Partition
 from .estimates import DEFAULT
@@ -88,7 +88,7 @@ class Inspect:
             check_out(self.out)
             ranks_of_a_run(self.ngpu)  # raises for what is no number
         if self.out is not None:
-            figure(1, 1)  # raises without matplotlib
+            require_matplotlib()
 
     def _inspect(
         self,

@@ -213,14 +213,15 @@ class Inspection:
 
     @property
     def best_option(self) -> str:
-        """The `second_moment` with the fewest patterns below the threshold; of equals that with the highest lowest
-        ratio, then with the least noise in all, then the configured one."""
+        """The `second_moment` whose last update would have been nearest to AdamW's; where nothing is known of updates,
+        the one with the least noise in all. To three digits; of equals the configured one, then the smallest."""
 
-        def worth(option: str) -> tuple[int, float, float, bool]:
-            setting, configured = self.settings[option], option == self.partition.second_moment
-            return -setting.below, setting.lowest[1].snr, -setting.total.noise, configured
+        def lost(option: str) -> tuple[float, bool, int]:
+            total = self.settings[option].total
+            much = total.noise if total.distance is None else total.distance
+            return round(much, 3), option != self.partition.second_moment, total.entries
 
-        return max(self.options, key=worth)
+        return min(self.options, key=lost)
 
     @property
     def undecayed(self) -> list[str]:
