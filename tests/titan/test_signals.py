@@ -68,8 +68,9 @@ def test_a_rank_that_ends_after_a_collective_keeps_its_exit_code(tmp_path: Path)
     script.write_text(SOON_GONE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "--local_addr=127.0.0.1", str(script)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     for _ in range(2):
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
 
 
