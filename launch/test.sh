@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests: the fast ones, everything with --all, or with --slurm those that submit jobs to a
-# Slurm cluster of their own. Other arguments go to pytest:
+# Sets up .venv and runs the tests: the fast tier; with --all also the slow one; with --slurm those that submit jobs to
+# a Slurm cluster of their own; with --nightly those that take long. Other arguments go to pytest:
 #
 #   bash launch/test.sh --all
 #   bash launch/test.sh tests/titan -k config -x
@@ -10,14 +10,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 setup_venv titan,test
 
-marker=(-m "not slow")
+marker=(-m "not slow and not nightly")
 args=()
 for arg in "$@"; do
     case "$arg" in
-    --all) marker=() ;;
-    --slurm) marker=(-m slurm) ;;
+    --all) marker=(-m "not nightly") ;;
+    --slurm) marker=(-m "slurm and not nightly") ;;
+    --nightly) marker=(-m nightly) ;;
     *) args+=("$arg") ;;
     esac
 done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest "${marker[@]+"${marker[@]}"}" "${args[@]+"${args[@]}"}"
+exec .venv/bin/python -m pytest "${marker[@]}" "${args[@]+"${args[@]}"}"
