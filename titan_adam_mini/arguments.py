@@ -1,4 +1,4 @@
-"""What AdamMini takes: arguments it refuses, options that exclude each other, hyper-parameters within their bounds."""
+"""The arguments of AdamMini: those it refuses, options that exclude each other, bounds of hyper-parameters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ NAMES_NEEDED = (
     "AdamMini decides how a parameter is cut into blocks by its name: pass model.named_parameters() instead of "
     "model.parameters(), or param groups whose 'params' are (name, parameter) pairs, or that have 'param_names'"
 )
+OF_THE_OPTIMIZER = {
+    *("n_heads", "n_kv_heads", "head_dim", "partition", "value_blocks", "second_moment"),
+    *("momentum_dtype", "stochastic_rounding", "seed"),
+}
+"""Options that all groups share."""
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8, torch.float16, torch.float64)
 UNSUPPORTED = {
     "amsgrad": "AdamMini has no amsgrad variant; leave amsgrad out",

@@ -21,14 +21,14 @@ log = logging.getLogger("titan_adam_mini")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What may be asked for, by name."""
 
-Ways = Counter[tuple[torch.dtype, torch.dtype]]
+Conversions = Counter[tuple[torch.dtype, torch.dtype]]
 """(from, to) -> for how many parameters momentum was converted so."""
 
 
-def dtype_of(asked: torch.dtype | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+def dtype_of(momentum_dtype: torch.dtype | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
     """The type of the momentum of a parameter of this dtype and global shape; see `momentum_dtype` of AdamMini."""
-    asked = asked or dtype
-    return torch.float32 if asked == torch.int8 and not int8.fits(shape) else asked
+    chosen = momentum_dtype or dtype
+    return torch.float32 if chosen == torch.int8 and not int8.fits(shape) else chosen
 
 
 def summary(dtypes: Iterable[torch.dtype]) -> str:
@@ -39,8 +39,8 @@ def summary(dtypes: Iterable[torch.dtype]) -> str:
 def check_runs(param: Tensor) -> None:
     """Raise ValueError if a mesh cuts a run of columns of int8 momentum; see `cut_run`."""
     names = param.device_mesh.mesh_dim_names if isinstance(param, DTensor) else None
-    if told := cut_run(shard_of(param), names):
-        raise ValueError(told)
+    if message := cut_run(shard_of(param), names):
+        raise ValueError(message)
 
 
 def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
@@ -66,7 +66,7 @@ def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
     return ""
 
 
-def room(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def empty_momentum(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors without values for momentum of another type, placed as the momentum `like` is.
 
     Raises ValueError where int8 is asked for and the mesh cuts runs.
@@ -80,9 +80,9 @@ def room(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], ways: Ways) -> dict[str, Any]:
-    """The loaded state of one parameter with its momentum of the type of `expected`, and counted in `ways` if it was
-    of another. All tensors that matter must have the placements of `expected`, but for int8 that becomes a float.
+def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], conversions: Conversions) -> dict[str, Any]:
+    """The loaded state of one parameter with its momentum of the type of `expected`; counted in `conversions` if it
+    was of another. All tensors that matter must have the placements of `expected`, but for int8 that becomes a float.
 
     Raises ValueError for int8 without scales.
     """
@@ -98,24 +98,26 @@ def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], ways: W
         )
     if there.dtype == here.dtype:
         return state
-    ways[there.dtype, here.dtype] += 1
+    conversions[there.dtype, here.dtype] += 1
     placements = there.placements if isinstance(there, DTensor) else ()
     wide = local(there)
     if there.dtype == torch.int8:
         wide = int8.dequantized(wide, local(state.pop("exp_avg_scale")))
     if here.dtype == torch.int8:
-        state |= room(here, torch.int8)
+        state |= empty_momentum(here, torch.int8)
         int8.quantize(wide.float(), local(state["exp_avg"]), local(state["exp_avg_scale"]))
     else:
         state["exp_avg"] = as_state(wide.to(here.dtype), there, there.shape, placements, there.stride())
     return state
 
 
-def say(ways: Ways) -> None:
+def log_conversions(conversions: Conversions) -> None:
     """Log, on the first rank, what was converted; one line, none if nothing was."""
-    if not ways or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+    if not conversions or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         return
-    shown = [f"from {_word(there)} to {_word(here)} for {count} parameters" for (there, here), count in ways.items()]
+    shown = [
+        f"from {_word(there)} to {_word(here)} for {count} parameters" for (there, here), count in conversions.items()
+    ]
     log.warning(f"AdamMini: momentum converted {', '.join(shown)}")
 
 

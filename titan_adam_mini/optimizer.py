@@ -1,4 +1,4 @@
-"""AdamMini: parameter groups, state, and the order of a step. Blocks, sharding and arithmetic live elsewhere."""
+"""AdamMini: the plan of its parameters, their state, and the order of a step. The rest lives elsewhere."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels, momentum
-from .arguments import NAMES_NEEDED, check_hyper_parameters, check_options, refuse_unsupported
+from .arguments import check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
-from .kernels import Factor, Work, int8, rounding, vectorized
+from .groups import Named, match_groups, named_group, named_parameters
+from .kernels import NOTHING, Factor, Work, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
 from .report import heads_cut, table
 from .sharding import as_state, local, shard_of
-from .state import SECOND_MOMENTS, adopt_all
+from .state import SECOND_MOMENTS, adopt_all, check_state, follow_parameter, new_state
 
 log = logging.getLogger("titan_adam_mini")
 
@@ -106,7 +108,9 @@ class AdamMini(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self._flags = (foreach, fused, capturable)
-        self._names: list[list[str]] = []
+        self._names = WeakIdKeyDictionary()  # parameter -> name
+        self._dims: dict[str, int] = {}
+        self._checked = self._stepped = self._warned = False
         self._forget_plan()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
@@ -115,50 +119,38 @@ class AdamMini(Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew."""
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        group = dict(param_group)
-        given = group.pop("param_names", None)
-        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        pairs = [one for one in params if isinstance(one, tuple)]
-        if len(pairs) == len(params):
-            names, params = [name for name, _ in pairs], [param for _, param in pairs]
-        elif given is None or pairs or len(given) != len(params):
-            raise ValueError(NAMES_NEEDED)
-        else:
-            names = list(given)
-        known = set(chain.from_iterable(self._names))
-        for name in names:
-            if name in known:
-                raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
-            known.add(name)
-        group["params"] = params
+        """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew.
+
+        Raises ValueError, and leaves the groups as they were, if the group does not fit.
+        """
+        group = named_group(param_group)
         check_hyper_parameters({**self.defaults, **group})
         super().add_param_group(group)
-        self._names.append(names)
-        if hasattr(self, "_blocks"):  # not while the first groups are added
-            try:
+        try:
+            self._named()
+            if hasattr(self, "_blocks"):  # not while the first groups are added
                 self._blocks = self._assign()
-            except ValueError:
-                self.param_groups.pop()
-                self._names.pop()
-                raise
+        except ValueError:
+            self.param_groups.pop()
+            for param in group["params"]:
+                self._dims.pop(self._names.pop(param, ""), None)
+            raise
+        self._checked = False
         self._forget_plan()
 
-    def _named(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """(name, parameter, group) of every trainable parameter, in order."""
-        return [
-            (name, param, group)
-            for names, group in zip(self._names, self.param_groups, strict=True)
-            for name, param in zip(names, group["params"], strict=True)
-            if param.requires_grad
-        ]
+    def _named(self) -> Named:
+        """(name, parameter, group) of every parameter in the groups, in order; names are in step with parameters."""
+        return named_parameters(self.param_groups, self._names, self._dims)
 
-    def _assign(self) -> dict[str, Blocks]:
-        """The blocks of all parameters; ValueError if one has none, or cannot be captured and is to be."""
-        blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in self._named()})
-        if self._flags[2] and any(param.device.type not in ("cuda", "meta") for _, param, _ in self._named()):
+    def _assign(self, *, whole: bool = False) -> dict[str, Blocks]:
+        """The blocks of all parameters, trainable or not: freezing changes none.
+
+        Raises ValueError if a parameter has none, or cannot be captured and is to be; if `whole`, also for a pattern
+        of the user's that matches no parameter, which a group that is still to come might have.
+        """
+        named = self._named()
+        blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in named}, partial=not whole)
+        if self._flags[2] and any(param.device.type not in ("cuda", "meta") for _, param, _ in named):
             raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
         return blocks
 
@@ -172,39 +164,49 @@ class AdamMini(Optimizer):
     def _current_key(self) -> list[Any]:
         """What the plan stands and falls with; compared in every step, so it is short."""
         params = [param for group in self.param_groups for param in group["params"]]
-        key: list[Any] = [(id(param), param.requires_grad) for param in params]
+        key: list[Any] = [(id(param), param.requires_grad, param.shape) for param in params]
         return [*key, *map(id, self.param_groups), *(param.device for param in params[:1])]
 
     def _planned(self) -> Exchange:
-        """The exchange of the tensors that are in the groups now; collective when it has to be planned."""
+        """The exchange of the trainable tensors that are in the groups now; collective when it has to be planned."""
         key = self._current_key()
         if self._exchange is None or key != self._key:
-            self._blocks = self._assign()
+            self._forget_plan()
+            self._blocks = self._assign(whole=not self._checked)
+            self._checked = True
+            self._drop_state_of_others()
+            trainable = [(name, param) for name, param, _ in self._named() if param.requires_grad]
             items = []
-            for name, param, _ in self._named():
-                try:
-                    shard = shard_of(param)
-                    plans = tuple(BlockPlan.of(layout, shard) for layout in self._blocks[name].layouts)
-                    if self._momentum(param) == torch.int8:
-                        momentum.check_runs(param)
-                except ValueError as error:
-                    raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
+            for name, param in trainable:
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
                 agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
-                items.append(Item(name, param, plans, mesh_axes(param), dtype, agreed))
+                items.append(Item(name, param, self._plans(name, param), mesh_axes(param), dtype, agreed))
             device = local(items[0].param).device if items else torch.device("cpu")
             self.engine, self._engine_line = kernels.choose(*self._flags, device)
-            self._exchange, self._key, self._works = Exchange(items), key, []
-            self._log_plan(self._exchange)
+            exchange = Exchange(items)
+            for item in items:
+                if state := self.state.get(item.param):
+                    check_state(item.name, item.param, item.plans, state)
+            self._exchange, self._key = exchange, key
+            self._log_plan(exchange)
         return self._exchange
+
+    def _plans(self, name: str, param: Tensor) -> tuple[BlockPlan, ...]:
+        """One per grid of second moments."""
+        try:
+            shard = shard_of(param)
+            if self._momentum(param) == torch.int8:
+                momentum.check_runs(param)
+            return tuple(BlockPlan.of(layout, shard) for layout in self._blocks[name].layouts)
+        except ValueError as error:
+            raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
 
     def _momentum(self, param: Tensor) -> torch.dtype:
         return momentum.dtype_of(self.momentum_dtype, param.dtype, tuple(param.shape))
 
     def _log_plan(self, exchange: Exchange) -> None:
         """Say once, on the first rank of those that share this plan, what was decided."""
-        ranks = set(chain.from_iterable(exchange.groups))
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != min(ranks, default=0):
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != self._first_rank():
             return
         total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
         types = momentum.summary(self._momentum(item.param) for item in exchange.items)
@@ -215,6 +217,11 @@ class AdamMini(Optimizer):
             f"{total:,} bytes exchanged per step\n{self.table()}"
         )
 
+    def _first_rank(self) -> int:
+        """Of those that share this plan."""
+        channels = self._exchange.channels if self._exchange is not None else {}
+        return min(chain.from_iterable(channels), default=0)
+
     def table(self) -> str:
         """One row per kind of parameter: pattern, shape, role, blocks, decay, straddling, bytes exchanged per step."""
         exchange = self._planned()
@@ -223,36 +230,21 @@ class AdamMini(Optimizer):
     def init_state(self) -> None:
         """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
 
-        State that is there stays; state of tensors that have left the groups is dropped.
+        State that is there stays, that of frozen parameters too; state of tensors that have left the groups is dropped.
         Raises ValueError for parameters on the meta device.
         """
-        exchange = self._planned()
-        members = {id(param) for group in self.param_groups for param in group["params"]}
-        for param in [param for param in self.state if id(param) not in members]:
-            del self.state[param]
-        for item in exchange.items:
+        for item in self._planned().items:
             if not self.state.get(item.param):
-                self.state[item.param] = self._fresh_state(item)
+                self.state[item.param] = self._new_state(item.name, item.param)
 
-    def _fresh_state(self, item: Item) -> dict[str, Tensor]:
-        param = item.param
-        data = local(param)
-        if data.is_meta:
-            raise ValueError(f"{item.name!r} is on the meta device: materialise the model (to_empty, then initialise)")
-        same = param.placements if isinstance(param, DTensor) else ()
-        exp_avg = torch.zeros_like(data, dtype=self._momentum(param))
-        state = {
-            "step": torch.zeros((), dtype=torch.float32, device=data.device if self.engine.step_on_device else "cpu"),
-            "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
-        }
-        for key, plan in zip(SECOND_MOMENTS, item.plans, strict=False):
-            grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
-            zeros = torch.zeros(plan.grid_shape, dtype=item.dtype, device=data.device)
-            state[key] = as_state(zeros, param, plan.layout.grid_shape, grid)
-        if exp_avg.dtype == torch.int8:
-            scale = torch.zeros(int8.scale_shape(data.shape), dtype=torch.float32, device=data.device)
-            state["exp_avg_scale"] = as_state(scale, param, int8.scale_shape(param.shape), same)
-        return state
+    def _new_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        plans = self._plans(name, param)
+        return new_state(name, param, plans, self._momentum(param), self.engine.step_on_device)
+
+    def _drop_state_of_others(self) -> None:
+        members = {id(param) for group in self.param_groups for param in group["params"]}
+        for param in [param for param in self.state if isinstance(param, Tensor) and id(param) not in members]:
+            del self.state[param]
 
     # The step
 
@@ -263,10 +255,9 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        exchange = self._exchange
-        if exchange is None or len(self.state) != len(exchange.items) or self._current_key() != self._key:
+        exchange = self._planned()
+        if not all(map(self.state.get, (item.param for item in exchange.items))):
             self.init_state()
-            exchange = self._planned()
         with torch.profiler.record_function("AdamMini.exchange"):
             works = self._current_works(exchange, exchange.gradients())
             exchange.start(works, self.engine)
@@ -279,42 +270,59 @@ class AdamMini(Optimizer):
             self.engine.update(
                 [work for work in works if work.waits or (work.grad is None and work.present is not None)]
             )
+        if not self._stepped:
+            self._stepped = self._check_gradients(works)
         for work in works:
-            work.grad = work.squares = None  # whoever drops the gradients wants their memory back
+            work.release()
         return loss
+
+    def _check_gradients(self, works: Sequence[Work]) -> bool:
+        """Has any parameter a gradient here or on another rank? If none has, and none had before, log it once."""
+        if any(work.grad is not None or (work.present is not None and work.present.item() > 0) for work in works):
+            return True
+        if works and not self._warned and (not dist.is_initialized() or dist.get_rank() == self._first_rank()):
+            log.warning(
+                "AdamMini: step() found no gradient on any parameter, and there has been none before: nothing is "
+                "trained. Was the optimizer built before fully_shard or another wrapper replaced the model's "
+                "parameters? Then build it afterwards. Or were the gradients cleared before step()?"
+            )
+        self._warned = True
+        return False
 
     def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
         """What the engine gets of every parameter: local tensors, taken anew."""
         if not self._works:
-            for index, (item, (name, _, group)) in enumerate(zip(exchange.items, self._named(), strict=True)):
+            group_of = {id(param): group for _, param, group in self._named()}
+            for index, item in enumerate(exchange.items):
+                name = item.name
                 ((own, complete), *others), present = exchange.places(index)
                 plan, *more = item.plans
                 seed = rounding.seed_of(self.seed, clean_name(name)) if self.stochastic_rounding else None
-                nothing = torch.empty(0)
                 self._works.append(
                     Work(
                         name=name,
                         plan=plan,
-                        param=nothing,
+                        param=NOTHING,
                         grad=None,
-                        exp_avg=nothing,
+                        exp_avg=NOTHING,
                         exp_avg_scale=None,
-                        exp_avg_sq=nothing,
-                        step=nothing,
-                        group=group,
+                        exp_avg_sq=NOTHING,
+                        step=NOTHING,
+                        group=group_of[id(item.param)],
                         decay=self._blocks[name].decay,
                         seed=seed,
                         own_sums=own,
                         sums=complete,
                         present=present,
                         factors=tuple(
-                            Factor(factor, nothing, *sums) for factor, sums in zip(more, others, strict=True)
+                            Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)
                         ),
                     )
                 )
         for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
-            state = self.state[item.param]
-            work.param, work.grad, work.step = local(item.param), grad, state["step"]
+            state, work.param, work.grad = self.state[item.param], local(item.param), grad
+            follow_parameter(item.name, state, work.param, self.engine.step_on_device)
+            work.step = state["step"]
             work.exp_avg, work.exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
             work.exp_avg_scale = local(state["exp_avg_scale"]) if "exp_avg_scale" in state else None
             for key, factor in zip(SECOND_MOMENTS[1:], work.factors, strict=False):
@@ -348,50 +356,67 @@ class AdamMini(Optimizer):
                 like = self.state[item.param][key]
                 placements = like.placements if isinstance(like, DTensor) else ()
                 means[item.param][key] = as_state(mean, item.param, like.shape, placements)
-            work.grad = work.squares = None
+            work.release()
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the state of every trainable parameter, stepped or not. Collective the first time."""
-        self.init_state()
+        """As torch's, `param_names` in the groups included. An optimizer that has not stepped has no state."""
+        self._named()
+        self._drop_state_of_others()
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, on this mesh; dtypes stay this optimizer's.
+        """Load what `state_dict` gave, on this mesh; dtypes and names stay this optimizer's. Collective.
+
+        State belongs to every parameter of the groups, frozen or not. Trainable parameters that the state does not
+        have begin anew, which is logged; a state without any, of an optimizer that never stepped, leaves none.
 
         Raises ValueError, and leaves everything as it was, if the groups or the state do not fit.
         """
-        self.init_state()
+        self._planned()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved, groups = state_dict["param_groups"], self.param_groups
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-            raise ValueError(
-                f"the loaded state has groups of {[len(group['params']) for group in saved]} parameters, "
-                f"this optimizer of {[len(group['params']) for group in groups]}"
-            )
-        keys = chain.from_iterable(group["params"] for group in saved)
-        params = chain.from_iterable(group["params"] for group in groups)
-        key_of = {param: key for key, param in zip(keys, params, strict=True)}
-        named = {param: (name, key_of[param]) for name, param, _ in self._named()}
-        loaded = adopt_all(named, self.state, state_dict["state"])
-        for group, new in zip(groups, saved, strict=True):
-            keep = {"params": group["params"]}
-            group.update({**deepcopy({k: v for k, v in new.items() if k not in ("params", "param_names")}), **keep})
-        self.state.update(loaded)
+        saved, loaded = state_dict["param_groups"], state_dict["state"]
+        named = self._named()
+        key_of = match_groups(self.param_groups, saved)
+        # torch.distributed.checkpoint fills what a flat state dict lacks with empty dicts.
+        found = {param: (name, loaded.get(key_of[param], {})) for name, param, _ in named}
+        stored = {
+            param: (name, state)
+            for param, (name, state) in found.items()
+            if not all(isinstance(value, dict) for value in state.values())
+        }
+        state = adopt_all(stored, self._new_state)
+        for group, new in zip(self.param_groups, saved, strict=True):
+            group.update(deepcopy({key: value for key, value in new.items() if key not in ("params", "param_names")}))
+        self.state.clear()
+        self.state.update(state)
+        if state:
+            self._log_new([name for name, param, _ in named if param.requires_grad and param not in stored])
+            self.init_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _log_new(self, names: Sequence[str]) -> None:
+        if names and (not dist.is_initialized() or dist.get_rank() == self._first_rank()):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            log.warning(f"AdamMini: the loaded state has nothing of {shown}: their moments begin at zero")
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
         own = {
             name: self.__dict__[name]
-            for name in ("partition", "momentum_dtype", "stochastic_rounding", "seed", "_flags", "_names", "_blocks")
+            for name in (
+                *("partition", "momentum_dtype", "stochastic_rounding", "seed"),
+                *("_flags", "_blocks", "_dims", "_checked", "_stepped", "_warned"),
+            )
         }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._names = WeakIdKeyDictionary()
+        self._named()
         self._forget_plan()

@@ -172,7 +172,7 @@ class Grid:
     plan: BlockPlan
 
     @property
-    def fine(self) -> bool:
+    def float64(self) -> bool:
         """Do its sums travel as float64? Sums over a column are those of many rows, added in an order that the
         sharding decides: they stay the same where the sum of the roundings is exact, or far below float32's."""
         return self.plan.of_columns
@@ -190,7 +190,7 @@ class Slot:
     Attributes:
         grid: its index.
         sums: offset of its sums, which have the plan's `sums_shape`; None if they are not exchanged here.
-        fine: do they stand in the buffer's float64 part?
+        float64: do they stand in the buffer's float64 part?
         present: offset of the number of ranks that have a gradient; never in that part.
         after: index, in the list of buffers, of the one whose result goes into this one; None for the first.
         present_after: the same for the number of ranks.
@@ -198,7 +198,7 @@ class Slot:
 
     grid: int
     sums: int | None
-    fine: bool
+    float64: bool
     present: int
     after: int | None
     present_after: int | None
@@ -206,12 +206,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class BufferPlan:
-    """One group's buffer, the same on all ranks of the group: `numel` entries, and `fine_numel` that are float64."""
+    """One group's buffer, the same on all ranks of the group: `numel` entries, and `float64_numel` that are float64."""
 
     group: Group
     slots: tuple[Slot, ...]
     numel: int
-    fine_numel: int
+    float64_numel: int
 
 
 def plan_buffers(grids: Sequence[Grid], axes: Sequence[Sequence[Axis]]) -> tuple[BufferPlan, ...]:
@@ -240,12 +240,12 @@ def plan_buffers(grids: Sequence[Grid], axes: Sequence[Sequence[Axis]]) -> tuple
     for group in order:
         slots, ends = [], [0, 0]
         for index, exchanged in members[group]:
-            sums, after, part = None, None, int(grids[index].fine)
+            sums, after, part = None, None, int(grids[index].float64)
             if exchanged:
                 sums, after = ends[part], sums_in.get(index)
                 ends[part] += prod(grids[index].plan.sums_shape)
                 sums_in[index] = len(buffers)
-            slots.append(Slot(index, sums, grids[index].fine, ends[0], after, present_in.get(index)))
+            slots.append(Slot(index, sums, grids[index].float64, ends[0], after, present_in.get(index)))
             ends[0] += 1
             present_in[index] = len(buffers)
         buffers.append(BufferPlan(group, tuple(slots), *ends))
@@ -261,7 +261,7 @@ def bytes_in(buffers: Sequence[BufferPlan], grids: Sequence[Grid], itemsizes: Se
     result: dict[int, int] = {}
     for buffer in buffers:
         own = [grids[slot.grid] for slot in buffer.slots]
-        wide = max([8 if buffer.fine_numel else 0, *(itemsizes[grid.param] for grid in own)])
+        wide = max([8 if buffer.float64_numel else 0, *(itemsizes[grid.param] for grid in own)])
         for slot, grid in zip(buffer.slots, own, strict=True):
             numel = 1 + (prod(grid.plan.sums_shape) if slot.sums is not None else 0)
             result[grid.param] = result.get(grid.param, 0) + numel * wide

@@ -197,6 +197,23 @@ def shard_of(param: Tensor) -> Shard:
     return shard
 
 
+_FLAT = {
+    "_is_flat_param": "a FlatParameter of FSDP1, which joins many parameters in one tensor",
+    "_fsdp_flattened": "a flat slice that FSDP1 (FullyShardedDataParallel) made of the parameter",
+    "ds_tensor": "a partition that DeepSpeed ZeRO stage 3 made of the parameter",
+    "_hp_mapping": "a parameter whose update DeepSpeed ZeRO does on flat partitions",
+}
+"""Attributes that frameworks leave on tensors which are no whole parameters, and what such a tensor is."""
+
+
+def refuse_flat(name: str, param: Tensor) -> None:
+    """Raise ValueError, naming the framework, if a tensor is part of a flattened parameter, which has no blocks."""
+    for attribute, meaning in _FLAT.items():
+        if getattr(param, attribute, False) is not False:
+            cure = "use FSDP2 (fully_shard)" if "FSDP1" in meaning else "use ZeRO stage 0"
+            raise ValueError(f"{name!r} is {meaning}: AdamMini cannot tell its blocks; {cure}")
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

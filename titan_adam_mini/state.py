@@ -1,16 +1,19 @@
-"""Adopting loaded optimizer state: the values of a checkpoint, in the dtype, device and placement expected here."""
+"""The optimizer's state of one parameter: new, loaded from a checkpoint, or put there by somebody else."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from . import momentum
+from .kernels import int8
+from .plan import BlockPlan
+from .sharding import as_state, local
 
 CONVERT = (
     "convert it with `titan-adam-mini convert`, or, in torchtitan, let the run do it with "
@@ -26,31 +29,105 @@ AUTHORS = (
 )
 
 
+def new_state(
+    name: str,
+    param: Tensor,
+    plans: Sequence[BlockPlan],
+    momentum_dtype: torch.dtype,
+    step_on_device: bool,
+) -> dict[str, Tensor]:
+    """The state of a parameter before its first step.
+
+    Args:
+        plans: one per grid of second moments.
+        step_on_device: is `step` where the parameter is? On the CPU otherwise.
+
+    Raises ValueError if the parameter itself is on the meta device.
+    """
+    data = local(param)
+    if data.is_meta:
+        raise ValueError(f"{name!r} is on the meta device: materialise the model (to_empty, then initialise)")
+    same = param.placements if isinstance(param, DTensor) else ()
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    exp_avg = torch.zeros_like(data, dtype=momentum_dtype, device=data.device)
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=data.device if step_on_device else "cpu"),
+        "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
+    }
+    for key, plan in zip(SECOND_MOMENTS, plans, strict=False):
+        grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
+        zeros = torch.zeros(plan.grid_shape, dtype=dtype, device=data.device)
+        state[key] = as_state(zeros, param, plan.layout.grid_shape, grid)
+    if momentum_dtype == torch.int8:
+        scale = torch.zeros(int8.scale_shape(data.shape), dtype=torch.float32, device=data.device)
+        state["exp_avg_scale"] = as_state(scale, param, int8.scale_shape(param.shape), same)
+    return state
+
+
+def check_state(name: str, param: Tensor, plans: Sequence[BlockPlan], state: Mapping[str, Any]) -> None:
+    """Raise ValueError if state that stands beside a parameter is not that of a parameter of its shape."""
+    expected = {"exp_avg": tuple(param.shape)}
+    expected |= {key: plan.layout.grid_shape for key, plan in zip(SECOND_MOMENTS, plans, strict=False)}
+    for key, want in expected.items():
+        value = state.get(key)
+        have = tuple(value.shape) if isinstance(value, Tensor) else None
+        if have != want:
+            raise ValueError(
+                f"the state of {name!r} has {key} of shape {have}, and the parameter, of shape {tuple(param.shape)}, "
+                f"needs {want}: it is of a tensor of another shape, or of another partition; delete it to begin anew "
+                "(del optimizer.state[parameter])"
+            )
+
+
+def follow_parameter(name: str, state: dict[str, Any], data: Tensor, step_on_device: bool) -> None:
+    """Bring state to the device of its parameter, from wherever it was moved; `step` may be a number.
+
+    Args:
+        data: the parameter's local tensor.
+    """
+    if not isinstance(state["step"], Tensor):
+        state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+    device = data.device
+    for key, value in state.items():
+        want = device if step_on_device or key != "step" else _CPU
+        if value.device != want:
+            state[key] = value.to(want)
+
+
+_CPU = torch.device("cpu")
+
+
 def adopt_all(
-    params: Mapping[Tensor, tuple[str, Any]], expected: Mapping[Tensor, Mapping[str, Tensor]], loaded: Mapping[Any, Any]
+    stored: Mapping[Tensor, tuple[str, Mapping[str, Any]]], expected: Callable[[str, Tensor], Mapping[str, Tensor]]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """The loaded state of every parameter, each tensor as `expected` has it; says what momentum was converted.
+    """The loaded state of every parameter, each tensor as a new state has it; logs what momentum was converted.
 
     Nothing is changed in place.
 
     Args:
-        params: parameter -> its name, and its key in `loaded`.
+        stored: parameter -> its name, and its loaded state.
+        expected: gives the new state of a parameter.
 
     Raises:
         ValueError: naming the parameter, if a tensor is missing or has another shape.
     """
-    ways: momentum.Ways = Counter()
+    conversions: momentum.Conversions = Counter()
     state = {
-        param: adopt(name, param, expected[param], loaded.get(key, {}), ways) for param, (name, key) in params.items()
+        param: adopt(name, param, expected(name, param), loaded, conversions)
+        for param, (name, loaded) in stored.items()
     }
-    momentum.say(ways)
+    momentum.log_conversions(conversions)
     return state
 
 
 def adopt(
-    name: str, param: Tensor, expected: Mapping[str, Tensor], loaded: Mapping[str, Any], ways: momentum.Ways
+    name: str,
+    param: Tensor,
+    expected: Mapping[str, Tensor],
+    loaded: Mapping[str, Any],
+    conversions: momentum.Conversions,
 ) -> dict[str, Tensor]:
-    """`adopt_all` for one parameter; conversions of momentum are counted in `ways`."""
+    """`adopt_all` for one parameter; conversions of momentum are counted in `conversions`."""
     if any(key in loaded for key in FOREIGN):
         raise ValueError(f"the loaded state of {name!r} is {AUTHORS}")
     first = loaded.get("exp_avg")
@@ -58,7 +135,7 @@ def adopt(
         if first.dtype != torch.int8 and expected["exp_avg"].dtype == torch.int8:
             loaded = {**loaded, "exp_avg": _placed(first, expected["exp_avg"])}
         try:
-            loaded = momentum.converted(expected, loaded, ways)
+            loaded = momentum.converted(expected, loaded, conversions)
         except ValueError as error:
             raise ValueError(f"the loaded state of {name!r} {error}") from None
     # torch fills keys that a flat state dict lacks with empty dicts.

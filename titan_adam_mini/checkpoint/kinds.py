@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import int8
-from ..momentum import Ways, converted, room
+from ..momentum import Conversions, converted, empty_momentum
 from ..sharding import as_state, local
 from ..state import SECOND_MOMENTS
 from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, STATE, Kind
@@ -40,7 +40,7 @@ def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, 
             continue
         if live.dtype != kind.momentum and (kind.momentum != torch.int8 or int8.fits(live.shape)):
             try:
-                fresh = room(live, kind.momentum)
+                fresh = empty_momentum(live, kind.momentum)
             except ValueError as error:
                 raise ValueError(f"the checkpoint holds {name!r} with int8 momentum, and here {error}") from None
             state.pop(start + EXP_AVG_SCALE, None)
@@ -53,13 +53,15 @@ def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, 
     return state
 
 
-def as_expected(state: Mapping[str, Any], expected: Mapping[str, Mapping[str, Tensor]], ways: Ways) -> dict[str, Any]:
+def as_expected(
+    state: Mapping[str, Any], expected: Mapping[str, Mapping[str, Tensor]], conversions: Conversions
+) -> dict[str, Any]:
     """What was loaded into `as_stored`, with momentum as this run keeps it. Second moments are left as they are.
 
     Args:
         state: what was loaded.
         expected: parameter -> state of this run, as `optimizer.state` has it.
-        ways: where conversions are counted.
+        conversions: where conversions are counted.
     """
     state = dict(state)
     for name, own in expected.items():
@@ -68,7 +70,7 @@ def as_expected(state: Mapping[str, Any], expected: Mapping[str, Mapping[str, Te
         for full in keys.values():
             state.pop(full, None)
         try:
-            new = converted(own, loaded, ways)
+            new = converted(own, loaded, conversions)
         except ValueError as error:
             raise ValueError(f"the loaded state of {name!r} {error}") from None
         state |= {f"{STATE}{name}.{key}": value for key, value in new.items()}

@@ -27,6 +27,9 @@ from ..plan import BlockPlan
 
 log = logging.getLogger("titan_adam_mini")
 
+NOTHING = torch.empty(0)
+"""Stands for a tensor between steps."""
+
 
 @dataclass
 class Factor:
@@ -84,6 +87,13 @@ class Work:
     def by_columns(self) -> bool:
         """Have columns of a matrix second moments, alone or beside its rows? See `kernels.columns`."""
         return bool(self.factors) or self.plan.of_columns
+
+    def release(self) -> None:
+        """Let go of the tensors of a step: whoever drops gradients, or moves state away, wants the memory back."""
+        self.param = self.exp_avg = self.exp_avg_sq = self.step = NOTHING
+        self.grad = self.exp_avg_scale = self.squares = None
+        for factor in self.factors:
+            factor.exp_avg_sq = NOTHING
 
     @property
     def waits(self) -> bool:

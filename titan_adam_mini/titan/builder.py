@@ -8,12 +8,14 @@ from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini import AdamMini, Partition
 from titan_adam_mini.checkpoint.kinds import as_expected, as_stored
-from titan_adam_mini.checkpoint.stored import EXP_AVG_SQ, STATE, Kind
-from titan_adam_mini.momentum import Ways, say
+from titan_adam_mini.checkpoint.stored import EXP_AVG_SQ, GROUPS, STATE, Kind
+from titan_adam_mini.momentum import Conversions, log_conversions
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
 NAME = "AdamMini"
+_PARAM_NAMES = ".param_names"
+"""Key of the names in torch's parameter groups, as a flat state dict ends in it."""
 
 
 class AdamMiniContainer(OptimizersContainer):
@@ -45,25 +47,32 @@ class AdamMiniContainer(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torchtitan's; before a load with room for the checkpoint's kind of momentum, and for AdamW's moments."""
-        state: dict[str, Any] = super().state_dict()
+        # torch writes the list of all names beside each of them; a name is in its own key already.
+        state = {key: value for key, value in super().state_dict().items() if not key.endswith(_PARAM_NAMES)}
         return as_stored(state, self.holds) if self.holds else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torchtitan's; what `holds` says is of another kind is converted first, which is collective for AdamW's
         second moments: they are averaged over the blocks."""
         if self.holds:
-            ways: Ways = Counter()
+            conversions: Conversions = Counter()
             for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
                 named = [(clean_name(name), param) for name, param in part.named_parameters()]
                 names = {param: name for name, param in named if param in optimizer.state}
                 own = {name: optimizer.state[param] for param, name in names.items()}
-                state_dict = as_expected(state_dict, own, ways)
+                state_dict = as_expected(state_dict, own, conversions)
                 if any(self.holds[name].elementwise for name in own):
                     second = {param: state_dict[STATE + name + EXP_AVG_SQ] for param, name in names.items()}
                     for param, means in optimizer.block_means(second).items():
                         state_dict |= {f"{STATE}{names[param]}.{key}": value for key, value in means.items()}
-            say(ways)
-        super().load_state_dict(state_dict)
+            log_conversions(conversions)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        names = {
+            f"{GROUPS}{clean_name(name)}{_PARAM_NAMES}": group["param_names"]
+            for group in groups
+            for name in group["param_names"]
+        }
+        super().load_state_dict({**state_dict, **names})
 
 
 def build_adam_mini(
@@ -144,7 +153,7 @@ def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Parti
     """The partition of a torchtitan model, whose ``model_args`` hold its head counts.
 
     A pattern of the user's that matches no parameter is an error, but not where the part is one pipeline stage of
-    several (``staged``): it may be another stage's.
+    several (``staged``), since it may be another stage's, and not where all that it matches is frozen.
     """
     model_args = getattr(part, "model_args", None)
     if model_args is None:
@@ -165,9 +174,10 @@ def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Parti
         )
 
     whole = partition(knobs.roles, knobs.undecayed)
+    trainable = [name for name, param in part.named_parameters() if param.requires_grad]
+    elsewhere = set(whole.unused(trainable))
     if not staged:
-        return whole
-    elsewhere = whole.unused(name for name, _ in part.named_parameters())
+        elsewhere -= set(whole.unused(name for name, _ in part.named_parameters()))
     return partition(
         {pattern: role for pattern, role in knobs.roles.items() if pattern not in elsewhere},
         [pattern for pattern in knobs.undecayed if pattern not in elsewhere],

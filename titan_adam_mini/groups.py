@@ -1,0 +1,140 @@
+"""Named parameters in torch's parameter groups: each group keeps its names under `param_names`, as torch's own
+optimizers do, and a name follows its parameter through every edit of `param_groups`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .arguments import NAMES_NEEDED, OF_THE_OPTIMIZER
+from .partition import clean_name
+from .sharding import refuse_flat
+
+Group = dict[str, Any]
+Named = list[tuple[str, Tensor, Group]]
+"""(name, parameter, group) of every parameter, in order."""
+
+
+def named_group(param_group: Group) -> Group:
+    """A copy of a group with `params` a list of tensors and `param_names` their names.
+
+    Raises:
+        TypeError: the group is no dict, or its parameters have no order.
+        ValueError: a name is missing, or an option of the whole optimizer is set for a group.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+    group = dict(param_group)
+    params = group["params"]
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            "optimizer parameters need an order that stays the same between runs, and a set has none; use a list"
+        )
+    for option in OF_THE_OPTIMIZER.intersection(group):
+        raise ValueError(f"{option} belongs to the whole optimizer, not to one group: pass it to AdamMini(...)")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    listed = group.get("param_names")
+    if params and all(isinstance(one, tuple) for one in params):
+        group["param_names"] = [name for name, _ in params]
+        params = [param for _, param in params]
+    elif listed is None or any(isinstance(one, tuple) for one in params) or len(listed) != len(params):
+        raise ValueError(NAMES_NEEDED)
+    else:
+        group["param_names"] = list(listed)
+    group["params"] = params
+    for name, param in zip(group["param_names"], params, strict=True):
+        refuse_flat(name, param)
+    return group
+
+
+def named_parameters(groups: Sequence[Group], known: MutableMapping[Tensor, str], dims: dict[str, int]) -> Named:
+    """All parameters with their names. Names are put back in step with parameters that were moved, sorted or dropped.
+
+    A tensor that is new in a group (a framework replaced the parameter) takes the name at its place.
+
+    Args:
+        groups: the optimizer's; their `param_names` are updated.
+        known: parameter -> name, of all that were ever in a group; updated.
+        dims: name -> number of dims, likewise.
+
+    Raises:
+        ValueError: a tensor whose name cannot be known, or two of one name.
+    """
+    named: Named = []
+    for number, group in enumerate(groups):
+        params, listed = group["params"], group.get("param_names", ())
+        if any(param not in known for param in params) and len(listed) != len(params):
+            raise ValueError(
+                f"param_groups[{number}] has {len(params)} parameters and {len(listed)} names: {_changed_by()}"
+            )
+        names = [known[param] if param in known else listed[place] for place, param in enumerate(params)]
+        for name, param in zip(names, params, strict=True):
+            refuse_flat(name, param)
+            if dims.setdefault(name, param.ndim) != param.ndim:
+                raise ValueError(
+                    f"param_groups[{number}] holds a tensor of {param.ndim} dims in the place of {name!r}, which had "
+                    f"{dims[name]}: {_changed_by()}"
+                )
+            named.append((name, param, group))
+        group["param_names"] = names
+    seen: dict[str, Tensor] = {}
+    for name, param, _ in named:
+        if name in seen:
+            raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
+        seen[name] = param
+        known[param] = name
+    return named
+
+
+def _changed_by() -> str:
+    if "deepspeed" in sys.modules:
+        return (
+            "DeepSpeed ZeRO stages 1 to 3 replace parameters by flat partitions, which AdamMini cannot cut into "
+            "blocks; use ZeRO stage 0"
+        )
+    return (
+        "whoever replaces parameters in param_groups has to keep `param_names` in step with `params`; a framework that "
+        "replaces them by flat partitions cannot be used with AdamMini"
+    )
+
+
+def match_groups(groups: Sequence[Group], saved: Sequence[Group]) -> dict[Tensor, Any]:
+    """Parameter -> its key in a state dict whose `param_groups` are `saved`.
+
+    Groups match by place. Inside a group parameters match by name where the state has names and its keys are numbers,
+    as torch's `state_dict()` gives them; else by place. `torch.distributed.checkpoint` has matched by name already: its
+    keys are names.
+
+    Raises:
+        ValueError: other groups, or other parameters in one.
+    """
+    lengths = [len(group["params"]) for group in saved]
+    if lengths != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            f"the loaded state has groups of {lengths} parameters, this optimizer of "
+            f"{[len(group['params']) for group in groups]}"
+        )
+    keys: dict[Tensor, Any] = {}
+    for number, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        own, theirs = [clean_name(name) for name in group["param_names"]], other.get("param_names")
+        there = other["params"]
+        if theirs is None or len(theirs) != len(there) or any(isinstance(key, str) for key in there):
+            order = there
+        else:
+            key_of = dict(zip(map(clean_name, theirs), there, strict=True))
+            if missing := [name for name in own if name not in key_of]:
+                extra = [name for name in key_of if name not in set(own)]
+                raise ValueError(
+                    f"the loaded state has other parameters in group {number}: {_some(extra)} instead of "
+                    f"{_some(missing)}; build the optimizer with the groups that were saved"
+                )
+            order = [key_of[name] for name in own]
+        keys.update(zip(group["params"], order, strict=True))
+    return keys
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
