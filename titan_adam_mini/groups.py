@@ -64,28 +64,31 @@ def named_parameters(groups: Sequence[Group], known: MutableMapping[Tensor, str]
         ValueError: a tensor whose name cannot be known, or two of one name.
     """
     named: Named = []
+    places: dict[str, int] = {}
     for number, group in enumerate(groups):
         params, listed = group["params"], group.get("param_names", ())
         if any(param not in known for param in params) and len(listed) != len(params):
             raise ValueError(
                 f"param_groups[{number}] has {len(params)} parameters and {len(listed)} names: {_changed_by()}"
             )
-        names = [known[param] if param in known else listed[place] for place, param in enumerate(params)]
-        for name, param in zip(names, params, strict=True):
-            refuse_flat(name, param)
-            if dims.setdefault(name, param.ndim) != param.ndim:
-                raise ValueError(
-                    f"param_groups[{number}] holds a tensor of {param.ndim} dims in the place of {name!r}, which had "
-                    f"{dims[name]}: {_changed_by()}"
-                )
+        for place, param in enumerate(params):
+            name = known[param] if param in known else listed[place]
+            if name in places:
+                raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
+            places[name] = number
             named.append((name, param, group))
-        group["param_names"] = names
-    seen: dict[str, Tensor] = {}
     for name, param, _ in named:
-        if name in seen:
-            raise ValueError(f"two parameters are called {name!r}; names must be unique over all groups")
-        seen[name] = param
-        known[param] = name
+        refuse_flat(name, param)
+        if dims.get(name, param.ndim) != param.ndim:
+            raise ValueError(
+                f"param_groups[{places[name]}] holds a tensor of {param.ndim} dims in the place of {name!r}, which had "
+                f"{dims[name]}: {_changed_by()}"
+            )
+    names = iter(name for name, _, _ in named)
+    for group in groups:
+        group["param_names"] = [next(names) for _ in group["params"]]
+    known.update((param, name) for name, param, _ in named)
+    dims.update((name, param.ndim) for name, param, _ in named)
     return named
 
 
