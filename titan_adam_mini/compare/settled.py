@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..whole import write_whole
+from ..files import atomic_write
 from .variants import Settings, counts, unlike
 
 FILE, LOCK = "compare.json", "lock"
@@ -74,5 +74,5 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
             "--out, or give the settings it was made with"
         )
     kept["variants"] |= settings
-    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    atomic_write(file, json.dumps(kept, indent=1) + "\n")
     return {name: kept[name] for name in common}
