@@ -27,8 +27,7 @@ def child() -> Iterator[Child]:
                 return pool.submit(function, *args).result()
             except BrokenProcessPool:
                 raise ValueError(
-                    "a process of this command has died, without a word: something ended it, perhaps the system, for want "
-                    "of memory (dmesg says so)"
+                    "a process of this command was killed, perhaps by the system for want of memory (dmesg says so)"
                 ) from None
             except SystemExit as error:  # torchtitan's own parser, which has said what is wrong
                 raise ValueError(f"torchtitan does not take these arguments (status {error.code})") from None

@@ -42,8 +42,9 @@ def replacing(file: str | Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(handle)
         os.replace(new, file)
-    except BaseException:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        name_file(error, file)
         raise
     if sync:
         sync_folder(file.parent)
@@ -53,6 +54,12 @@ def atomic_write(file: str | Path, text: str, *, sync: bool = True) -> None:
     """Write a text file in UTF-8; see `replacing`."""
     with replacing(file, sync=sync) as stream:
         stream.write(text.encode())
+
+
+def name_file(error: BaseException, file: Path) -> None:
+    """Let an OSError that names no file, such as that of a full disk, name this one."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(file)
 
 
 def beside(path: Path, name: str = "") -> Path:

@@ -62,9 +62,7 @@ def test_malicious_metadata_is_refused_before_anything_runs(saved: Path) -> None
     metadata = FileSystemReader(saved).read_metadata()
     metadata.planner_data = Malicious(mark)
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(
-        ValueError, match=r"\.metadata was not written by .* it asks for pathlib\S*\.touch.*nothing was"
-    ):
+    with pytest.raises(ValueError, match=r"\.metadata was not written by .*asks for pathlib\S*touch.*nothing was"):
         Stored(saved)
     assert not mark.exists()
     FileSystemReader(saved).read_metadata()

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import beside, sync_folder
+from ..files import beside, name_file, sync_folder
 
 
 @contextmanager
@@ -51,6 +51,9 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
                 folder.rename(target)  # fails if somebody else has put something there
                 sync_folder(target.parent)
                 done = True
+        except OSError as error:
+            name_file(error, target)
+            raise
         finally:
             os.close(handle)
             if not done:
@@ -64,7 +67,9 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
 
 def _refuse_others(target: Path, name: str) -> None:
     """Raise ValueError if a conversion is writing `target`, or was killed as it did."""
-    for other in target.parent.glob(f".{name}.*"):
+    for other in target.parent.iterdir():
+        if not other.name.startswith(f".{name}."):
+            continue
         try:
             handle = os.open(other, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

@@ -1,4 +1,4 @@
-"""The metadata of a distributed checkpoint, read without executing anything, which torch's own reader does not promise."""
+"""The metadata of a distributed checkpoint, read without executing anything: torch's own reader runs it."""
 
 from __future__ import annotations
 

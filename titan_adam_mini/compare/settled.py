@@ -65,7 +65,8 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
     if not told:
         told += unlike({**kept["variants"], **settings})
     if told and not (out / "runs").exists() and not any(out.glob("sweep-*.txt")):  # nothing has been run, or will be
-        shutil.rmtree(out / "seeds", ignore_errors=True)
+        for seed in (out / "seeds").glob("seed-*") if file.is_file() else ():  # a folder that compare made
+            shutil.rmtree(seed, ignore_errors=True)
         kept, told = {**common, "variants": {}}, []
     if told:
         more = f", and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
