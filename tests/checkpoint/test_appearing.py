@@ -35,22 +35,21 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def no_place(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match=r"No space left on device: '.*/deep/step-4'"):
-        with appearing(tmp_path / "deep" / "step-4", 10) as folder:
-            (folder / "__0_0.distcp").write_text("half")
-            if full == "write":
-                no_place()
-            monkeypatch.setattr(os, "fsync", no_place)
+    said = r"No space left on device: '.*/deep/step-4'"
+    with pytest.raises(OSError, match=said), appearing(tmp_path / "deep" / "step-4", 10) as folder:
+        (folder / "__0_0.distcp").write_text("half")
+        if full == "write":
+            no_place()
+        monkeypatch.setattr(os, "fsync", no_place)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_somebody_put_there_meanwhile_stays(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step-4"
-    with pytest.raises(OSError, match="not empty"):
-        with appearing(target, 10) as folder:
-            (folder / ".metadata").write_text("ours")
-            target.mkdir()
-            (target / ".metadata").write_text("theirs")
+    with pytest.raises(OSError, match="not empty"), appearing(target, 10) as folder:
+        (folder / ".metadata").write_text("ours")
+        target.mkdir()
+        (target / ".metadata").write_text("theirs")
     assert [path.name for path in target.parent.iterdir()] == ["step-4"]
     assert (target / ".metadata").read_text() == "theirs"
 
