@@ -69,7 +69,9 @@ def quickstart(steps: int, compared_steps: int, out: Path, cache: Path) -> None:
     built = corpus.build(data, seq_len=SEQ_LEN, global_batch=global_batch, steps=steps, ranks=[1, many], validation=64)
     say(f"Corpus: {built}")
 
-    shutil.rmtree(out, ignore_errors=True)  # torchtitan goes on from checkpoints that it finds there
+    for name in ("seed", "adamw", "adam_mini", "one_rank", "sharded"):
+        # torchtitan goes on from checkpoints that it finds there; --out may hold anything else, which stays.
+        shutil.rmtree(out / name / "checkpoint", ignore_errors=True)
     seed = out / "seed" / "checkpoint" / "step-0"
     common = {
         "model.hf_assets_path": data / "tokenizer",

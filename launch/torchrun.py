@@ -20,6 +20,8 @@ from typing import Any
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from titan_adam_mini.files import atomic_write
+
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -80,8 +82,10 @@ def main(arguments: list[str]) -> int:
         print(failed, file=sys.stderr)
         told = failures(failed)
         if file := os.environ.get("FAILURES"):
-            Path(f"{file}.new").write_text(json.dumps(told), encoding="utf-8")
-            os.replace(f"{file}.new", file)
+            try:
+                atomic_write(file, json.dumps(told))
+            except OSError as error:  # the exit status says more
+                print(f"FAILURES={file} could not be written: {error}", file=sys.stderr)
         first, _ = failed.get_first_failure()
         return next(int(one["status"]) for one in told if one["rank"] == first)
     return 0

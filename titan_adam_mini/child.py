@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -24,6 +25,10 @@ def child() -> Iterator[Child]:
         def call(function: Any, *args: Any) -> Any:
             try:
                 return pool.submit(function, *args).result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    "a process of this command was killed, perhaps by the system for want of memory (dmesg says so)"
+                ) from None
             except SystemExit as error:  # torchtitan's own parser, which has said what is wrong
                 raise ValueError(f"torchtitan does not take these arguments (status {error.code})") from None
 

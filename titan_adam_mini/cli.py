@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     command, rest = tyro.cli(COMMANDS[words[0]], args=own, prog=f"titan-adam-mini {words[0]}", return_unknown_args=True)
     try:
         command(Console(), [*config, *rest])
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk, a file that may not be read
         print(f"titan-adam-mini: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
+
+from .files import replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
 """Okabe and Ito's (2008), which people of every colour vision tell apart, for lines on white."""
@@ -20,6 +23,12 @@ def figure(width: float, height: float) -> Any:
     made.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     FigureCanvasAgg(made)
     return made
+
+
+def save(picture: Any, file: str | Path, dpi: int = 160) -> None:
+    """Write a picture, whole or not at all, in the format of the file's ending (PNG if there is none)."""
+    with replacing(file) as stream:
+        picture.savefig(stream, dpi=dpi, format=Path(file).suffix[1:] or "png")
 
 
 def require_matplotlib() -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from .files import atomic_write
+
 ConfigFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
 """torchtitan's configuration, "" if none is given."""
 
@@ -90,4 +92,4 @@ def write_json(file: str, told: dict[str, Any]) -> None:
     if file == STDOUT:
         sys.stdout.write(written)
     else:
-        Path(file).write_text(written)
+        atomic_write(file, written)

@@ -25,6 +25,8 @@ from typing import Any
 
 import tyro
 
+from titan_adam_mini.files import atomic_write
+
 LEFT = 75
 """The trainer's exit status once it has saved on a signal (titan_adam_mini/titan/interruption.py)."""
 
@@ -203,8 +205,7 @@ class Attempts:
 
     def _keep(self, attempt: Attempt) -> Path:
         file = self.folder / str(attempt.attempt) / "begun.json"
-        file.with_suffix(".tmp").write_text(json.dumps(asdict(attempt)), encoding="utf-8")
-        os.replace(file.with_suffix(".tmp"), file)
+        atomic_write(file, json.dumps(asdict(attempt)))
         return file
 
     def _write(self, attempt: Attempt, *, ended: float, reason: str, then: str = "") -> None:
@@ -283,3 +284,6 @@ if __name__ == "__main__":
     except ValueError as error:
         _say(str(error))
         sys.exit(REFUSED)
+    except OSError as error:  # a full disk
+        _say(str(error))
+        sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ test_convert.convert(test_convert.conversion(Path({source!r}), "adam_mini"), Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_it_leaves_no_checkpoint_and_the_next_one_cleans_up(
+def test_killed_it_leaves_no_checkpoint_and_the_next_one_says_what_is_left(
     adamw: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     target = tmp_path / "checkpoint" / "step-4"
@@ -221,6 +222,11 @@ def test_killed_it_leaves_no_checkpoint_and_the_next_one_cleans_up(
     assert not target.exists()
     left = list(tmp_path.iterdir())
     assert left == [] if number == signal.SIGTERM else "step-" not in next(left[0].iterdir()).name
+    if number == signal.SIGKILL:
+        (rest,) = target.parent.iterdir()
+        with pytest.raises(ValueError, match=rf"{rest} is what a killed conversion to .*/step-4 has left: remove it"):
+            convert(conversion(adamw, "adam_mini"), target)
+        shutil.rmtree(rest)
     convert(conversion(adamw, "adam_mini"), target)
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert entries(target)["train_state.step"] == STEPS

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..about import device_name, version
 from ..child import in_child
+from ..files import atomic_write
 from ..flags import ConfigFile, check_config, check_file, number_of_ranks
 from .competitors import BASELINE, chosen
 from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
@@ -82,7 +83,7 @@ class Bench:
             torch.set_num_threads(before)
         rows = [_row(result, part, measured) for result in measured.results]
         if self.json:
-            self.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+            atomic_write(self.json, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
         if not console.is_terminal:
             console = Console(file=console.file, width=WIDTH)
         for line in _caption(facts):

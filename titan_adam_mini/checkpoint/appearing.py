@@ -8,50 +8,79 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from ..files import beside, name_file, sync_folder
 
 
 @contextmanager
 def appearing(target: Path, size: int) -> Iterator[Path]:
-    """A folder to write in, which is called `target` once the block ends well and is gone if it does not.
+    """A new folder to write in, which is called `target` once the block ends well and is gone if it does not.
 
-    What a killed conversion has left there is removed by the next one of the same target.
+    Args:
+        target: what must not exist yet, not even as a link to nowhere.
+        size: bytes that will be needed.
+
+    Raises:
+        ValueError: there is something at `target` or another conversion is writing it, one that was killed has left its
+            folder there, or the disk has no place for `size` bytes.
+        OSError: the folder cannot be made or moved.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"{target} exists; nothing is overwritten: remove it, or name another folder")
-    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    target = target.absolute()
+    existing = next(parent for parent in target.parents if parent.is_dir())
     if (free := shutil.disk_usage(existing).free) < size:
         raise ValueError(f"{existing} has {free:,} bytes free, and the conversion may need {size:,}")
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     # torchtitan takes whatever holds "step-N" for a checkpoint, so this name must not.
-    folder = target.absolute().parent / f".converting-{target.name.replace('step-', '')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    done = False
+    name = f"converting-{target.name.replace('step-', '')}"
+    folder, done = beside(target, name), False
     try:
+        _refuse_others(target, name)
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            made = []
-            raise ValueError(f"another conversion is writing {target}: wait for it, or name another folder") from None
-        try:
-            for old in folder.iterdir():
-                old.unlink()
+            fcntl.flock(handle, fcntl.LOCK_EX)
             with ending_in_order():
                 yield folder
-                folder.rename(target)
+                os.fsync(handle)
+                folder.rename(target)  # fails if somebody else has put something there
+                sync_folder(target.parent)
                 done = True
+        except OSError as error:
+            name_file(error, target)
+            raise
         finally:
+            os.close(handle)
             if not done:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(handle)
         if not done:
             for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
+                with suppress(OSError):  # somebody else uses it by now
                     parent.rmdir()
+
+
+def _refuse_others(target: Path, name: str) -> None:
+    """Raise ValueError if a conversion is writing `target`, or was killed as it did."""
+    for other in target.parent.iterdir():
+        if not other.name.startswith(f".{name}."):
+            continue
+        try:
+            handle = os.open(other, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another conversion is writing {target}: wait for it, or name another folder") from None
+        finally:
+            os.close(handle)
+        raise ValueError(f"{other} is what a killed conversion to {target} has left: remove it")
 
 
 @contextmanager

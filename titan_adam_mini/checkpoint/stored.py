@@ -1,12 +1,14 @@
 """A distributed checkpoint (torch.distributed.checkpoint) on disk: what it holds, and single parts of it.
 
-Nothing here needs a process group, and nothing is read but what is asked for.
+Nothing here needs a process group, nothing is read but what is asked for, and nothing in a checkpoint is executed:
+torch's own reader would run whatever its pickles name.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +23,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from ..pickles import NotAllowed
 from ..sharding import Box
 from ..state import FOREIGN
+from .metadata import read_metadata
 
 STATE, EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_scale", ".exp_avg_sq"
 GROUPS = "param_groups."
@@ -65,8 +69,13 @@ class Stored:
                 "while it was saved, or it is not a distributed checkpoint of torch"
             )
         try:
-            self.metadata = self._reader.read_metadata()
-        except (EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            self.metadata = read_metadata((self.path / ".metadata").read_bytes())
+        except NotAllowed as error:
+            raise ValueError(
+                f"{self.path}/.metadata was not written by torch's distributed checkpoint: it asks for {error}, which "
+                "could run anything (nothing was run)"
+            ) from None
+        except pickle.UnpicklingError as error:
             raise ValueError(f"{self.path}/.metadata cannot be read ({error}): {_ANOTHER}") from None
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
@@ -146,7 +155,11 @@ class Stored:
         return kinds
 
     def value(self, name: str) -> Any:
-        """One entry, whole: a CPU tensor, or the object that was saved."""
+        """One entry, whole: a CPU tensor, or the object that was saved.
+
+        Raises ValueError if that is more than what torch takes for safe: numbers, text, bytes, containers and tensors,
+        which is all that torchtitan saves.
+        """
         if name in self.tensors:
             return self.read(name)
         into = _Into(None)
@@ -160,7 +173,12 @@ class Stored:
         )
         self._reader.read_data(LoadPlan([item]), into).wait()
         assert into.data is not None
-        return torch.load(into.data, weights_only=False)
+        try:
+            return torch.load(into.data, weights_only=True)
+        except Exception as error:  # a broken file raises nearly anything
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"asks for {foreign[1]}, which could run anything" if foreign else "is damaged or of another kind"
+            raise ValueError(f"{self.path}: its entry {name!r} {what} (nothing was run)") from None
 
     def read(self, name: str, chunk: ChunkStorageMetadata | None = None) -> Tensor:
         """A tensor, or the box `chunk` of it (offsets and sizes), as a new CPU tensor of its dtype."""

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..drawing import COLOURS, bare, figure, wrapped
+from ..drawing import COLOURS, bare, figure, save, wrapped
 from .record import Record
 
 LOSS, VALIDATION, RATES, NORM = "loss.png", "validation.png", "lr.png", "grad_norm.png"
@@ -128,4 +128,4 @@ def _finish(made: Any, file: Path, title: str, note: str) -> None:
     if note:
         words = wrapped(note, 0.96 * made.get_figwidth(), _TEXT)
         made.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050")
-    made.savefig(file, dpi=130)
+    save(made, file, dpi=130)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..whole import write_whole
+from ..files import atomic_write
 from .plan import Run
 from .statistics import median
 
@@ -100,7 +100,7 @@ class Record:
 
     def write(self, file: Path) -> None:
         """Into a file that is whole at any moment."""
-        write_whole(file, json.dumps(asdict(self)))
+        atomic_write(file, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, file: Path) -> Record:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..whole import write_whole
+from ..files import atomic_write
 from .picture import draw
 from .plan import EXTENSIONS, Plan, Run, at_edge
 from .record import DEVIATIONS, WINDOW, Record
@@ -79,11 +79,11 @@ class Report:
             *self._runs(records, best),
         ]
         file = self.out / "report.md"
-        write_whole(file, "\n".join(lines) + "\n")
+        atomic_write(file, "\n".join(lines) + "\n")
         if pictures:
             drawn = draw(self.out, title, chosen, {name: self._swept(name, losses) for name in best if self.plan.lrs})
             shown = [f"![{Path(name).stem}]({name})" for name in drawn]
-            write_whole(file, "\n".join([*lines, "", "## Pictures", "", *shown]) + "\n")
+            atomic_write(file, "\n".join([*lines, "", "## Pictures", "", *shown]) + "\n")
         return findings
 
     @property

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..whole import write_whole
+from ..files import atomic_write
 from .variants import Settings, counts, unlike
 
 FILE, LOCK = "compare.json", "lock"
@@ -65,7 +65,8 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
     if not told:
         told += unlike({**kept["variants"], **settings})
     if told and not (out / "runs").exists() and not any(out.glob("sweep-*.txt")):  # nothing has been run, or will be
-        shutil.rmtree(out / "seeds", ignore_errors=True)
+        for seed in (out / "seeds").glob("seed-*") if file.is_file() else ():  # a folder that compare made
+            shutil.rmtree(seed, ignore_errors=True)
         kept, told = {**common, "variants": {}}, []
     if told:
         more = f", and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
@@ -74,5 +75,5 @@ def settle(out: Path, settings: Mapping[str, Settings], common: Mapping[str, Any
             "--out, or give the settings it was made with"
         )
     kept["variants"] |= settings
-    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    atomic_write(file, json.dumps(kept, indent=1) + "\n")
     return {name: kept[name] for name in common}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .plan import Run
 from .record import COLUMNS, Record
 
@@ -74,9 +76,11 @@ def perplexity(loss: float) -> float:
 
 def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:
     first = next(rows, None)
-    with open(file, "w", newline="", encoding="utf-8") as written:
+    with replacing(file) as stream:
+        written = TextIOWrapper(stream, newline="", encoding="utf-8")
         writer = csv.DictWriter(written, list(first or ()))
         writer.writeheader()
         if first is not None:
             writer.writerow(first)
         writer.writerows(rows)
+        written.detach()

@@ -199,5 +199,5 @@ def _prepare(folder: Path, known: int) -> int:
                 if checkpoint.name not in [f"step-{step}" for step in kept]:
                     shutil.rmtree(checkpoint)
         elif one.name != LOCK and not kept:
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
+            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
     return max(kept, default=0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ..whole import write_whole
+from ..files import atomic_write
 from .plan import Plan, Run
 from .record import Record, read
 from .training import BOARD, CHECKPOINTS, LOCK, Training, at_work, steps_saved
@@ -156,7 +156,7 @@ class Work:
         lines = [shlex.join([*self.words(run)[2:], *folder]) for run, folder in zip(runs, folders, strict=True)]
         text = "".join(f"{line}\n" for line in lines)
         file = self.out / f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
-        write_whole(file, text)
+        atomic_write(file, text)
         settings = [f"SWEEP={file}", f"CONFIG_FILE={Path(config).absolute()}", f"RANKS={self.ranks}"]
         settings += ["TITAN_ADAM_MINI_SAME_VALIDATION=1"]
         settings += [f"TRAIN_FILE={module}"] if (module := os.environ.get("TRAIN_FILE")) else []
@@ -256,7 +256,7 @@ class Work:
 
     def _say_made(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / MADE, json.dumps(self.made))
+        atomic_write(folder / MADE, json.dumps(self.made))
 
     def _settle(self, run: Run) -> bool:
         """Whether a run is over; what it said is then on record, and its checkpoints but the last are gone."""
@@ -266,7 +266,7 @@ class Work:
         if record.diverged is None and (record.steps < self.steps or self.steps not in record.validation):
             return False
         lines = [f"{step} {loss}\n" for step, loss in enumerate(record.losses, 1)]
-        write_whole(folder / EXPORT, "".join(lines))
+        atomic_write(folder / EXPORT, "".join(lines))
         record.made = json.loads(made.read_text()) if (made := folder / MADE).is_file() else {}
         record.write(folder / RECORD)
         self.records[run] = record

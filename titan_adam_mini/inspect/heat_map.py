@@ -7,7 +7,7 @@ from math import ceil, inf, log10
 from pathlib import Path
 from typing import Any
 
-from ..drawing import figure
+from ..drawing import figure, save
 from .findings import THRESHOLD, Inspection
 from .measure import Loss
 
@@ -67,7 +67,7 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     picture.supxlabel(
         "Hatched: not cut in this way. Grey: never had a gradient.", x=0.01, ha="left", fontsize=_TEXT, color="#505050"
     )
-    picture.savefig(path, dpi=160)
+    save(picture, path)
 
 
 def _grid(names: list[str]) -> _Grid:

@@ -44,7 +44,8 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
     own = in_child(_settings, arguments, steps)
     with ending_in_order():
         folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / RUN
-        folder.mkdir(exist_ok=True)
+        if out is not None:
+            folder.mkdir()  # no other's: it is removed if the run is stopped
         try:
             with console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
                 _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")

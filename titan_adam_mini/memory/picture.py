@@ -7,7 +7,7 @@ from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from ..drawing import bare, figure, wrapped
+from ..drawing import bare, figure, save, wrapped
 
 GIB = 1 << 30
 
@@ -103,7 +103,7 @@ def stacked_bars(
     if note:
         words = wrapped(note, 0.96 * drawing.get_figwidth(), _TEXT)
         drawing.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050", linespacing=1.3)
-    drawing.savefig(path, dpi=160)
+    save(drawing, path)
 
 
 def _number(gib: float) -> str:

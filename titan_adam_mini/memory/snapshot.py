@@ -12,11 +12,11 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..pickles import NotAllowed, unpickle
 from .origins import OTHER, Frames, Origins
 
 HELD = "titan_adam_mini"
@@ -221,17 +221,6 @@ def _by_address(used: Sequence[Block], held: Sequence[tuple[int, int, str]]) -> 
     return categories, strangers
 
 
-class _Plain(pickle.Unpickler):
-    """Containers, numbers and text: nothing that a pickle could run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise _Foreign(f"{module}.{name}")
-
-
-class _Foreign(Exception):
-    pass
-
-
 def read(path: Path, device: int | None = None) -> Snapshot:
     """Read one device of a memory snapshot; with None, the only one that the file has something of.
 
@@ -245,13 +234,13 @@ def read(path: Path, device: int | None = None) -> Snapshot:
     if not content:
         raise ValueError(f"{path} is empty: its run was stopped before it had written the snapshot")
     try:
-        data = _Plain(BytesIO(content)).load()
-    except _Foreign as error:
+        data = unpickle(content)
+    except NotAllowed as error:
         raise ValueError(
             f"{path} is no memory snapshot: it holds a {error}, and a snapshot holds lists, tables, numbers and text "
             "only (nothing in it was run)"
         ) from None
-    except Exception:  # a broken pickle raises nearly anything
+    except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or no pickle: copy the file again, or take another snapshot") from None
     try:
         return _device(path, data, device)

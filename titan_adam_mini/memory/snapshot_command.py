@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..files import atomic_write
 from ..flags import check_file
 from .picture import CATEGORIES, stacked_bars
 from .snapshot import KEPT, Snapshot, Summary, read, summarize
@@ -85,7 +86,7 @@ class SnapshotCommand:
             console.print(line, soft_wrap=True, highlight=False)
         console.print(_table(names, summaries))
         if self.json is not None:
-            self.json.write_text(json.dumps(_figures(names, snapshots, summaries), indent=1) + "\n")
+            atomic_write(self.json, json.dumps(_figures(names, snapshots, summaries), indent=1) + "\n")
         if self.plot is not None:
             _plot(self.plot, names, snapshots, summaries)
 

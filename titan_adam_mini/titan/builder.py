@@ -11,6 +11,7 @@ from titan_adam_mini.checkpoint.kinds import as_expected, as_stored
 from titan_adam_mini.checkpoint.stored import EXP_AVG_SQ, GROUPS, STATE, Kind
 from titan_adam_mini.momentum import Conversions, log_conversions
 from titan_adam_mini.partition import clean_name
+from titan_adam_mini.titan.all_ranks import failing_together
 from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
 NAME = "AdamMini"
@@ -56,23 +57,27 @@ class AdamMiniContainer(OptimizersContainer):
         second moments: they are averaged over the blocks."""
         if self.holds:
             conversions: Conversions = Counter()
-            for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
-                named = [(clean_name(name), param) for name, param in part.named_parameters()]
-                names = {param: name for name, param in named if param in optimizer.state}
-                own = {name: optimizer.state[param] for param, name in names.items()}
-                state_dict = as_expected(state_dict, own, conversions)
-                if any(self.holds[name].elementwise for name in own):
-                    second = {param: state_dict[STATE + name + EXP_AVG_SQ] for param, name in names.items()}
-                    for param, means in optimizer.block_means(second).items():
-                        state_dict |= {f"{STATE}{names[param]}.{key}": value for key, value in means.items()}
+            averaged = []
+            with failing_together("convert the optimizer state that was loaded"):
+                for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
+                    named = [(clean_name(name), param) for name, param in part.named_parameters()]
+                    names = {param: name for name, param in named if param in optimizer.state}
+                    own = {name: optimizer.state[param] for param, name in names.items()}
+                    state_dict = as_expected(state_dict, own, conversions)
+                    if any(self.holds[name].elementwise for name in own):
+                        second = {param: state_dict[STATE + name + EXP_AVG_SQ] for param, name in names.items()}
+                        averaged.append((optimizer, names, second))
+            for optimizer, names, second in averaged:
+                for param, means in optimizer.block_means(second).items():
+                    state_dict |= {f"{STATE}{names[param]}.{key}": value for key, value in means.items()}
             log_conversions(conversions)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        names = {
+        param_names = {
             f"{GROUPS}{clean_name(name)}{_PARAM_NAMES}": group["param_names"]
-            for group in groups
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
             for name in group["param_names"]
         }
-        super().load_state_dict({**state_dict, **names})
+        super().load_state_dict({**state_dict, **param_names})
 
 
 def build_adam_mini(
@@ -87,10 +92,13 @@ def build_adam_mini(
 
     Raises:
         ValueError: a setting that AdamMini cannot serve, or a model whose heads nobody names; in words, with the cure.
+            On every rank, also where it is the model part of another one, a pipeline stage, that cannot be served.
     """
-    check_settings(optimizer_config, fault_tolerant=ft_manager is not None and ft_manager.enabled)
-    optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
-    return AdamMiniContainer(model_parts, optimizers, read_knobs(optimizer_config))
+    with failing_together("build AdamMini"):
+        check_settings(optimizer_config, fault_tolerant=ft_manager is not None and ft_manager.enabled)
+        optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
+        knobs = read_knobs(optimizer_config)
+    return AdamMiniContainer(model_parts, optimizers, knobs)
 
 
 def check_settings(optimizer_config: Any, *, fault_tolerant: bool) -> None:

@@ -8,18 +8,18 @@ All but the last is for AdamMini: the rest of runs with other optimizers is torc
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
 
 from titan_adam_mini.checkpoint import check_checkpoint, check_savable
 from titan_adam_mini.checkpoint.stored import Stored
 from titan_adam_mini.titan import interruption
+from titan_adam_mini.titan.all_ranks import failing_together, gathered
 from titan_adam_mini.titan.builder import AdamMiniContainer
 from titan_adam_mini.titan.log import say
 
@@ -57,14 +57,14 @@ class AdamMiniCheckpointManager(CheckpointManager):
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """As torchtitan's. Raises SystemExit once a run that was asked to end has saved everything."""
         if (run := self._interruption) is None:
-            super().save(curr_step, last_step)
+            self._save(curr_step, last_step)
             return
         self._leaving = run.leaves(curr_step, last_step)
         begin = time.monotonic()
         if self._leaving:
             self._end_async_saves()
         whole = self._should_save(curr_step, last_step) and not (last_step and self.last_save_model_only)
-        super().save(curr_step, last_step)
+        self._save(curr_step, last_step)
 
         def saved(future: Any = None) -> None:
             if future is None or future.exception() is None:
@@ -90,31 +90,77 @@ class AdamMiniCheckpointManager(CheckpointManager):
         self.save_future: Any = None
         self.async_mode = AsyncMode.DISABLED
 
+    def _save(self, curr_step: int, last_step: bool) -> None:
+        if not self._is_ours or not self._should_save(curr_step, last_step):
+            super().save(curr_step, last_step)
+            return
+        with failing_together(f"save step {curr_step}"):
+            super().save(curr_step, last_step)
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As torchtitan's, once every rank has what it is to save."""
+        if self._is_ours:
+            with failing_together(f"collect what goes into {checkpoint_id}"):
+                state_dict = {
+                    key: part.state_dict() if isinstance(part, Stateful) else part for key, part in state_dict.items()
+                }
+        return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+
     def _load(self, step: int) -> bool:
-        optimizers = self.states["optimizer"]
-        if not isinstance(optimizers, AdamMiniContainer):
+        if not self._is_ours:
             return super().load(step)
-        self._refuse_random_start(step)
-        if self.enable:
-            _agree(_words(check_savable, {**self.states["model"].state_dict(), **optimizers.state_dict()}))
-        configured = _hyper_parameters(optimizers)
-        try:
-            loaded = super().load(step)
-        finally:
-            optimizers.holds = {}
-        if loaded:
-            self._settle(configured)
+        optimizers: AdamMiniContainer = self.states["optimizer"]
+        with failing_together("load a checkpoint"):
+            step = self._start(step)
+            with failing_together("check what this run will save"):
+                if self.enable:
+                    check_savable({**self.states["model"].state_dict(), **optimizers.state_dict()})
+                configured = _hyper_parameters(optimizers)
+            try:
+                loaded = super().load(step)
+            finally:
+                optimizers.holds = {}
+            if loaded:
+                self._settle(configured)
         return loaded
+
+    def _start(self, step: int) -> int:
+        """The step to load, as torchtitan would find it, -1 if there is none; the same on all ranks or ValueError."""
+        with failing_together("look for checkpoints"):
+            self._refuse_random_start(step)
+            exists = self.enable and os.path.exists(self.folder)
+            step = self._find_load_step() if exists and step == -1 else step
+        seen = gathered((exists, step))
+        for rank, other in enumerate(seen):
+            if other != seen[0]:
+                raise ValueError(
+                    f"{self.folder} is not the same on all ranks: rank 0 sees {_seen(*seen[0])}, rank {rank} "
+                    f"{_seen(*other)}. Use a folder that all nodes share, or start again once it shows them the same"
+                )
+        return step
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As torchtitan's, once the checkpoint is known to fit on every rank."""
-        optimizers = self.states["optimizer"]
-        if isinstance(optimizers, AdamMiniContainer) and not from_hf:
-            _agree(_words(self._check, optimizers, state_dict, checkpoint_id))
+        if self._is_ours and not from_hf:
+            with failing_together(f"check the checkpoint {checkpoint_id}"):
+                stored = self._prepare(state_dict, checkpoint_id)
+                state_dict = {
+                    key: _Prepared(part, part.state_dict()) if isinstance(part, Stateful) else part
+                    for key, part in state_dict.items()
+                }
+                check_checkpoint(stored, state_dict)
         super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
-    def _check(self, optimizers: AdamMiniContainer, state_dict: dict[str, Any], checkpoint_id: str) -> None:
-        """Raise ValueError if a checkpoint does not fit; prepare for the kind of optimizer state that it holds."""
+    @property
+    def _is_ours(self) -> bool:
+        return isinstance(self.states["optimizer"], AdamMiniContainer)
+
+    def _prepare(self, state_dict: dict[str, Any], checkpoint_id: str) -> Stored:
+        """Prepare for the kind of optimizer state that a checkpoint has.
+
+        Raises ValueError if it is damaged, or asks for what torch's own reader, which comes next, would execute.
+        """
+        optimizers: AdamMiniContainer = self.states["optimizer"]
         stored = Stored(checkpoint_id)
         stored.check_files()
         kind = stored.optimizer()
@@ -131,7 +177,7 @@ class AdamMiniCheckpointManager(CheckpointManager):
                 "(checkpoint.initial_load_model_only, exclude_from_loading, or step 0).",
             )
         _check_data_ranks(stored, state_dict)
-        check_checkpoint(stored, state_dict)
+        return stored
 
     def _refuse_random_start(self, step: int) -> None:
         told = start_of(self._config)
@@ -176,6 +222,20 @@ class AdamMiniCheckpointManager(CheckpointManager):
             say(logging.WARNING, line)
 
 
+@dataclass
+class _Prepared:
+    """A Stateful whose state dict has been made already: nothing local is left to fail before torch communicates."""
+
+    part: Stateful
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.part.load_state_dict(state_dict)
+
+
 def start_of(checkpoint_config: Any) -> str:
     """The setting of ``[checkpoint]`` that names where a run starts from; "" if none does.
 
@@ -191,6 +251,12 @@ def start_of(checkpoint_config: Any) -> str:
             "Set checkpoint.enable = true, or leave the other out."
         )
     return told
+
+
+def _seen(exists: bool, step: int) -> str:
+    return (
+        "no such folder" if not exists else "no whole checkpoint" if step == -1 else f"step {step} as the one to load"
+    )
 
 
 def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
@@ -222,23 +288,3 @@ def _check_data_ranks(stored: Stored, state_dict: dict[str, Any]) -> None:
             f"{stored.path} has the data positions of {saved} data-parallel ranks, and this run has {ranks}: add "
             "--checkpoint.exclude_from_loading dataloader (the data then start anew)"
         )
-
-
-def _words(check: Callable[..., None], *args: Any) -> str:
-    """What a check has to say; nothing if all is well."""
-    try:
-        check(*args)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _agree(wrong: str) -> None:
-    """Raise ValueError on every rank if anything is wrong on one, so that none waits for the others for ever."""
-    told: list[str] = [wrong]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        told = [""] * dist.get_world_size()
-        dist.all_gather_object(told, wrong)
-    words = wrong or next((f"(on another rank) {one}" for one in told if one), "")
-    if words:
-        raise ValueError(words)

@@ -33,10 +33,11 @@ import torch.distributed as dist
 import torchtitan.distributed.utils as titan_distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
+from titan_adam_mini.files import atomic_write
 from titan_adam_mini.titan.agreement import Agreement
+from titan_adam_mini.titan.all_ranks import failing_together, gathered
 from titan_adam_mini.titan.log import say
 from titan_adam_mini.titan.watchdog import STUCK, Watchdog
-from titan_adam_mini.whole import write_whole
 
 __all__ = ["LEFT", "STUCK", "Interruption", "current", "init_distributed", "original"]
 
@@ -132,13 +133,11 @@ class Interruption:
         self.alive(step)
         if not self._former:
             return False
-        heard = [self._heard]
-        if (ranks := dist.get_world_size()) > 1:
-            heard = [0] * ranks
-            dist.all_gather_object(heard, self._heard)
-            if not any(heard):
+        heard = gathered(self._heard)
+        if len(heard) > 1 and not any(heard):
+            with failing_together("listen for signals on other ranks"):
                 store = dist.PrefixStore(_MARK, _get_default_store()).clone()
-                self._agreement = Agreement(store, dist.get_rank(), ranks, step)
+                self._agreement = Agreement(store, dist.get_rank(), len(heard), step)
         if any(heard):
             start = "from the beginning" if saved is None else f"from the checkpoint of step {saved}"
             self._leaves(max(heard), f"before the first step, with nothing new to save: the next start goes on {start}")
@@ -238,7 +237,7 @@ class _Progress:
             told = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
             self._written = time.monotonic()
             try:
-                write_whole(self._file, json.dumps(told) + "\n")
+                atomic_write(self._file, json.dumps(told) + "\n", sync=False)  # every few seconds, between two steps
             except OSError as error:  # a run is worth more than its progress file
                 say(logging.WARNING, f"{_PROGRESS}: {error}")
 
