@@ -6,13 +6,17 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def device_name(device: torch.device, threads: int) -> str:
     """The GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
+        import torch
+
         return str(torch.cuda.get_device_name(device))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

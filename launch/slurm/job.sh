@@ -48,7 +48,7 @@ train() {
     set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
         --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
     prepare
-    environment "$@" >"$ATTEMPT/environment.txt" 2>&1 || true # a driver that fails is the ranks' to tell
+    "$PYTHON" "$LAUNCH/environment.py" "$ATTEMPT/environment.txt" "$@" || true # a note is no reason to lose the job
     say "job $SLURM_JOB_ID, attempt $number on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST): logs in $ATTEMPT"
     if ! plan "$@"; then
         status="$REFUSED"
@@ -129,28 +129,6 @@ prepare() {
     [ -f "$OUTPUTS/wandb_run_id" ] || echo "$SLURM_JOB_NAME-$SLURM_JOB_ID" | tr -c 'A-Za-z0-9_\n-' - >"$OUTPUTS/wandb_run_id"
     export WANDB_RUN_ID="${WANDB_RUN_ID:-$(cat "$OUTPUTS/wandb_run_id")}" WANDB_RESUME="${WANDB_RESUME:-allow}"
     network_variables
-}
-
-# What a later reader needs to know of this attempt; no keys and passwords.
-environment() {
-    echo "flags: $*"
-    date --iso-8601=seconds
-    echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, head $HEAD_ADDRESS:$HEAD_PORT"
-    git -C "$REPOSITORY" log -1 --format='commit %H %cI' || echo "commit unknown: no git repository"
-    git -C "$REPOSITORY" status --short --untracked-files=no || true
-    "$PYTHON" - <<'PY'
-import sys
-from importlib import metadata
-
-print("python", sys.version.replace("\n", " "))
-for name in ("torch", "torchtitan", "titan-adam-mini", "triton", "torchdata", "datasets", "tokenizers"):
-    try:
-        print(name, metadata.version(name))
-    except metadata.PackageNotFoundError:
-        print(name, "not installed")
-PY
-    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv
-    env -0 | grep -z -v -i -E '^[^=]*(key|token|secret|pass|credential|auth)[^=]*=' | sort -z | tr '\0' '\n'
 }
 
 # Whether the run can start at all, asked once per job: the same flags would get the same answer.

@@ -15,7 +15,7 @@ from ranks import forkserver
 from torchtitan.models.llama3 import Transformer
 
 from titan_adam_mini import child
-from titan_adam_mini.bench import command, measure
+from titan_adam_mini.bench import measure, tables
 from titan_adam_mini.cli import _config_in_place, main
 from titan_adam_mini.titan.flavor import model_args
 
@@ -76,7 +76,7 @@ def test_the_caption_names_everything(two: dict[int, dict[str, Any]]) -> None:
     assert (seen["torch"], seen["model"], seen["tensors"]) == (torch.__version__, "llama3 adam_mini_debug", 39)
     assert seen["command"].startswith(f"titan-adam-mini bench {CONFIG} --ngpu 2 --rank 1 --repeats 2 --threads 1")
     assert seen["copy_bytes_per_second"] > 0 and len(seen["copy_ms"]) == 2
-    said = "\n".join(command._caption(seen))
+    said = "\n".join(tables.caption(seen))
     for words in (
         "rank 1 of 2",
         f"{seen['parameters']:,} parameters in 39 tensors",
@@ -155,7 +155,7 @@ def test_one_rank_has_plain_tensors(tmp_path: Path) -> None:
     seen = bench(tmp_path, str(CONFIG), "--ngpu", "1", "--dtype", "bfloat16", "--only", "AdamW,AdamMini,authors")
     assert seen["parameters"] == held(1, 0) and seen["dtypes"] == ["bfloat16"]
     assert "AdamW fused on DTensors" not in seen["rows"]
-    assert "all step plain tensors" in "\n".join(command._caption(seen))
+    assert "all step plain tensors" in "\n".join(tables.caption(seen))
     assert 4 <= seen["rows"]["AdamW fused"]["state_bytes_per_parameter"] < 4.01, (
         "AdamW's state has the parameter's type"
     )
@@ -208,7 +208,7 @@ def test_bad_input_is_one_sentence(words: list[str], told: str, capfd: pytest.Ca
 
 
 def test_a_part_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "bytes_free", lambda _: 2**20)
+    monkeypatch.setattr(measure, "bytes_free", lambda _: 2**20)
     with pytest.raises(SystemExit) as ended:
         main(["bench", str(CONFIG), "--ngpu", "2"])
     assert ended.value.code == 1

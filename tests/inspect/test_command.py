@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+import titan_adam_mini.checkpoint.stored as checkpoint_stored
+import titan_adam_mini.inspect.heat_map as picture
+import titan_adam_mini.inspect.moments as moments_file
 from titan_adam_mini import Partition
-from titan_adam_mini.inspect import Moments, command, short_run
+from titan_adam_mini.inspect import Moments, command, short_run, tables
 from titan_adam_mini.inspect.command import Inspect
 
 SHAPES = {"layers.0.attention.wq.weight": (4, 4), "norm.weight": (4,)}
@@ -37,25 +40,25 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the command does, in order, with what needs torchtitan or a checkpoint put in."""
     seen: list[str] = []
 
-    def step(name: str, made: Callable[..., Any]) -> None:
+    def step(module: ModuleType, name: str, made: Callable[..., Any]) -> None:
         def call(*args: Any) -> Any:
             seen.append(name)
             return made(*args)
 
-        monkeypatch.setattr(command, name, call)
+        monkeypatch.setattr(module, name, call)
 
     @contextmanager
     def trained(*args: Any) -> Iterator[Path]:
         yield Path("step-3")
 
     moments = [Moments.of(name, torch.rand(shape) + 1) for name, shape in SHAPES.items()]
-    step("in_child", lambda function, arguments: ("llama3 tiny", Partition.transformer(n_heads=2), SHAPES))
-    step("Stored", lambda path: path)
-    step("moments_stored", lambda stored, shapes: moments)
-    step("short_run", trained)
-    step("write_json", command.write_json)
-    step("show", command.show)
-    step("heat_map", lambda *args: None)
+    step(command, "in_child", lambda function, arguments: ("llama3 tiny", Partition.transformer(n_heads=2), SHAPES))
+    step(checkpoint_stored, "Stored", lambda path: path)
+    step(moments_file, "moments_stored", lambda stored, shapes: moments)
+    step(command, "short_run", trained)
+    step(command, "write_json", command.write_json)
+    step(tables, "show", tables.show)
+    step(picture, "heat_map", lambda *args: None)
     return seen
 
 
@@ -91,7 +94,7 @@ def test_table_and_json_are_there_when_the_picture_fails(
     def fails(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(command, "heat_map", fails)
+    monkeypatch.setattr(picture, "heat_map", fails)
     with pytest.raises(OSError, match="no space"):
         run(config, checkpoint=tmp_path, out=tmp_path / "out", json=str(tmp_path / "told.json"))
     assert json.loads((tmp_path / "told.json").read_text())["model"] == "llama3 tiny"

@@ -18,9 +18,9 @@ from torch import Tensor
 import titan_adam_mini.inspect.heat_map as picture
 from titan_adam_mini import AdamMini, Partition
 from titan_adam_mini.inspect import Inspection, Moments, inspect, moments_of
-from titan_adam_mini.inspect.command import show
 from titan_adam_mini.inspect.estimates import budget, estimates
 from titan_adam_mini.inspect.heat_map import heat_map
+from titan_adam_mini.inspect.tables import show
 from titan_adam_mini.partition import SECOND_MOMENTS
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2}

@@ -7,7 +7,7 @@ import pytest
 from measured_step import measured
 
 from titan_adam_mini.child import in_child
-from titan_adam_mini.memory.estimate import _simulate
+from titan_adam_mini.memory.peaks import _simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "train_configs" / "debug_model.toml")

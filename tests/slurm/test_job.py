@@ -122,10 +122,12 @@ def test_a_driver_that_fails_does_not_end_the_job(train) -> None:
     assert status == 1 and "scontrol requeue 7\n" in asked, said
 
 
-def test_no_secret_is_written_down_of_many_lines(train, tmp_path: Path) -> None:
-    train(MY_PRIVATE_KEY="begin\nnot to be seen\nend", MY_VALUE="to be seen")
-    written = (tmp_path / "outputs" / "run" / "attempts" / "1" / "environment.txt").read_text()
-    assert "not to be seen" not in written and "MY_VALUE=to be seen" in written
+def test_the_environment_is_written_down_for_the_user_alone(train, tmp_path: Path) -> None:
+    train(MY_VALUE="begin\nnot to be seen\nend", NCCL_DEBUG="INFO")
+    written = tmp_path / "outputs" / "run" / "attempts" / "1" / "environment.txt"
+    assert written.stat().st_mode & 0o777 == 0o600
+    text = written.read_text()
+    assert "not to be seen" not in text and "NCCL_DEBUG=INFO\n" in text and "--training.steps 9" in text
 
 
 def test_a_controller_that_is_silent_does_not_end_a_save(train) -> None:

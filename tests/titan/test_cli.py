@@ -21,14 +21,6 @@ def test_the_configuration_may_stand_anywhere_or_in_the_environment(monkeypatch:
     assert _config_first(["a"]) == (config, ["a"])
 
 
-def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, status in ((["--help"], 0), ([], 2), (["change"], 2)):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert ended.value.code == status
-        assert "convert: Convert a checkpoint" in capsys.readouterr().out
-
-
 def test_errors_are_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,7 +30,10 @@ def test_errors_are_one_sentence(
     convert = ["convert", str(source), str(target), "--to", "adam_mini"]
     for words, told in (
         (convert, "give --job.config_file X, or set CONFIG_FILE=X"),
-        (["convert", str(tmp_path), str(target), "--to", "adamw"], "is not a whole checkpoint"),
+        (
+            ["convert", str(tmp_path), str(target), "--to", "adamw", "--job.config_file", str(CONFIG)],
+            "is not a whole checkpoint",
+        ),
         (["convert", str(source), str(source), "--to", "adamw"], "nothing is overwritten"),
         ([*convert, "--job.config_file", str(CONFIG), "--model.flavor", "huge"], "no flavor 'huge': it has"),
         ([*convert, "--job.config_file", str(CONFIG), *SMALL], "is it the configuration of this run?"),
@@ -55,8 +50,8 @@ def test_a_conversion_goes_by_the_configurations_type_of_momentum() -> None:
     """In a process of its own, as the command asks for it."""
     import torch
 
+    from titan_adam_mini.checkpoint.command import _target
     from titan_adam_mini.child import in_child
-    from titan_adam_mini.cli import _target
 
     words = ["--job.config_file", str(CONFIG), *SMALL, "--optimizer.adam_mini.momentum_dtype", "int8"]
     blocks, group, momentum_dtype = in_child(_target, words, "adam_mini")

@@ -1,31 +1,24 @@
-"""The command `bench`: arguments, caption, table, JSON."""
+"""The command `bench`: its flags, and the order of what is done."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..about import device_name, version
 from ..child import in_child
 from ..files import atomic_write
 from ..flags import ConfigFile, check_config, check_file, number_of_ranks
-from .competitors import BASELINE, chosen
-from .measure import WARM_UP, Measured, Result, bytes_free, bytes_moved, bytes_needed, measure
-from .part import Part, allocated
 
-WIDTH = 180
-DTENSORS = (
-    "It steps the run's own DTensors; the others, unless the name says otherwise, plain local tensors, their best case."
-)
-PLAIN = "Nothing is sharded: all step plain tensors."
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from .measure import Measured
+    from .part import Part
 
 
 @dataclass
@@ -68,7 +61,15 @@ class Bench:
     """A file for everything that was seen, every single time included."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
-        ngpu, device = self._checked()
+        ngpu = self._checked()
+        import torch
+
+        from .competitors import chosen
+        from .measure import measure
+        from .part import allocated
+        from .tables import row_of, show
+
+        device = self._device()
         dtype = ["--training.dtype", self.dtype] if self.dtype else []
         part: Part = in_child(_read_part, [*arguments, *dtype], ngpu, self.rank, self.layers)
         competitors = chosen(self.only, part)
@@ -81,17 +82,13 @@ class Bench:
             facts = self._facts(part, measured, device, ngpu, arguments)
         finally:
             torch.set_num_threads(before)
-        rows = [_row(result, part, measured) for result in measured.results]
+        rows = [row_of(result, part, measured) for result in measured.results]
         if self.json:
             atomic_write(self.json, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-        if not console.is_terminal:
-            console = Console(file=console.file, width=WIDTH)
-        for line in _caption(facts):
-            console.print(line, soft_wrap=True, highlight=False)
-        console.print(_table(rows))
+        show(facts, rows, console)
 
-    def _checked(self) -> tuple[int, torch.device]:
-        """The number of ranks and the device; ValueError for flags that cannot be served."""
+    def _checked(self) -> int:
+        """The number of ranks; ValueError for flags that cannot be served."""
         check_config(self.config)
         ngpu = number_of_ranks(self.ngpu)
         if not 0 <= self.rank < ngpu:
@@ -101,13 +98,22 @@ class Bench:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be 1 or more, not {self.threads}")
         check_file("--json", self.json)
+        return ngpu
+
+    def _device(self) -> torch.device:
+        """Where to measure; ValueError if there is no such device."""
+        import torch
+
         cuda = torch.cuda.is_available()
         if self.device == "cuda" and not cuda:
             raise ValueError("--device cuda: torch finds no GPU here")
         kind = self.device or ("cuda" if cuda else "cpu")
-        return ngpu, torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     def _fits(self, part: Part, device: torch.device) -> None:
+        """ValueError if the memory that is free is not enough."""
+        from .measure import bytes_free, bytes_needed
+
         needed, free = bytes_needed(part, device), bytes_free(device)
         if not part.numel:
             raise ValueError(f"rank {self.rank} holds no parameters: choose another with --rank")
@@ -122,10 +128,12 @@ class Bench:
         self, part: Part, measured: Measured, device: torch.device, ngpu: int, arguments: list[str]
     ) -> dict[str, Any]:
         """What the caption says, and the JSON beside the rows."""
+        import torch
+
         held = [one for one in part.held if one.numel]
         return {
             "device": device_name(device, torch.get_num_threads()),
-            "torch": torch.__version__,
+            "torch": version("torch"),
             "triton": version("triton"),
             "model": part.model,
             "config": self.config,
@@ -157,82 +165,3 @@ def _read_part(*args: Any) -> Any:
     from ..titan.shards import read_part
 
     return read_part(*args)
-
-
-def _row(result: Result, part: Part, measured: Measured) -> dict[str, Any]:
-    """A result with the figures that follow from it; those that were not seen are None."""
-    row: dict[str, Any] = asdict(result)
-    derived = (
-        "p10_ms",
-        "median_ms",
-        "p90_ms",
-        "ns_per_parameter",
-        "ratio",
-        "state_bytes_per_parameter",
-        "share_of_copy",
-    )
-    row.update(dict.fromkeys(derived))
-    if result.status != "measured":
-        return row
-    low, median, high = result.spread()
-    baseline = measured.results[0]
-    row.update(
-        p10_ms=low,
-        median_ms=median,
-        p90_ms=high,
-        ns_per_parameter=median * 1e6 / part.numel,
-        ratio=median / baseline.spread()[1] if baseline.status == "measured" else None,
-        state_bytes_per_parameter=result.state_bytes / part.numel,
-        share_of_copy=bytes_moved(part.bytes, part.bytes, result.state_bytes) / (median / 1e3) / measured.bandwidth,
-    )
-    return row
-
-
-def _caption(facts: dict[str, Any]) -> list[str]:
-    layers = ""
-    if facts["layers"] and facts["layers"][0] != facts["layers"][1]:
-        layers = f", {facts['layers'][0]} of its {facts['layers'][1]} layers kept"
-    triton = f"triton {facts['triton']}" if facts["triton"] else "no triton"
-    return [
-        f"{facts['model']} ({facts['config']}){layers}; rank {facts['rank']} of {facts['ngpu']}: "
-        f"{facts['parameters']:,} parameters in {facts['tensors']} tensors, {' and '.join(facts['dtypes'])}",
-        f"{facts['device']}; torch {facts['torch']}, {triton}; copy_ of {facts['copy_bytes'] / 2**20:,.0f} MiB: "
-        f"{facts['copy_bytes_per_second'] / 1e9:,.1f} GB/s read and written",
-        f"In turns, after {WARM_UP} steps of warm-up: {facts['turns']}.",
-        "Collectives are counted with the bytes that this rank puts into them, and not timed: no other rank is there.",
-        "AdamMini's rows name the type of its momentum. " + (DTENSORS if facts["sharded"] else PLAIN),
-        "% of copy_: bytes that a step must move (parameters and state read and written, gradients read) over its "
-        "time, as a share of what copy_ moves.",
-        facts["command"],
-    ]
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("optimizer")
-    headings = ("median ms", "10-90 %", "ns/param", f"x {BASELINE}", "state B/param", "% of copy_", "launches")
-    for heading in (*headings, "collectives"):
-        table.add_column(heading, justify="right")
-    table.add_column("note", overflow="fold")
-    for row in rows:
-        name = f"{row['name']} {row['version']}".strip()
-        if row["status"] != "measured":
-            told = row["status"] if row["status"] == "not installed" else row["note"]
-            table.add_row(name, *[""] * (len(headings) + 1), told)
-            continue
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        launches = "-" if row["launches"] is None else f"{row['launches']:,}"
-        sent = f"{row['collectives']} ({row['collective_bytes']:,} B)" if row["collectives"] else "0"
-        table.add_row(
-            name,
-            f"{row['median_ms']:.3f}",
-            f"{row['p10_ms']:.3f}-{row['p90_ms']:.3f}",
-            f"{row['ns_per_parameter']:.4f}",
-            ratio,
-            f"{row['state_bytes_per_parameter']:.3f}",
-            f"{100 * row['share_of_copy']:.0f}",
-            launches,
-            sent,
-            row["note"],
-        )
-    return table

@@ -1,5 +1,13 @@
 """Checkpoints on disk: what one holds, whether it fits, and how AdamW's becomes AdamMini's and back."""
 
-from .check import check_checkpoint, check_savable
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_attributes
 
 __all__ = ["check_checkpoint", "check_savable"]
+
+# torch takes seconds to import: the command line answers without it.
+if TYPE_CHECKING:
+    from .check import check_checkpoint, check_savable
+else:
+    __getattr__, __dir__ = lazy_attributes(__name__, {"check_checkpoint": "check", "check_savable": "check"})

@@ -1,4 +1,4 @@
-"""The command `compare`: arguments, refusals, and the order of what is done."""
+"""The command `compare`: its flags, refusals, and the order of what is done."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
-from rich.console import Console
 
 from ..about import device_name, made_with
 from ..child import child
@@ -24,9 +22,11 @@ from .plan import Plan
 from .report import Report
 from .settled import alone, settle
 from .variants import Variant, parse, settings_of, trainer_words, unlike
-from .work import Work, seeded
 
 if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
     from ..titan.compared import Compared
 
 
@@ -74,6 +74,8 @@ class Compare:
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         variants, lrs, ranks = self._checked()
+        from .work import Work
+
         words = trainer_words(self.config, arguments)
         compared = _configurations(variants, words, ranks)
         settings = {name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}
@@ -198,6 +200,8 @@ def _check_validation(config: dict[str, Any]) -> None:
 
 def _check_data(config: dict[str, Any], seeds: int) -> None:
     """Whether the data of all seeds are there, where those of seed 0 are a local path."""
+    from .work import seeded
+
     for section in ("training", "validation"):
         path = config[section]["dataset_path"] or ""
         of_seed = [Path(one) for seed in range(seeds) for one in seeded([path], seed)]
@@ -226,6 +230,8 @@ def _check_start(words: list[str], config: dict[str, Any], seeds: int) -> bool:
 
 
 def _device() -> torch.device:
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -237,6 +243,8 @@ def _crowded(threads: int) -> int:
 
 def _devices(ranks: int, jobs: int) -> list[dict[str, str]]:
     """For each of the runs at once: the variable that shows it its GPUs; none without GPUs."""
+    import torch
+
     if not torch.cuda.is_available():
         return [{} for _ in range(jobs)]
     count = torch.cuda.device_count()

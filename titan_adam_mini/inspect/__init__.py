@@ -19,8 +19,23 @@ loses. `inspect` takes what `moments_of` makes of a model and its optimizer, for
 command `titan-adam-mini inspect` reads torchtitan's checkpoints.
 """
 
-from .findings import Inspection, Pattern, Setting, inspect
-from .measure import EXACT, Loss
-from .moments import Moments, moments_of
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_attributes
 
 __all__ = ["EXACT", "Inspection", "Loss", "Moments", "Pattern", "Setting", "inspect", "moments_of"]
+
+# torch takes seconds to import: the command line answers without it.
+if TYPE_CHECKING:
+    from .findings import Inspection, Pattern, Setting, inspect
+    from .measure import EXACT, Loss
+    from .moments import Moments, moments_of
+else:
+    __getattr__, __dir__ = lazy_attributes(
+        __name__,
+        {
+            **dict.fromkeys(("Inspection", "Pattern", "Setting", "inspect"), "findings"),
+            **dict.fromkeys(("EXACT", "Loss"), "measure"),
+            **dict.fromkeys(("Moments", "moments_of"), "moments"),
+        },
+    )

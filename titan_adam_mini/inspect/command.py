@@ -1,33 +1,25 @@
-"""The command `inspect`: arguments, table, TOML, JSON, picture."""
+"""The command `inspect`: its flags, and the order of what is done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isinf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from ..checkpoint.stored import Stored
 from ..child import in_child
 from ..drawing import require_matplotlib
 from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, ranks_of_a_run, write_json
-from ..partition import Partition
-from .estimates import DEFAULT
-from .findings import FACTOR, ROLES, THRESHOLD, Inspection, Pattern, inspect
-from .heat_map import heat_map
-from .moments import moments_stored
 from .short_run import check_out, short_run
 
-WIDTH = 200
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..checkpoint.stored import Stored
+    from ..partition import Partition
+
 PICTURE = "heat_map.png"
-_BUDGET = "no more second moments than rows + columns + 1, and fewer than elements"
 
 
 @dataclass
@@ -61,6 +53,8 @@ class Inspect:
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         self._check()
+        from ..checkpoint.stored import Stored
+
         stored = None if self.checkpoint is None else Stored(self.checkpoint)
         found = in_child(_read_partition, arguments)  # before a run that may take hours
         if self.out is not None:
@@ -99,13 +93,16 @@ class Inspect:
         partition: Partition,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
+        from .findings import inspect
+        from .heat_map import heat_map
+        from .moments import moments_stored
+        from .tables import show
+
         moments = moments_stored(stored, shapes)
         with _progress(console, len(moments)) as advance:
             inspection = inspect(moments, partition, on_parameter=lambda name: advance())
         if self.json:
             write_json(self.json, {"config": self.config, "model": model, "source": source, **inspection.facts()})
-        if not console.is_terminal:
-            console = Console(file=console.file, width=WIDTH)
         if self.json != STDOUT:
             console.print(f"{model} ({self.config}), {source}", soft_wrap=True, highlight=False)
             show(inspection, console)
@@ -123,131 +120,9 @@ def _read_partition(*args: Any) -> Any:
 
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("parameters", total=total)
         yield lambda: progress.advance(task)
-
-
-def show(inspection: Inspection, console: Console) -> None:
-    """Print what was found, for reading: the tables, what their figures are, and what to try."""
-
-    def say(line: str, **how: Any) -> None:
-        console.print(line, soft_wrap=True, highlight=False, markup=False, **how)
-
-    console.print(_table(inspection))
-    for line in _notes(inspection):
-        say(line)
-    say("All parameters together, with each second_moment and the roles that the configuration has:")
-    console.print(_settings(inspection))
-    for left_out, why in inspection.refused.items():
-        say(f'second_moment = "{left_out}" is left out: {why}.')
-    roles, option = inspection.roles, inspection.second_moment
-    if not roles:
-        say(_nothing(inspection), style="bold")
-        return
-    if not option and inspection.best_option != inspection.partition.second_moment:
-        say(f'The best in one line: second_moment = "{inspection.best_option}".')
-    if not option and inspection.undecayed:
-        say(f"With the roles below, `undecayed` takes weight decay from {', '.join(inspection.undecayed)}.")
-    other = f"another role where the ratio is below {THRESHOLD:g} and the other's at least {FACTOR:g} times that"
-    other = f"the same as {other}" if option else other
-    say(f"To try ({other}; roles that the configuration has stay):", style="bold")
-    say(toml(f'second_moment = "{option}"' if option else f"roles = {_inline(roles)}"))
-
-
-def toml(line: str) -> str:
-    """A line of a configuration under its heading."""
-    return f"[optimizer.adam_mini]\n{line}"
-
-
-def _inline(roles: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f'"{pattern}" = "{role}"' for pattern, role in roles.items()) + "}"
-
-
-def _nothing(inspection: Inspection) -> str:
-    """Why no role is suggested."""
-    if all(one.default.snr >= THRESHOLD for one in inspection.patterns):
-        return f"Nothing to change: no ratio is below {THRESHOLD:g}."
-    return (
-        f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other at {_BUDGET} is {FACTOR:g} times "
-        "that."
-    )
-
-
-def _table(inspection: Inspection) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    candidates = [name for name in inspection.candidates if name != "elementwise"]
-    for column in ("pattern", "n", "shape", "role"):
-        table.add_column(column, justify="right" if column == "n" else "left", overflow="fold")
-    for column in (*candidates, "RMS", "apart"):
-        table.add_column(column, justify="right")
-    table.add_column("best")
-    for one in inspection.patterns:
-        estimate, default = one.estimates[DEFAULT], one.default
-        shape = "x".join(map(str, one.shape))
-        cells = [_cell(one, name) for name in candidates]
-        moved = [_share(default.rms_ratio), _share(default.distance)]
-        table.add_row(one.pattern, str(len(one.names)), shape, estimate.role, *cells, *moved, _best(one))
-    return table
-
-
-def _cell(one: Pattern, candidate: str) -> str:
-    if candidate not in one.losses or not one.default.known:
-        return ""
-    return f"{_ratio(one.losses[candidate].snr)} [dim]({_short(one.estimates[candidate].entries)})[/dim]"
-
-
-def _best(one: Pattern) -> str:
-    if one.best is None:
-        return "no gradient"
-    return DEFAULT if one.best == DEFAULT else f"{one.best} ({_ratio(one.losses[one.best].snr)})"
-
-
-def _settings(inspection: Inspection) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("second_moment")
-    for column in ("entries", f"patterns below {THRESHOLD:g}", "lowest"):
-        table.add_column(column, justify="right")
-    table.add_column("of", overflow="fold")
-    for column in ("RMS", "apart"):
-        table.add_column(column, justify="right")
-    for name, setting in inspection.settings.items():
-        told = {inspection.partition.second_moment: f"{name} (configured)", ROLES: "the roles below"}.get(name, name)
-        total, (pattern, lowest) = setting.total, setting.lowest
-        counts = [f"{total.entries:,}", str(setting.below), _ratio(lowest.snr)]
-        table.add_row(told, *counts, pattern.pattern, _share(total.rms_ratio), _share(total.distance))
-    return table
-
-
-def _ratio(value: float) -> str:
-    return "inf" if isinf(value) else f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _short(entries: int) -> str:
-    """A count in four letters: 512, 8.2k, 131k, 16M."""
-    value, unit = float(entries), ""
-    for larger in ("k", "M", "G"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f}{unit}" if value >= 10 or not unit else f"{value:.1f}{unit}"
-
-
-def _notes(inspection: Inspection) -> list[str]:
-    notes = [
-        "Per candidate: 1 / mean over elements of (v / estimate - 1)^2, and the second moments that one parameter then "
-        "keeps. Most is lost in the first row.",
-        "RMS and apart: AdamW's last update with the default's second moments in place of its own, its RMS and the RMS "
-        "of the difference, over the RMS of AdamW's.",
-        f"best: the highest ratio at {_BUDGET} (of a vector, as many).",
-    ]
-    if without := inspection.without_gradient:
-        number = sum(without.values())
-        parameters = f"{number} parameter{'s' * (number > 1)}"
-        notes.append(f"Never had a gradient, and left out: {parameters} ({', '.join(without)}).")
-    return notes

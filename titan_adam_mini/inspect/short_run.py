@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from ..checkpoint.appearing import ending_in_order
 from ..child import in_child
 from ..flags import trainer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RUN = "run"
 """Its folder's name."""

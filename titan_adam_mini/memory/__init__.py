@@ -3,12 +3,12 @@
 holdings     pure arithmetic: what any rank holds of parameters, gradients and optimizer state, to the byte
 checks       pure: what cannot run, or be saved, on its mesh
 facts        from a run to everything the plan says of it, with the verdict
-plan         the command `plan`: arguments, tables, JSON
+plan         the command `plan`, and what it prints (plan_tables)
 stages       torchtitan's configuration -> one rank of every pipeline stage, as data (imports torchtitan)
 activations  an estimate of what one more sequence takes (imports torchtitan)
 simulate     a training step on fake tensors (imports torchtitan), with torch's trackers (tracker) and operators that
              stand in for a GPU's (standins)
-estimate     the command `estimate`: the peak of a step by category, and what fits a budget (fit)
+estimate     the command `estimate`: the peak of a step by category, and what fits a budget (peaks, fit, peak_tables)
 snapshot     the command `snapshot`: what a GPU's allocator recorded
 picture      stacked bars of all of them
 """

@@ -1,4 +1,4 @@
-"""The command `snapshot`: arguments, table, JSON, picture."""
+"""The command `snapshot`: flags, table, JSON, picture."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..files import atomic_write
 from ..flags import check_file
 from .picture import CATEGORIES, stacked_bars
 from .snapshot import KEPT, Snapshot, Summary, read, summarize
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 MIB = 1 << 20
 UNUSED = "reserved, unused"
@@ -71,9 +72,6 @@ class SnapshotCommand:
     """Draw stacked bars into this file, such as out.png."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
-        rest = arguments[2:] if arguments[:1] == ["--job.config_file"] else arguments
-        if rest:
-            raise ValueError(f"snapshot takes no {' '.join(rest)}; titan-adam-mini snapshot --help says what it takes")
         check_file("--json", self.json)
         check_file("--plot", self.plot)
         names = ["A", "B"] if self.second else ["A"]
@@ -125,6 +123,9 @@ def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summa
 
 def _table(names: list[str], summaries: list[Summary]) -> Table:
     """A row per figure; the difference of two files in a last column."""
+    from rich import box
+    from rich.table import Table
+
     two = len(names) == 2
     table = Table("MiB", *names, *(["B - A"] if two else []), box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
