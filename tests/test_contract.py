@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from injected import EPS, agreed, errors, gradients, groups, make, on_mesh, on_one_device, oracle, set_lr, values
-from meshes import DENSE, MESHES, RUNS, Placed, full_shapes, layouts
+from meshes import DENSE, MESHES, RUNS, Placed, full_shapes, layouts, norms_along_tp
 from oracle import blocks, error
 from ranks import run
 from resharding import moved
@@ -94,17 +94,17 @@ def test_a_run_changes_from_adamw_to_adam_mini_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("momentum_dtype", "share"), [(None, 0.51), (torch.bfloat16, 0.26), (torch.int8, 0.14)])
 def test_the_state_is_half_of_adamws(momentum_dtype: torch.dtype | None, share: float) -> None:
     """4 bytes per float32 parameter instead of 8, and less with a smaller momentum; matrices are 128 wide here."""
-    shapes = {name: shape for name, shape in full_shapes(RUNS).items() if len(shape) > 1 and "wo" not in name}
-    params = {name: Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    sizes = {}
-    for kind, options in (("AdamW", {}), ("AdamMini", {"momentum_dtype": momentum_dtype})):
-        optimizer = make(kind, params, RUNS, **options)
+    params = {name: Parameter(torch.zeros(shape)) for name, shape in full_shapes(RUNS).items() if shape[-1] % 128 == 0}
+    adamw = torch.optim.AdamW(params.values())
+    mini = AdamMini(params.items(), partition=partition(RUNS), momentum_dtype=momentum_dtype)
+    sizes = []
+    for optimizer in (adamw, mini):
         for param in params.values():
             param.grad = torch.ones_like(param)
         optimizer.step()
-        tensors = [state for param in params.values() for state in optimizer.state[param].values()]
-        sizes[kind] = sum(one.numel() * one.element_size() for one in tensors)
-    assert sizes["AdamMini"] < share * sizes["AdamW"]
+        tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    assert sizes[1] < share * sizes[0]
 
 
 # 6. AdamW's hyper-parameters mean what they mean in AdamW
@@ -127,7 +127,7 @@ def test_with_elementwise_blocks_it_is_adamw() -> None:
             set_lr(optimizer, step)
             optimizer.step()
         runs.append(params)
-    assert max(error(runs[1][name], runs[0][name]) for name in SHAPES) < 1e-14
+    assert max(error(runs[1][name].detach(), runs[0][name].detach()) for name in SHAPES) < 1e-14
 
 
 # 7. A missing gradient stops nobody
@@ -142,16 +142,19 @@ def with_gaps(rank: int, world: int, mesh: str) -> dict[str, Any]:
         for number, name in enumerate(SHAPES):
             if (step == 0 and rank == 0) or (step == 1 and number % world == rank) or step == 2:
                 grads[name] = None
-        placed.inject(grads)
+        placed.inject(grads, norms_along_tp(MESHES[mesh]))
         optimizer.step()
     state = {name: optimizer.state[param] for name, param in placed.params.items()}
     whole = {name: one["exp_avg_sq"].full_tensor() for name, one in state.items()}
     return {"exp_avg_sq": whole, "step": {name: float(one["step"]) for name, one in state.items()}}
 
 
-@pytest.mark.parametrize("mesh", ["FSDP2 3", "HSDP 2x2", "FSDP2 x TP 2x2"])
+@pytest.mark.parametrize("mesh", ["FSDP2 3", "FSDP2 5", "TP 3"])
 def test_missing_gradients_hang_nobody_and_ranks_stay_in_step(mesh: str) -> None:
-    """Ranks that share a block keep the same second moment and step; where no rank has a gradient, nothing moves."""
+    """Ranks that share a parameter keep the same second moments and step; where no rank has a gradient, nothing moves.
+
+    Replicas that exchange nothing leave a parameter alone each by itself, as with AdamW (docs/limits.md).
+    """
     ranks = run(with_gaps, MESHES[mesh].world, mesh, timeout=60)
     steps = agreed([one["step"] for one in ranks])  # asserts that all ranks have the same
     moments = agreed([one["exp_avg_sq"] for one in ranks])
