@@ -154,7 +154,7 @@ CONFIG = {
 }
 
 
-def _llama(head: int = 8) -> dict[str, Row]:
+def llama(head: int = 8) -> dict[str, Row]:
     q, kv = HEADS * head, KV_HEADS * head
     return {
         "model.embed_tokens.weight": ((32, 48), "token", (32, 1)),
@@ -173,7 +173,7 @@ def _llama(head: int = 8) -> dict[str, Row]:
 
 
 def _with_experts(experts: dict[str, Row]) -> dict[str, Row]:
-    return {name: row for name, row in _llama().items() if ".mlp." not in name} | experts
+    return {name: row for name, row in llama().items() if ".mlp." not in name} | experts
 
 
 def _gpt2(transposed: bool, bias: bool) -> dict[str, Row]:
@@ -199,10 +199,10 @@ _QKV_BIAS: dict[str, Row] = {
 _QK_NORM: dict[str, Row] = {f"model.layers.*.self_attn.{one}_norm.weight": ((12,), "norm", (1,)) for one in "qk"}
 
 HUGGING_FACE: dict[str, tuple[dict[str, Any], dict[str, Row]]] = {
-    "Llama": (CONFIG, _llama()),
-    "Mistral": (CONFIG, _llama()),
-    "Qwen2": (CONFIG, _llama() | _QKV_BIAS),
-    "Qwen3": (CONFIG | {"head_dim": 12}, _llama(12) | _QK_NORM),
+    "Llama": (CONFIG, llama()),
+    "Mistral": (CONFIG, llama()),
+    "Qwen2": (CONFIG, llama() | _QKV_BIAS),
+    "Qwen3": (CONFIG | {"head_dim": 12}, llama(12) | _QK_NORM),
     "Mixtral": (
         CONFIG | {"num_local_experts": 3},
         _with_experts(

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from flavours import flavours, shapes_of
+from multi_part import MULTI_PART
 
 from titan_adam_mini.layout import Tiles
 from titan_adam_mini.partition import Partition, collapse
@@ -58,6 +59,32 @@ def test_names_of_hugging_face(family: str) -> None:
     rows = spelled_out(table)
     got = Partition.from_config(config).assign({name: shape for name, (shape, _, _) in rows.items()})
     assert {name: (one.shape, one.role, one.layout.grid_shape) for name, one in got.items()} == rows
+
+
+@pytest.mark.parametrize("model", MULTI_PART)
+def test_every_part_of_a_model_has_its_own_heads(model: str) -> None:
+    _, config, table = MULTI_PART[model]
+    rows = spelled_out(table)
+    got = Partition.from_config(config).assign({name: shape for name, (shape, _, _) in rows.items()})
+    assert {name: (one.shape, one.role, one.layout.grid_shape) for name, one in got.items()} == rows
+
+
+@pytest.mark.parametrize("model", MULTI_PART)
+def test_the_parts_are_what_transformers_builds(model: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="compares with the installed transformers' own models")
+    kind, config, table = MULTI_PART[model]
+    real = transformers.AutoConfig.for_model(kind, **config)
+    with torch.device("meta"):
+        built = getattr(transformers, model)._from_config(real)
+    shapes = {name: tuple(param.shape) for name, param in built.named_parameters()}
+    rows = spelled_out(table)
+    assert {collapse(name): shape for name, shape in shapes.items()} == {
+        collapse(name): shape for name, (shape, _, _) in rows.items()
+    }
+    got = Partition.from_config(real).assign(shapes)
+    assert {collapse(name): (one.role, one.layout.grid_shape) for name, one in got.items()} == {
+        collapse(name): (role, grid) for name, (_, role, grid) in rows.items()
+    }
 
 
 @pytest.mark.parametrize("family", families.HUGGING_FACE)

@@ -185,7 +185,7 @@ class Inspection:
         if nothing is suggested."""
         wanted = {name: one.suggested for one in self.patterns for name in one.names if one.suggested}
         new = roles_table(wanted, {name: one[DEFAULT].role for name, one in self.estimates.items()})
-        given = {rule.pattern: rule.role for rule in self.partition.rules if rule.given}
+        given = {rule.pattern: rule.role for rule in self.partition.rules if rule.custom}
         return new | {pattern: role for pattern, role in given.items() if pattern not in new} if new else {}
 
     @cached_property

@@ -1,14 +1,15 @@
-"""What a model says about its heads, and how many rows of a projection one head has."""
+"""The attention heads of a model and of the models inside it, and how many rows of a projection one head has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # field -> the names it goes by: torchtitan's model args first, then Hugging Face's configs, T5's last
 _ALIASES: dict[str, tuple[str, ...]] = {
-    "n_heads": ("n_heads", "num_attention_heads", "n_head", "num_heads"),
+    "n_heads": ("n_heads", "num_attention_heads", "n_head", "num_heads", "attention_heads"),
     "n_kv_heads": ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head"),
     "head_dim": ("head_dim", "d_kv"),
     "qk_nope_head_dim": ("qk_nope_head_dim",),
@@ -17,16 +18,32 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "kv_lora_rank": ("kv_lora_rank",),
 }
 
-NEEDS_HEADS = "the number of heads is needed: pass n_heads (and n_kv_heads where keys have fewer heads), or head_dim"
+_PART = re.compile(r"(.+)_config|((?:.+_)?(?:encoder|decoder))")
+"""Fields of a config that hold another model's config: `vision_config`, and `encoder` and `decoder` by themselves."""
+_SIDE_HEADS = re.compile(r"(?:num_)?((?:\w+_)?(?:encoder|decoder))_(?:num_)?attention_heads")
+_SYNONYMS = {"text": "language", "vision": "visual"}
+"""Hugging Face calls the model of `text_config` `text_model` or `language_model`, of `vision_config` also `visual`."""
+
+NEEDS_HEADS = (
+    "the number of heads is needed: pass n_heads (and n_kv_heads where keys have fewer heads), or head_dim, or give "
+    "the parameter the role 'rows:N' with N rows per head"
+)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The head counts and sizes of one model; None where the model does not say.
+    """The head counts and sizes of a model; None where they are not known.
 
     Rows per head are never guessed from `dim / n_heads`: they are a projection's rows divided by its heads.
     Where a model has both `qk_nope_head_dim` and `qk_rope_head_dim` (multi-head latent attention), a query head
-    has the sum of the two, and `head_dim` is not looked at: configs of such models use it for the rotary part.
+    has the sum of the two, and `head_dim` is not used: configs of such models use it for the rotary part.
+
+    `parts` are models inside the model, each with a geometry of its own: `{"vision": Geometry(n_heads=16)}`. A
+    parameter belongs to a part if a component of its name is the part's name or begins with it and an underscore
+    (`vision_tower.encoder.layers.0...`); "text" also means `language`, and "vision" `visual`. The first such component
+    decides. Parameters that belong to no part have the heads of this geometry itself.
+
+    Raises ValueError for a number that is not a positive integer.
     """
 
     n_heads: int | None = None
@@ -36,35 +53,50 @@ class Geometry:
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     kv_lora_rank: int | None = None
+    parts: Mapping[str, Geometry] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for number in _ALIASES:
+            value = getattr(self, number)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer or None, not {value!r}")
+                raise ValueError(f"{number} must be a positive integer or None, not {value!r}")
+        object.__setattr__(self, "parts", dict(self.parts))
 
     @staticmethod
     def of(config: Any) -> Geometry:
-        """Read the heads out of torchtitan model args or a Hugging Face config, an object or a dict.
+        """Read the heads from torchtitan model args or a Hugging Face config, an object or a dict.
 
-        torchtitan 0.3's configs are asked for their first attention layer, and a lone `text_config` is followed. A
-        config of several models (`text_config` beside `vision_config`) raises ValueError: one number of heads
-        cannot serve them all.
+        Configs inside the config (`text_config`, `vision_config`, `encoder`, ...) become `parts`; a single one in a
+        config without heads of its own is the whole model. So do the encoder and the decoder of a config that counts
+        their heads apart (`encoder_attention_heads`). torchtitan 0.3's configs are read through their first attention.
         """
-        found = {field: _first(config, names) for field, names in _ALIASES.items()}
-        if found["n_heads"] is None and (parts := _parts(config)):
-            if len(parts) > 1:
-                raise ValueError(
-                    f"the config holds {len(parts)} models ({', '.join(parts)}), whose heads may differ: build the "
-                    "partition from one of them and give the other's projections a role of their own, such as 'rows:64'"
-                )
-            return Geometry.of(next(iter(parts.values())))
+        numbers: dict[str, Any] = {number: _first(config, names) for number, names in _ALIASES.items()}
+        if numbers["n_heads"] is None and (attention := _get(config, "first_attention")) is not None:
+            return Geometry.of(attention)
         if _get(config, "multi_query") is True and not _get(config, "new_decoder_architecture"):
-            found["n_kv_heads"] = 1  # Falcon and GPTBigCode keep the count of ungrouped heads beside this flag
-        if found["head_dim"] is None and (axes := _get(config, "axes_dim")):
-            found["head_dim"] = sum(axes)  # flux: the rotary axes share out one head
-        # DeepSeek writes 0 for "this projection is not there"
-        return Geometry(**{field: value or None for field, value in found.items()})
+            numbers["n_kv_heads"] = 1  # Falcon and GPTBigCode keep the count of ungrouped heads beside this flag
+        if numbers["head_dim"] is None and (axes := _get(config, "axes_dim")):
+            numbers["head_dim"] = sum(axes)  # flux: the rotary axes share out one head
+        # DeepSeek writes 0 for a projection that is not there, Swin a list with one number per stage
+        numbers = {name: None if isinstance(n, (list, tuple)) else n or None for name, n in numbers.items()}
+        own = Geometry(**numbers)
+        if sides := dict(_sides(config, own)):  # transformers repeats the encoder's as those of the whole
+            side, *others = set(sides.values())
+            own = replace(own, n_heads=None, n_kv_heads=None) if others else side
+        parts = dict(_parts(config)) | sides
+        if own.n_heads is None and len(parts) == 1:
+            return next(iter(parts.values()))
+        return replace(own, parts=parts)
+
+    def part_of(self, name: str) -> tuple[str, Geometry]:
+        """The part that a parameter of this name belongs to, as a dotted path, and its geometry; "" for none."""
+        components = name.split(".")
+        for position, component in enumerate(components):
+            if matching := [part for part in self.parts if _leads(part, component)]:
+                part = max(matching, key=len)
+                inner, geometry = self.parts[part].part_of(".".join(components[position + 1 :]))
+                return f"{part}.{inner}".rstrip("."), geometry
+        return "", self
 
     @property
     def qk_head_dim(self) -> int | None:
@@ -129,8 +161,9 @@ class Geometry:
         return tuple(getattr(self, name) for name in names)
 
     def __str__(self) -> str:
-        said = [f"{field.name}={value}" for field in fields(self) if (value := getattr(self, field.name)) is not None]
-        return ", ".join(said) or "no heads given"
+        numbers = [f"{number}={value}" for number in _ALIASES if (value := getattr(self, number)) is not None]
+        parts = [f"{name} ({part})" for name, part in self.parts.items()]
+        return ", ".join(numbers + parts) or "no heads given"
 
 
 def _rows_per_head(rows: int, heads: int | None, size: int | None, which: str) -> int:
@@ -156,7 +189,29 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := _get(config, name)) is not None), None)
 
 
-def _parts(config: Any) -> dict[str, Any]:
-    """The models inside a config that holds several, under their field's name."""
-    names = ("first_attention", "text_config", "vision_config", "audio_config", "encoder", "decoder")
-    return {name: part for name in names if (part := _get(config, name)) is not None}
+def _parts(config: Any) -> Iterator[tuple[str, Geometry]]:
+    """The models inside a config, by their fields' names without `_config`."""
+    for name, value in _fields(config).items():
+        match = _PART.fullmatch(str(name))
+        if match and (isinstance(value, Mapping) or hasattr(value, "__dict__")) and not isinstance(value, type):
+            geometry = Geometry.of(value)
+            # a model says its type or has heads; others are `quantization_config` and its like
+            if geometry != Geometry() or _get(value, "model_type"):
+                yield match[1] or match[2], geometry
+
+
+def _sides(config: Any, own: Geometry) -> Iterator[tuple[str, Geometry]]:
+    """Encoder and decoder of a config that counts their heads apart."""
+    for name, heads in _fields(config).items():
+        if (match := _SIDE_HEADS.fullmatch(str(name))) and isinstance(heads, int) and heads:
+            yield match[1], replace(own, n_heads=heads, n_kv_heads=_get(config, f"{match[1]}_num_key_value_heads"))
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+
+
+def _leads(part: str, component: str) -> bool:
+    """Does a component of a parameter's name lead into this part?"""
+    words = (part, _SYNONYMS.get(part, part))
+    return component in words or component.startswith(tuple(f"{word}_" for word in words))

@@ -1,4 +1,4 @@
-"""Which way round a matrix is stored, told from the shapes of the model it belongs to."""
+"""Whether a matrix is stored `[out, in]` or `[in, out]`, decided from the shapes of the model it belongs to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from titan_adam_mini.partition.rules import fits
+from titan_adam_mini.partition.rules import TURNING, Rule, fits
+
+PASS_ALL = "pass all named parameters of the model to the optimizer, frozen ones too (they are not updated)"
 
 
 @dataclass(frozen=True)
@@ -15,41 +17,59 @@ class Orientation:
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def transposed(self, evidence: str, name: str) -> bool:
-        """Does the parameter have its outputs along the last dim?
+    def transposed(self, rule: Rule, name: str) -> bool:
+        """Does the parameter `name`, to which `rule` applies, have its outputs along the last dim?
 
-        `evidence` is a rule's `orientation`. Raises ValueError if the shapes do not tell.
+        The parameter's own bias, as long as its outputs, decides where it can; else the other matrices of the model
+        do. Raises ValueError if the shapes leave it open.
         """
-        if evidence == "c_attn":
-            return self._one_answer(self._c_attn)
-        if evidence == "experts":
-            return self._experts(name.rpartition(".")[0])
-        assert not evidence, evidence
-        return False
+        if not rule.orientation:
+            return False
+        if (own := self._by_bias(name)) is not None:
+            return own
+        return self._gpt2(rule.role) if rule.orientation == "c_attn" else self._experts(name.rpartition(".")[0])
+
+    def _by_bias(self, name: str) -> bool | None:
+        """Is the bias as long as the last dim (True) or the one before (False)? None if it is neither, or both."""
+        stem, _, last = name.rpartition(".")
+        bias = self.shapes.get(f"{stem}.bias" if last == "weight" else f"{name}_bias", ())
+        sizes = self.shapes[name][-2:]
+        if not bias or len(sizes) < 2 or sizes[0] == sizes[1] or bias[-1] not in sizes:
+            return None
+        return bias[-1] == sizes[1]
 
     @cached_property
-    def _c_attn(self) -> frozenset[bool]:
-        """GPT-2: `c_attn` makes more outputs than it has inputs, so its longer dim is the output.
+    def _votes(self) -> frozenset[bool]:
+        """What GPT-2's matrices say: all of a model are stored alike.
 
-        Asked of the whole model, because `attn.c_proj` is square. Models with a query of its own use `Linear`.
+        `c_attn` makes more outputs than it has inputs, so its longer dim is the output. Any of them may have a bias
+        that tells. Models with a query of its own use `Linear`.
         """
         votes = set()
         for name, shape in self.shapes.items():
             if any(fits(query, name) for query in ("attn.c_q.weight", "self_attn.q_proj.weight")):
                 votes.add(False)
-            elif fits("attn.c_attn.weight", name) and len(shape) == 2 and shape[0] != shape[1]:
-                votes.add(shape[1] > shape[0])
+            elif any(evidence == "c_attn" and fits(pattern, name) for pattern, _, evidence in TURNING):
+                if (own := self._by_bias(name)) is not None:
+                    votes.add(own)
+                elif fits("attn.c_attn.weight", name) and len(shape) == 2 and shape[0] != shape[1]:
+                    votes.add(shape[1] > shape[0])
         return frozenset(votes)
 
-    @staticmethod
-    def _one_answer(votes: frozenset[bool]) -> bool:
-        if len(votes) != 1:
-            raise ValueError(
-                "it may be stored [out, in] or [in, out], and "
-                + ("the c_attn of this model disagree" if votes else "there is no c_attn to tell which")
-                + ": give it a role of your own, with .T after it if it is [in, out]"
-            )
-        return next(iter(votes))
+    def _gpt2(self, role: str) -> bool:
+        if len(self._votes) == 1:
+            return next(iter(self._votes))
+        reason = (
+            "attn.c_attn.weight and the biases of this model disagree about it: "
+            if self._votes
+            else "only the shape of attn.c_attn.weight, or a bias, tells which, and neither was given: "
+            + PASS_ALL
+            + ", or "
+        )
+        raise ValueError(
+            f"it may be stored [out, in] or [in, out], and {reason}give it the role {role!r}, or '{role}.T' if it is "
+            "[in, out]"
+        )
 
     def _experts(self, module: str) -> bool:
         """Fused experts: `gate_up_proj` makes 2 I outputs of H inputs, `down_proj` H of I; the pair tells which."""
@@ -60,7 +80,13 @@ class Orientation:
                 return False
             if up[2] == 2 * down[1] and up[1] == down[2]:
                 return True
+        missing = [name for name, shape in (("gate_up_proj", up), ("down_proj", down)) if not shape]
         raise ValueError(
-            "it may be stored [expert, out, in] or [expert, in, out], and gate_up_proj and down_proj of the module do "
-            "not tell which: give it the role 'experts' or 'experts.T'"
+            "it may be stored [expert, out, in] or [expert, in, out], and "
+            + (
+                f"{module}.{missing[0]}, whose shape tells which, was not given: {PASS_ALL}, or "
+                if missing
+                else "gate_up_proj and down_proj of the module do not tell which: "
+            )
+            + "give it the role 'experts' or 'experts.T'"
         )

@@ -1,4 +1,4 @@
-"""What a role means: a table from each role's name to the function that cuts a tensor of that role into blocks.
+"""What a role means: a table from each role's name to the function that divides a tensor of that role into blocks.
 
 Most roles say only how the *output* dim is cut and leave every other dim whole. The output dim is the first
 (torch's `Linear`, `[out, in]`) or, for a role written with `.T`, the last (`[in, out]`).
@@ -234,6 +234,17 @@ def find(role: str) -> tuple[Role, bool]:
 def known(role: str) -> bool:
     """Is this the name of a role, without `.T`?"""
     return _row(role) is not None
+
+
+def layout(role: str, shape: Shape, model: Model) -> BlockLayout:
+    """The blocks of a tensor of this role and shape; ValueError if the role does not fit the shape."""
+    row, transposed = find(role)
+    if len(shape) not in row.dims:
+        bound = "exactly" if len(row.dims) == 1 else "at least" if len(shape) < row.dims.start else "at most"
+        limit = row.dims.start if len(shape) < row.dims.start else row.dims.stop - 1
+        slices = ", perhaps a flattened slice, as FSDP1 and DeepSpeed ZeRO make them" * (len(shape) == 1)
+        raise ValueError(f"this role takes tensors of {bound} {limit} dims, and this one has {len(shape)}{slices}")
+    return row.layout(shape, model, transposed)
 
 
 def valid_roles() -> str:

@@ -1,4 +1,4 @@
-"""The table of rules: which parameter names have which role in the transformers we know.
+"""The table of rules: which parameter names have which role in known transformers.
 
 A pattern is a glob, matched on a whole name or on any dotted suffix of it, so it always starts at a component.
 A rule of this table applies only where its role fits the tensor's number of dims: `*norm*.weight` means vectors.
@@ -22,14 +22,14 @@ class Rule:
     """Parameters whose name matches `pattern` have `role`.
 
     `orientation` names the evidence, in the model's other shapes, that tells whether the tensor is transposed
-    ("" if it never is); `given` marks the user's own rules; `writes` those of matrices whose outputs are added to the
-    residual stream.
+    ("" if it never is); `custom` marks rules that the user adds; `writes` rules for matrices whose outputs are added to
+    the residual stream.
     """
 
     pattern: str
     role: str
     orientation: str = ""
-    given: bool = False
+    custom: bool = False
     writes: bool = False
 
 
@@ -37,6 +37,11 @@ def clean_name(name: str) -> str:
     """The name without the components that torch.compile, checkpointing, FSDP and DDP wrappers put into it."""
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
+
+
+def collapse(name: str) -> str:
+    """The name with its numbers as `*`: what the parameters of all layers share."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -95,44 +100,62 @@ ATTENTION: dict[str, str] = {
 MODULES: dict[str, str] = {
     "token": (
         "tok_embeddings output lm_head wte wpe embed_tokens embed_positions embed_in embed_out tokens_embed shared "
-        "word_embeddings position_embeddings token_type_embeddings position_embedding token_embedding positions_embed"
+        "word_embeddings position_embeddings token_type_embeddings position_embedding token_embedding positions_embed "
+        "pos_embed tile_embedding *positional_embedding.embedding"
     ),
-    "norm": "*norm* ln_* ln[0-9] *_ln *Norm*",
-    "convolution": "patch_embeddings.projection patch_embed.proj patch_embedding conv1 conv2 conv1d",
+    "norm": "*norm* *layrnorm ln_* ln[0-9] *_ln *Norm*",
+    "convolution": "patch_embeddings.projection patch_embed.proj patch_embedding patch_conv conv1 conv2 conv1d",
     "experts": "block_sparse_moe.input_linear block_sparse_moe.output_linear",
     "bias": "relative_attention_bias",
     "neuron": (
         # attention: the output, and the way down into a latent
         "wo o_proj out_proj wq_a q_a_proj SelfAttention.o EncDecAttention.o attention.output.dense "
-        "attention.dense self_attention.dense self_attn.dense attn.proj *_attn.proj out_lin "
+        "attention.dense self_attention.dense self_attn.dense attn.proj *_attn.proj out_lin self_attn.projection "
+        "attention.projection_layer "
         # MLP
         "w1 w2 w3 gate_proj up_proj down_proj mlp.gate_up_proj fc1 fc2 fc_in fc_out dense_h_to_4h dense_4h_to_h "
-        "intermediate.dense output.dense wi wi_0 wi_1 lin1 lin2 "
+        "intermediate.dense intermediate_query.dense output.dense output_query.dense wi wi_0 wi_1 lin1 lin2 "
+        "linear1 linear2 mlp.linear_fc2 "
         # routers
         "router.gate moe.gate mlp.gate block_sparse_moe.gate mlp.router feed_forward.router block_sparse_moe.router "
         "shared_expert_gate "
         # before and in place of the output head
-        "pooler.dense transform.dense lm_head.dense vocab_transform classifier score "
+        "pooler.dense transform.dense lm_head.dense vocab_transform classifier score text_model.head "
+        # from one modality to another
+        "linear_1 linear_2 linear_fc1 linear_fc2 visual_projection text_projection language_projection enc_to_dec_proj "
+        "multi_modal_projector multi_modal_projector.linear modality_projection.proj merger.mlp.[0-9] merging_layer "
+        "patch_embedding.linear "
         # flux: projections in, modulation, MLP, out
         "img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer *_mod.lin "
-        "modulation.lin adaLN_modulation.[0-9] img_mlp.0 txt_mlp.0 img_mlp.2 txt_mlp.2 single_blocks.*.linear2 "
+        "modulation.lin adaLN_modulation.[0-9] img_mlp.0 txt_mlp.0 img_mlp.2 txt_mlp.2 "
         "final_layer.linear"
     ),
 }
 
 # role -> parameters by their full last names
 PARAMETERS: dict[str, str] = {
-    "bias": "bias *_bias *experts.mlp1_bias_EG *experts.mlp2_bias_ED sinks logit_scale",
+    "bias": (
+        "bias *_bias *experts.mlp1_bias_EG *experts.mlp2_bias_ED sinks logit_scale bias_k bias_v "
+        "*positional_embedding.gate gate_attn gate_ffn cross_attn_attn_gate cross_attn_mlp_gate"
+    ),
     "experts": (
         "*experts.w[13] *experts.w2 *experts.w[13]_EFD *experts.w2_EDF "
         "*experts.mlp1_weight *experts.mlp2_weight *experts.mlp1_weight_EGD *experts.mlp2_weight_EDF"
     ),
-    "token": "position_embeddings pos_embed cls_token mask_token",
+    "token": (
+        "position_embeddings position_embedding positional_embedding_vlm *positional_embedding.embedding pos_embed "
+        "cls_token mask_token class_embedding query_tokens probe"
+    ),
+    # torch.nn.MultiheadAttention
     "qkv": "in_proj_weight",
-    "norm": "*norm*.scale *.gamma *.lambda1 *lora_magnitude_vector* class_embedding",
+    "query": "q_proj_weight",
+    "key": "k_proj_weight",
+    "value": "v_proj_weight",
+    "neuron.T": "mm_input_projection_weight",
+    "norm": "*norm*.scale *.gamma *.lambda1 *.lambda_[12] *lora_magnitude_vector* class_embedding",
 }
 
-# (pattern, role, evidence): modules that some libraries store [out, in] and others [in, out]
+# (pattern, role, evidence in `orientation.py`): what some libraries store [out, in] and others [in, out]
 TURNING: tuple[tuple[str, str, str], ...] = (
     ("attn.c_attn.weight", "qkv", "c_attn"),
     ("attn.c_proj.weight", "neuron", "c_attn"),
@@ -145,9 +168,9 @@ TURNING: tuple[tuple[str, str, str], ...] = (
 # what is added to the residual stream, the output of attention, of MLPs, of experts: modules, and full last names
 _WRITING = (
     "wo o_proj out_proj SelfAttention.o EncDecAttention.o attention.output.dense attention.dense self_attention.dense "
-    "self_attn.dense attn.proj *_attn.proj out_lin attn.c_proj "
-    "w2 down_proj fc2 fc_out dense_4h_to_h output.dense lin2 mlp.c_proj img_mlp.2 txt_mlp.2 single_blocks.*.linear2 "
-    "block_sparse_moe.output_linear",
+    "self_attn.dense attn.proj *_attn.proj out_lin self_attn.projection attention.projection_layer attn.c_proj "
+    "w2 down_proj fc2 fc_out dense_4h_to_h output.dense output_query.dense lin2 linear2 mlp.linear_fc2 mlp.c_proj "
+    "img_mlp.2 txt_mlp.2 block_sparse_moe.output_linear",
     "*experts.w2 *experts.w2_EDF *experts.mlp2_weight *experts.mlp2_weight_EDF experts.down_proj",
 )
 WRITES = frozenset([*(f"{module}.weight" for module in _WRITING[0].split()), *_WRITING[1].split()])
