@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torchtitan", reason="the command needs the extra: pip install -e '.[titan]'")
 
 import torch
-from ranks import forkserver
+from titan_worker import Forks
 from torchtitan.models.llama3 import Transformer
 
 from titan_adam_mini import child
@@ -31,9 +31,9 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module", autouse=True)
 def bare(patch: pytest.MonkeyPatch) -> None:
-    """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have; children
-    are forked from a server that has the slow imports behind it."""
-    patch.setattr(child, "get_context", lambda _: forkserver())
+    """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have; the
+    command's own process is forked from a server that has torchtitan loaded."""
+    patch.setattr(child, "ProcessPoolExecutor", Forks)
     patch.setitem(measure.COPY_BYTES, "cpu", 2**16)
     patch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CONFIG_FILE", "NGPU"):
