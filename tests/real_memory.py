@@ -31,6 +31,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam_mini_bfloat16": {"name": "AdamMini", "implementation": "foreach", "momentum": "bfloat16"},
     "adam_mini_int8": {"name": "AdamMini", "implementation": "foreach", "momentum": "int8"},
 }
+FEW = ("adamw foreach", "adam_mini_bfloat16", "adam_mini_int8")
+"""Of those which differ in one thing, the more difficult one."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Case:
     Attributes:
         int8: can momentum be int8 there?
         forward: can torch run a step there on CPUs? If not, gradients are made by hand, as their parameters are.
+        every: with all optimizers, or with those of FEW.
     """
 
     ranks: int
@@ -48,6 +51,13 @@ class Case:
     settings: tuple[tuple[str, str], ...] = ()
     int8: bool = True
     forward: bool = True
+    every: bool = False
+
+    @property
+    def optimizers(self) -> dict[str, dict[str, Any]]:
+        """Those that are weighed, of OPTIMIZERS."""
+        possible = {key: one for key, one in OPTIMIZERS.items() if self.int8 or one.get("momentum") != "int8"}
+        return {key: one for key, one in possible.items() if self.every or key in FEW}
 
     @property
     def arguments(self) -> list[str]:
@@ -76,14 +86,14 @@ _FACTORED = (("optimizer.adam_mini.second_moment", "factored"),)
 CASES = {
     "one rank": Case(1, "nasty"),
     "FSDP2 2": Case(2, "nasty"),
-    "FSDP2 3": Case(3, "nasty"),
+    "FSDP2 3": Case(3, "nasty", every=True),
     "FSDP2 4": Case(4, "nasty"),
     "FSDP2 3, bfloat16": Case(3, "nasty", settings=(("training.dtype", "bfloat16"),)),
     "FSDP2 3, CPU offload": Case(3, "nasty", settings=(("training.enable_cpu_offload", ""),)),
     "DDP 2": Case(2, "nasty", (("hsdp", 2), ("shard", 1))),
     "HSDP 2x2": Case(4, "nasty", (("hsdp", 2),)),
     "TP 2": Case(2, "even", (("tp", 2),)),
-    "FSDP2 x TP 2x2": Case(4, "even", (("tp", 2),)),
+    "FSDP2 x TP 2x2": Case(4, "even", (("tp", 2),), every=True),
     "FSDP2 x TP 2x2, uneven": Case(4, "odd", (("tp", 2),), int8=False),
     "CP 2": Case(2, "nasty", (("cp", 2),), forward=False),
     "FSDP2 3, factored": Case(3, "nasty", settings=_FACTORED),
@@ -134,9 +144,7 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
         "checkpoint": {},
         "second moments": {},
     }
-    for key, asked in OPTIMIZERS.items():
-        if asked.get("momentum") == "int8" and not case.int8:
-            continue
+    for key, asked in case.optimizers.items():
         section = copy.deepcopy(config.optimizer)
         section.name, section.implementation = asked["name"], asked["implementation"]
         section.adam_mini.momentum_dtype = asked.get("momentum", "")

@@ -3,6 +3,8 @@
 - llama3 nasty: a vocabulary of 5 (four ranks: one has nothing), 343 hidden rows, heads of 32 rows that three ranks cut
 - llama3 odd: a vocabulary of 7, and hidden rows that tensor parallelism of 2 cuts evenly, while FSDP2 does not
 - llama3 even: what tensor parallelism of 2 cuts into whole runs of 128 columns
+- llama3 shallow: one layer, for what is costly to simulate; two_layers: two, whose heads tensor parallelism of 2 cuts
+- llama3 8B_short: 4 of the layers of torchtitan's 8B
 - qwen3 nasty_moe: 6 experts of 20 rows
 - mystery, frozen: llama3 with a parameter that no rule knows; with an embedding that is not trained
 """
@@ -29,6 +31,13 @@ llama3.llama3_args["odd"] = TransformerModelArgs(
 llama3.llama3_args["even"] = TransformerModelArgs(
     dim=256, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=32, multiple_of=256
 )
+llama3.llama3_args["shallow"] = TransformerModelArgs(
+    dim=128, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=32, multiple_of=128
+)
+llama3.llama3_args["two_layers"] = TransformerModelArgs(
+    dim=256, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=512, multiple_of=128
+)
+llama3.llama3_args["8B_short"] = dataclasses.replace(llama3.llama3_args["8B"], n_layers=4)
 qwen3.qwen3_args["nasty_moe"] = Qwen3ModelArgs(
     vocab_size=37,
     head_dim=32,

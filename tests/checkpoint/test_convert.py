@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ import pytest
 import torch
 from meshes import DENSE, factors, full_shapes, layouts
 from oracle import error
+from ranks import forkserver
 from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
 from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.moments import spread
 from titan_adam_mini.checkpoint.stored import Stored
 
-ROOT = Path(__file__).resolve().parents[2]
 STATE = "optimizer.state."
 
 
@@ -136,7 +134,9 @@ def test_a_new_learning_rate_keeps_the_place_in_the_schedule(adamw: Path, tmp_pa
         assert new[f"optimizer.param_groups.{name}.lr"] == pytest.approx(7e-4 * FACTOR)
 
 
-@pytest.mark.parametrize("mesh", ["FSDP2 8", "HSDP 2x3", "PP 2", "one rank"])
+@pytest.mark.parametrize(
+    "mesh", ["one rank", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("FSDP2 8", "HSDP 2x3", "PP 2"))]
+)
 def test_the_source_may_come_from_any_mesh(adamw: Path, tmp_path: Path, mesh: str) -> None:
     source = saved(tmp_path / "source", "AdamW", mesh)
     convert(conversion(source, "adam_mini"), tmp_path / "to")
@@ -190,37 +190,34 @@ def test_an_error_half_way_leaves_nothing(adamw: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-SLOWLY = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {room!r}]
-import test_convert
-def wait(count):
-    print("going", flush=True)
-    time.sleep(0.2)
-test_convert.convert(test_convert.conversion(Path({source!r}), "adam_mini"), Path({target!r}), wait)
-"""
+def slowly(source: Path, target: Path, begun: Path) -> None:
+    """A conversion that waits after every tensor, in a process of its own."""
+
+    def wait(count: int) -> None:
+        begun.touch()
+        time.sleep(0.2)
+
+    convert(conversion(source, "adam_mini"), target, wait)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_it_leaves_no_checkpoint_and_the_next_one_says_what_is_left(
     adamw: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    target = tmp_path / "checkpoint" / "step-4"
-    room = Path(__file__).parent
-    text = SLOWLY.format(tests=str(room.parent), room=str(room), source=str(adamw), target=str(target))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", text], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"going\n"
+    target, begun = tmp_path / "to" / "checkpoint" / "step-4", tmp_path / "begun"
+    process = forkserver().Process(target=slowly, args=(adamw, target, begun))
+    process.start()
+    while not begun.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
     with pytest.raises(ValueError, match="another conversion is writing"):
         convert(conversion(adamw, "adam_mini"), target)
-    time.sleep(0.3)
-    process.send_signal(number)
-    assert process.wait(30) != 0
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode not in (0, None)
     assert not target.exists()
-    left = list(tmp_path.iterdir())
+    left = list(tmp_path.glob("to/*"))
     assert left == [] if number == signal.SIGTERM else "step-" not in next(left[0].iterdir()).name
     if number == signal.SIGKILL:
         (rest,) = target.parent.iterdir()

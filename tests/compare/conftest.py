@@ -1,4 +1,4 @@
-"""What the tests of the comparison share: torchtitan, children that start fast, a clean environment, a corpus."""
+"""What the tests of the comparison share: torchtitan, processes that start fast, a clean environment, a corpus."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torchtitan", reason="torchtitan's trainer does the training: pip install -e '.[titan]'")
 
-from ranks import forkserver
+from titan_worker import Forks
 
 from titan_adam_mini import child
 
@@ -19,9 +19,9 @@ SEQ_LEN, BATCH = 64, 4
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Children are forked from a server that has the slow imports behind it; trainers find this package."""
+    """Commands' own processes are forked from a server that has torchtitan loaded; trainers find this package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(child, "get_context", lambda _: forkserver())
+        patch.setattr(child, "ProcessPoolExecutor", Forks)
         for name in ("CONFIG_FILE", "NGPU"):
             patch.delenv(name, raising=False)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))

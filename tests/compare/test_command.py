@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from titan_adam_mini.cli import main
-from titan_adam_mini.compare.command import _check_data, _devices, _signals
+from titan_adam_mini.compare.command import _check_data, _check_validation, _devices, _signals
 from titan_adam_mini.compare.plan import Run
 from titan_adam_mini.compare.record import Record
 
 from .conftest import BATCH, CONFIG, SEQ_LEN
 
 STEPS, EVERY = 80, 20
+ONE = "--optimizers=AdamMini"
+"""Where a single variant does, since the configuration of each is read."""
 RUNS = [Run(name, 4e-3, 0) for name in ("AdamW", "AdamMini")]
 
 
@@ -52,19 +54,18 @@ def words(corpus_dir: Path) -> list[str]:
         (["--lr", "1e-3,fast"], "--lr takes learning rates such as 1e-3,2e-3, not 'fast'"),
         (["--lr", "-1"], "not '-1'"),
         (["--lr", "1e-3", "--variant", "a=AdamW --optimizer.lr 1"], "has an --optimizer.lr of its own, and --lr"),
-        (["--training.stepps", "3"], "torchtitan does not take these arguments"),
-        (["--validation.no-enable"], "there is no validation set"),
-        (["--validation.freq", "7"], "the last of 80 steps would not be validated"),
-        (["--validation.freq", "0"], "the last of 80 steps would not be validated"),
-        (["--validation.seq_len", "128"], "the model is built for training.seq_len, 64: give --validation.seq_len 64"),
+        ([ONE, "--training.stepps", "3"], "torchtitan does not take these arguments"),
+        ([ONE, "--validation.no-enable"], "there is no validation set"),
+        ([ONE, "--validation.freq", "7"], "the last of 80 steps would not be validated"),
         (
-            ["--variant", "a=AdamMini --optimizer.adam_mini.roles '*.nothing=neuron'"],
-            "'*.nothing' matches no parameter",
+            [ONE, "--validation.seq_len", "128"],
+            "the model is built for training.seq_len, 64: give --validation.seq_len 64",
         ),
+        ([ONE, "--optimizer.adam_mini.roles", "*.nothing=neuron"], "'*.nothing' matches no parameter"),
         (["--variant", "a=AdamMini --training.seq_len 32"], "cannot be compared: training.seq_len is 64 for AdamW"),
-        (["--seeds", "2", "--checkpoint.initial_load_path", "a"], "give --seeds 1"),
+        ([ONE, "--seeds", "2", "--checkpoint.initial_load_path", "a"], "give --seeds 1"),
         (
-            ["--checkpoint.initial_load_path", "a", "--checkpoint.no-initial_load_model_only"],
+            [ONE, "--checkpoint.initial_load_path", "a", "--checkpoint.no-initial_load_model_only"],
             "leave checkpoint.initial_load_model_only true",
         ),
     ],
@@ -78,6 +79,11 @@ def test_what_is_refused_before_anything_is_run(
     error = capsys.readouterr().err
     assert "titan-adam-mini: " in error and told in error, error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frequency_of_zero_validates_no_step() -> None:
+    with pytest.raises(ValueError, match="the last of 4 steps would not be validated"):
+        _check_validation({"validation": {"enable": True, "freq": 0}, "training": {"steps": 4}})
 
 
 def test_data_that_are_missing_for_a_later_seed(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_a_trainer_of_another_command_is_waited_for(tmp_path: Path) -> None:
     assert at_work(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_by_its_error(tmp_path: Path) -> None:
     words = ["--job.config_file", str(tmp_path / "nowhere.toml")]
     training = Training(tmp_path / "run", words, ranks=1, shown=0, variables=dict(os.environ))

@@ -344,10 +344,12 @@ def test_everything_is_in_the_json() -> None:
     assert w2["best"] == "factored"
 
 
-@pytest.mark.parametrize("layers", [1, 80])
+@pytest.mark.parametrize("layers", [1, 41])
 def test_the_picture(tmp_path: Path, layers: int) -> None:
+    """From 41 layers on it is drawn finer."""
     pytest.importorskip("matplotlib", reason="pictures need the extra titan")
-    heat_map(tmp_path / "map.png", "Llama", inspected(llama(layers)))
+    few = {name: v for name, v in llama(layers).items() if layers == 1 or "wo" in name or "layers" not in name}
+    heat_map(tmp_path / "map.png", "Llama", inspected(few))
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -147,7 +147,9 @@ def test_tokens_that_were_never_seen_do_not_count() -> None:
     assert beside["tensor"].noise > alone["tensor"].noise, "they do lower the mean of a block that holds others"
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 7, 16, 33, 100])
+@pytest.mark.parametrize(
+    "window", [1, 7, 33, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 5, 16, 100))]
+)
 def test_windows_that_cut_blocks_give_what_all_at_once_gives(window: int) -> None:
     for name, shape in SHAPES.items():
         found = estimates(PARTITION, SHAPES)[name]

@@ -60,7 +60,12 @@ def test_longer_names_that_end_in_one_keep_what_they_have(also: list[str]) -> No
     assert table["layers.1.ffn.norm.weight"] == "norm", "also where ffn.norm.weight is given another role"
 
 
-@pytest.mark.parametrize("model", sorted(families.TITAN))
+FAST = ("llama3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in sorted(families.TITAN)]
+)
 def test_the_candidates_of_torchtitans_models_are_roles(model: str) -> None:
     """With every second_moment: what is measured is what the candidate's role gives, to the parameter and no other."""
     spec = flavours(model)

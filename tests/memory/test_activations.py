@@ -23,26 +23,28 @@ def estimated(arguments: list[str]) -> int | str:
     return sequence_bytes(configured(arguments, 1), mixed=True)
 
 
-def at_depth(arguments: list[str], depths: list[int]) -> list[int]:
-    """What a sequence takes in models of several depths, each run whole."""
-    from titan_adam_mini.memory.activations import _grown
+def estimated_and_whole(arguments: list[str], depths: list[int]) -> tuple[int | str, list[int]]:
+    """The estimate, and what a sequence takes in models of several depths, each run whole."""
+    from titan_adam_mini.memory.activations import _grown, sequence_bytes
     from titan_adam_mini.titan.build import a_rank, configured
 
     config = configured(arguments, 1)
     with a_rank(0, config.parallelism.tensor_parallel_degree):
-        return [_grown(config, config.training.mixed_precision_param, depth) for depth in depths]
+        whole = [_grown(config, config.training.mixed_precision_param, depth) for depth in depths]
+    return sequence_bytes(config, mixed=True), whole
 
 
 def test_the_checkpointed_inputs_of_layers() -> None:
     """With full activation checkpointing a layer keeps its input and nothing else: four bytes per token and dim."""
-    depths = in_child(at_depth, words("--activation_checkpoint.mode", "full"), [1, 2, 4])
+    estimate, depths = in_child(estimated_and_whole, words("--activation_checkpoint.mode", "full"), [1, 2, 4])
     assert depths[1] - depths[0] == 4 * TOKENS * DIM and depths[2] - depths[1] == 2 * 4 * TOKENS * DIM
+    assert estimate == depths[2], "the extrapolation is the whole model of 4 layers"
 
 
-def test_extrapolation_is_the_whole_model() -> None:
-    for mode in ("full", "selective", "none"):
-        arguments = words("--activation_checkpoint.mode", mode)
-        assert [estimated_in_child(arguments)] == in_child(at_depth, arguments, [4]), mode
+@pytest.mark.parametrize("mode", ["selective", pytest.param("none", marks=pytest.mark.slow)])
+def test_extrapolation_is_the_whole_model(mode: str) -> None:
+    estimate, depths = in_child(estimated_and_whole, words("--activation_checkpoint.mode", mode), [4])
+    assert [estimate] == depths
 
 
 def estimated_in_child(arguments: list[str]) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from math import prod
 
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_adam_mini.checkpoint.check import mixes_up
 from titan_adam_mini.layout import BlockLayout
@@ -102,25 +104,27 @@ def test_torch_mixes_up_no_rows_where_tensor_parallelism_divides_them(rows: int,
         assert not mixes_up(held, placements, (fsdp, tp), place)
 
 
-def coordinates(rank: int, world: int) -> list[tuple[list[int], list[list[int]]]]:
-    """Where torch says that this rank stands, and with whom, on meshes that torchtitan unflattens the world into."""
-    whole = init_device_mesh("cpu", (world,), mesh_dim_names=("world",))
-    seen = []
-    for names, sizes in (
-        (("pp", "replicate", "fsdp", "tp"), (2, 1, 2, 2)),
-        (("pp", "replicate", "efsdp", "ep"), (1, 2, 2, 2)),
-    ):
-        mesh = whole._unflatten(0, sizes, names)[names[1:]]
-        along = [torch.distributed.get_process_group_ranks(mesh.get_group(axis)) for axis in range(mesh.ndim)]
-        seen.append((list(mesh.get_coordinate() or ()), along))
-    return seen
+def coordinates(rank: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Where torch says that a rank of 8 stands, and with whom, on meshes that torchtitan unflattens the world into."""
+    dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+    try:
+        whole = init_device_mesh("cpu", (8,), mesh_dim_names=("world",))
+        for names, sizes in (
+            (("pp", "replicate", "fsdp", "tp"), (2, 1, 2, 2)),
+            (("pp", "replicate", "efsdp", "ep"), (1, 2, 2, 2)),
+        ):
+            mesh = whole._unflatten(0, sizes, names)[names[1:]]
+            along = [dist.get_process_group_ranks(mesh.get_group(axis)) for axis in range(mesh.ndim)]
+            yield list(mesh.get_coordinate() or ()), along
+    finally:
+        dist.destroy_process_group()
 
 
 def test_coordinates_are_those_of_torch() -> None:
     meshes = [Mesh(("replicate", "fsdp", "tp"), (1, 2, 2), (4, 2, 1))]
     meshes += [Mesh(("replicate", "efsdp", "ep"), (2, 2, 2), (4, 2, 1))]
-    for rank, seen in enumerate(run(coordinates, 8)):
-        for mesh, (coordinate, along) in zip(meshes, seen, strict=True):
+    for rank in range(8):
+        for mesh, (coordinate, along) in zip(meshes, coordinates(rank), strict=True):
             assert list(mesh.coordinate(rank)) == coordinate
             for axis in mesh.axes(rank):
                 assert list(axis.ranks) == along[axis.index]

@@ -10,6 +10,7 @@ from titan_adam_mini.memory import estimate
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml")
 SMALL = ["--training.seq_len", "128", "--training.local_batch_size", "2"]
+SHALLOW = ("--experimental.custom_import", "small_flavors", "--model.flavor", "shallow")
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -28,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "a.json", tmp_path / "a.png"
-    shown = told(capsys, "--ngpu", "2,4", "--json", str(file), "--plot", str(picture))
+    shown = told(capsys, *SHALLOW, "--ngpu", "2,4", "--json", str(file), "--plot", str(picture))
     found = json.loads(file.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     assert [run["ngpu"] for run in found["runs"]] == [2, 4]
@@ -38,16 +39,17 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
             phases = [sum(phase["held"].values()) for phase in one["phases"]]
             assert one["peak_bytes"] == max(phases) and all(isinstance(size, int) for size in phases)
     two, four = (run["optimizers"]["AdamW"]["phases"][1]["held"] for run in found["runs"])
-    assert two["parameters"] == 2 * four["parameters"] == 2870080, "1,435,040 float32 over two ranks"
-    assert two["optimizer state"] == 2 * two["parameters"] + 4 * 39
+    elements = 2 * 32 * 128 + 4 * 128 * 128 + 3 * 384 * 128 + 3 * 128
+    assert two["parameters"] == 2 * four["parameters"] == 4 * elements // 2, "float32 over two ranks"
+    assert two["optimizer state"] == 2 * two["parameters"] + 4 * 12
     mini = found["runs"][0]["optimizers"]["AdamMini"]["phases"][1]["held"]["optimizer state"]
-    assert two["parameters"] < mini < 1.01 * two["parameters"]
-    assert "llama3 adam_mini_debug, 2 ranks (dp_shard 2), rank 0: local batch 2" in shown
+    assert two["parameters"] < mini < 1.02 * two["parameters"]
+    assert "llama3 shallow, 2 ranks (dp_shard 2), rank 0: local batch 2" in shown
     assert "AdamMini float32 *" in shown and "not validated on a GPU" in shown
 
 
 def test_json_alone_is_all_of_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
-    main(["estimate", CONFIG, "--ngpu", "2", "--json", *SMALL])
+    main(["estimate", CONFIG, "--ngpu", "2", "--json", *SHALLOW, *SMALL])
     (run,) = json.loads(capfd.readouterr().out)["runs"]
     assert run["ngpu"] == 2 and set(run["optimizers"]) >= {"AdamW", "AdamMini", "AdamMini int8"}
 
@@ -93,7 +95,7 @@ def _wrong_plan() -> None:
     from titan_adam_mini.memory.agree import simulate_checked
 
     with patch("titan_adam_mini.memory.holdings.STEP", 0):
-        simulate_checked(["--job.config_file", CONFIG, *SMALL], 2, 0, ["AdamW"])
+        simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
 
 
 def test_plan_and_simulation_must_agree() -> None:

@@ -15,11 +15,14 @@ import torch
 
 from titan_adam_mini.child import in_child
 from titan_adam_mini.memory.facts import facts, optimizers_of
+from titan_adam_mini.memory.holdings import Run
 from titan_adam_mini.memory.plan import _read_run
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "llama3_8b.toml"
 KNOWN = {(8, 0): 4_015_130_624, (512, 0): 62_752_800, (1024, 0): 31_392_784, (1024, 1023): 27_264_016}
 """Parameter bytes under FSDP2 alone, counted by hand before there was a plan: (ranks, rank)."""
+LAYERS = 4
+"""Of the model that is looked at outside the nightly tier: all layers are alike, and a pipeline has one per stage."""
 MESHES = {
     "FSDP2": {},
     "HSDP": {"data_parallel_replicate": 4},
@@ -28,8 +31,10 @@ MESHES = {
 }
 
 
-def arguments(mesh: str) -> list[str]:
+def arguments(mesh: str, short: bool = False) -> list[str]:
     words = ["--job.config_file", str(CONFIG), "--training.local_batch_size", "4"]
+    if short:
+        words += ["--experimental.custom_import", "small_flavors", "--model.flavor", "8B_short"]
     for name, degree in MESHES[mesh].items():
         words += [f"--parallelism.{name}_degree", str(degree)]
     return words
@@ -98,7 +103,26 @@ def _fake(param: Any, local: tuple[int, ...]) -> Any:
     return DTensor.from_local(data, param.device_mesh, param.placements, run_check=False, **whole)
 
 
+def check(words: list[str], ngpu: int, rank: int, plan: Run) -> int:
+    """The plan of one rank against what is made there; its bytes of parameters."""
+    optimizers, _ = optimizers_of(plan)
+    made = in_child(really_made, words, ngpu, rank)
+    held = plan.stage_of(rank).held(rank, optimizers)
+    assert held.parameters.bytes == made["parameters"], rank
+    assert {key: one.bytes for key, one in held.state.items()} == made["state"], rank
+    return held.parameters.bytes
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "ngpu"), [("FSDP2", 1024), ("HSDP", 512), ("FSDP2 x TP", 64), ("PP", 8)])
+def test_first_middle_and_last_rank(mesh: str, ngpu: int) -> None:
+    words = arguments(mesh, short=True)
+    plan = in_child(_read_run, words, ngpu, False)
+    for rank in (0, ngpu // 2, ngpu - 1):
+        check(words, ngpu, rank, plan)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("mesh", "ngpu"),
     [
@@ -108,26 +132,30 @@ def _fake(param: Any, local: tuple[int, ...]) -> Any:
         if (mesh, ngpu) != ("FSDP2 x TP", 8)  # eight ranks of tensor parallelism leave none to FSDP2
     ],
 )
-def test_first_middle_and_last_rank(mesh: str, ngpu: int) -> None:
-    plan = in_child(_read_run, arguments(mesh), ngpu)
-    optimizers, _ = optimizers_of(plan)
+def test_the_whole_model_at_every_number_of_ranks(mesh: str, ngpu: int) -> None:
+    plan = in_child(_read_run, arguments(mesh), ngpu, False)
     for rank in (0, ngpu // 2, ngpu - 1):
-        made = in_child(really_made, arguments(mesh), ngpu, rank)
-        held = plan.stage_of(rank).held(rank, optimizers)
-        assert held.parameters.bytes == made["parameters"], rank
-        assert {key: one.bytes for key, one in held.state.items()} == made["state"], rank
+        parameters = check(arguments(mesh), ngpu, rank, plan)
         if mesh == "FSDP2" and (ngpu, rank) in KNOWN:
-            assert held.parameters.bytes == KNOWN[ngpu, rank]
+            assert parameters == KNOWN[ngpu, rank]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["FSDP2", "HSDP", "FSDP2 x TP", "PP"])
+def test_parameters_counted_by_hand() -> None:
+    for ngpu in sorted({ngpu for ngpu, _ in KNOWN}):
+        stage = in_child(_read_run, arguments("FSDP2"), ngpu, False).stages[0]
+        found = {(ngpu, rank): stage.held(rank, {}).parameters.bytes for of, rank in KNOWN if of == ngpu}
+        assert found == {key: size for key, size in KNOWN.items() if key[0] == ngpu}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_all_ranks_together_hold_the_model(mesh: str) -> None:
     """At 64 ranks: every element as often as the mesh has copies of it."""
-    told = facts(in_child(_read_run, arguments(mesh), 64))
+    told = facts(in_child(_read_run, arguments(mesh, short=True), 64, False))
     copies = MESHES[mesh].get("data_parallel_replicate", 1)
     elements = 4 * told["parameters"]
     # Tensor parallelism does not cut norms, which every one of its ranks then has.
-    norms = (2 * 32 + 1) * 4096 * 4 * (MESHES[mesh].get("tensor_parallel", 1) - 1)
+    norms = (2 * LAYERS + 1) * 4096 * 4 * (MESHES[mesh].get("tensor_parallel", 1) - 1)
     assert told["all_ranks"]["parameters"] == copies * elements + norms
     assert told["all_ranks"]["gradients"] == told["all_ranks"]["parameters"]

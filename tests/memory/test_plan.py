@@ -70,14 +70,11 @@ def test_tables_and_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
         sum(row["exchanged_bytes"] for row in told["patterns"]),
     ):
         assert f"{number:,}" in printed, number
-    assert "layers.*.attention.wq.weight" in printed and "fsdp 2" in printed and "query" in printed
-
-
-def test_the_log_of_a_run_says_the_same_of_the_exchange(capfd: pytest.CaptureFixture[str]) -> None:
-    """4 layers of two norms, queries and keys, and the last norm, by rows, and a slot per parameter."""
-    told = planned(capfd, str(CONFIG), "--ngpu", "2")
+    # What the log of a run says of the exchange: 4 layers of two norms, queries and keys, and the last norm, by rows,
+    # and a slot per parameter.
     assert sum(row["exchanged_bytes"] for row in told["patterns"]) == 4 * (4 * (2 * 160 + 2 * 160) + 160 + 39)
     assert sum(row["straddling"] for row in told["patterns"]) == 4 * 4 + 1
+    assert "layers.*.attention.wq.weight" in printed and "fsdp 2" in printed and "query" in printed
 
 
 @pytest.mark.slow

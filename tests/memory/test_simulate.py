@@ -12,6 +12,7 @@ from titan_adam_mini.memory.peaks import _simulate
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "train_configs" / "debug_model.toml")
 SMALL = ["--job.config_file", CONFIG, "--training.seq_len", "128", "--training.local_batch_size", "4"]
+SMALL += ["--experimental.custom_import", "small_flavors", "--model.flavor", "two_layers"]
 HELD_BY_FAKES = 1 << 17
 """Bytes: scalars that the trackers see and the allocator not, and a copy of AdamMini's exchange."""
 
@@ -27,18 +28,11 @@ CASES = {
         4,
         ["--parallelism.data_parallel_replicate_degree", "2", "--training.global_batch_size", "32"],
     ),
-    "FSDP2 x TP": (4, ["--parallelism.tensor_parallel_degree", "2", "--model.flavor", "llama2_39M"]),
+    "FSDP2 x TP": (4, ["--parallelism.tensor_parallel_degree", "2"]),
     "pipeline": (4, ["--parallelism.pipeline_parallel_degree", "2"]),
     "bfloat16 parameters, int8 momentum": (
         2,
-        [
-            "--training.dtype",
-            "bfloat16",
-            "--optimizer.adam_mini.momentum_dtype",
-            "int8",
-            "--model.flavor",
-            "llama2_39M",
-        ],
+        ["--training.dtype", "bfloat16", "--optimizer.adam_mini.momentum_dtype", "int8"],
     ),
     "foreach": (2, ["--optimizer.implementation", "foreach"]),
 }

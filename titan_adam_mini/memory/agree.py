@@ -19,7 +19,7 @@ def simulate_checked(arguments: list[str], ngpu: int, rank: int, optimizers: Seq
     Raises:
         ValueError: the run could not start, or the two disagree.
     """
-    plan = read_run(arguments, ngpu)
+    plan = read_run(arguments, ngpu, sequence=False)
     run = simulate(arguments, ngpu, rank, optimizers)
     counted = {name: _counted(name, plan.momentum) for name in run.peaks}
     held = plan.stage_of(rank).held(rank, counted).state

@@ -21,19 +21,24 @@ from titan_adam_mini.titan.knobs import read_knobs
 from titan_adam_mini.titan.refusals import check_run
 
 
-def read_run(arguments: list[str], ngpu: int) -> Run:
+def read_run(arguments: list[str], ngpu: int, sequence: bool = True) -> Run:
     """What a run of AdamMini with this configuration holds, whatever the configuration's optimizer. Takes the whole
     process: see `child.py`. Nothing is written to standard output.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
         ngpu: number of ranks.
+        sequence: estimate what one more sequence takes, which is most of the time.
 
     Raises:
         ValueError: the run could not start, in words.
     """
     os.dup2(2, 1)
-    config = configured(arguments, ngpu)
+    return run_of(configured(arguments, ngpu), ngpu, sequence)
+
+
+def run_of(config: Any, ngpu: int, sequence: bool) -> Run:
+    """As `read_run`, of torchtitan's job configuration from `configured`."""
     spec, args = spec_and_args(config)
     check_run(config, spec, args, ngpu)
     pipelined = config.parallelism.pipeline_parallel_degree
@@ -59,7 +64,7 @@ def read_run(arguments: list[str], ngpu: int) -> Run:
         checkpoints=config.checkpoint.enable,
         batch=config.training.local_batch_size,
         seq_len=config.training.seq_len,
-        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled),
+        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled) if sequence else "it was not asked for",
         notes=tuple(_notes(config, dims)),
     )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_adam_mini.memory.facts import ADAMW, facts
-from titan_adam_mini.memory.stages import read_run
+from titan_adam_mini.memory.stages import run_of
 from titan_adam_mini.titan.build import configured
 from titan_adam_mini.titan.builder import NAME
 from titan_adam_mini.titan.refusals import data_ranks
@@ -42,7 +42,7 @@ def read_compared(arguments: list[str], ngpu: int) -> Compared:
         ValueError: the run could not start, in words.
     """
     config = configured(arguments, ngpu)
-    told = facts(read_run(arguments, ngpu))
+    told = facts(run_of(config, ngpu, sequence=False))
     states, key = told["checkpoint"]["optimizer"], told["configured"] if config.optimizer.name == NAME else ADAMW
     degrees = config.parallelism
     stages = degrees.pipeline_parallel_degree
