@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from .kernels import Engine, Work
+from .kernels import Engine, Spec, Work
 from .plan import BlockPlan, BufferPlan, Grid, Group, bytes_in, grids_of, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, local, local_gradient
 
@@ -37,6 +37,8 @@ class Item:
         axes: the axes, of more than one rank, of its mesh.
         dtype: dtype of its sums and second moments.
         agreed: what else must be the same on every rank that has a part of it.
+        spec: what its engine decides by.
+        served: the engine with its versions, and why it leaves this parameter to a slower one; the same on all ranks.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Item:
     axes: tuple[Axis, ...]
     dtype: torch.dtype
     agreed: object = None
+    spec: Spec | None = None
+    served: tuple[str, str | None] = ("", None)
 
     @property
     def straddles(self) -> bool:
@@ -118,7 +122,7 @@ class Exchange:
             place = str(getattr(item.param, "placements", ""))
             for axis in item.axes:
                 grids = [(str(plan.layout), plan.keep) for plan in item.plans]
-                rows[axis.ranks].append((item.name, grids, place, str(item.dtype), item.agreed))
+                rows[axis.ranks].append((item.name, grids, place, str(item.dtype), item.agreed, item.served))
         for buffer in self.buffers:
             rows[buffer.group].append(buffer)
         wrong = []
@@ -131,8 +135,13 @@ class Exchange:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
                 "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
-                "rounding, in the same order"
+                "rounding, in the same order, and must compute with the same engine: the same versions of torch, and of "
+                f"numba or Triton, installed everywhere (this rank: {self._engines()})"
             )
+
+    def _engines(self) -> str:
+        """The engine of this rank's parameters, and why some are left to a slower one, in words."""
+        return "; ".join(dict.fromkeys(part for item in self.items for part in item.served if part)) or "none"
 
     def _reduce_max(self, group: Group, values: list[int]) -> list[int]:
         device = self._device(group)

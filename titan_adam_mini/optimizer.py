@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import kernels, momentum
 from .arguments import NAMES_NEEDED, check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
-from .kernels import Factor, Work, int8, rounding, vectorized
+from .kernels import Factor, Spec, Work, int8, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
@@ -114,6 +114,7 @@ class AdamMini(Optimizer):
 
     # Groups
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew."""
         if not isinstance(param_group, dict):
@@ -181,6 +182,8 @@ class AdamMini(Optimizer):
         if self._exchange is None or key != self._key:
             self._blocks = self._assign()
             items = []
+            home = next((local(param).device for _, param, _ in self._named()), torch.device("cpu"))
+            self.engine, self._engine_line = kernels.choose(*self._flags, home)
             for name, param, _ in self._named():
                 try:
                     shard = shard_of(param)
@@ -190,10 +193,11 @@ class AdamMini(Optimizer):
                 except ValueError as error:
                     raise ValueError(f"AdamMini cannot plan {name!r}: {error}") from None
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
-                items.append(Item(name, param, plans, mesh_axes(param), dtype, agreed))
-            device = local(items[0].param).device if items else torch.device("cpu")
-            self.engine, self._engine_line = kernels.choose(*self._flags, device)
+                data, exp_avg = local(param), self._momentum(param)
+                spec = Spec(plans, data.device.type, data.dtype, exp_avg, dtype, self.stochastic_rounding)
+                served = (self.engine.version, self.engine.fallback(spec))
+                agreed = (exp_avg, self.stochastic_rounding, self.seed)
+                items.append(Item(name, param, plans, mesh_axes(param), dtype, agreed, spec, served))
             self._exchange, self._key, self._works = Exchange(items), key, []
             self._log_plan(self._exchange)
         return self._exchange
@@ -220,6 +224,7 @@ class AdamMini(Optimizer):
         exchange = self._planned()
         return table(self._blocks, exchange.items, exchange.buffers)
 
+    @torch._disable_dynamo
     def init_state(self) -> None:
         """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
 
@@ -256,6 +261,7 @@ class AdamMini(Optimizer):
 
     # The step
 
+    @torch._disable_dynamo  # compiled loops and addresses are nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient on any rank. Collective where blocks straddle."""
@@ -269,6 +275,7 @@ class AdamMini(Optimizer):
             exchange = self._planned()
         with torch.profiler.record_function("AdamMini.exchange"):
             works = self._current_works(exchange, exchange.gradients())
+            self.engine.check(works)
             exchange.start(works, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
             # Whoever needs no other rank goes first, while the sums travel.
@@ -307,6 +314,7 @@ class AdamMini(Optimizer):
                         own_sums=own,
                         sums=complete,
                         present=present,
+                        spec=item.spec,
                         factors=tuple(
                             Factor(factor, nothing, *sums) for factor, sums in zip(more, others, strict=True)
                         ),
@@ -323,6 +331,7 @@ class AdamMini(Optimizer):
 
     # Saving and loading
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """AdamW's second moments as AdamMini's: their mean over every block, by its key in the state, placed as the
@@ -351,11 +360,13 @@ class AdamMini(Optimizer):
             work.grad = work.squares = None
         return means
 
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the state of every trainable parameter, stepped or not. Collective the first time."""
         self.init_state()
         return super().state_dict()
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, on this mesh; dtypes stay this optimizer's.
