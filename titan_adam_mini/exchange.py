@@ -135,8 +135,8 @@ class Exchange:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
                 "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
-                "rounding, in the same order, and must compute with the same engine: the same versions of torch, and of "
-                f"numba or Triton, installed everywhere (this rank: {self._engines()})"
+                "rounding, in the same order, and must compute with the same engine: the same versions of torch, and "
+                f"of numba or Triton, installed everywhere (this rank: {self._engines()})"
             )
 
     def _engines(self) -> str:

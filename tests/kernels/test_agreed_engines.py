@@ -1,4 +1,4 @@
-"""Ranks that would compute with different engines, and so add in different orders: refused on all of them at the start."""
+"""Ranks that would compute with different engines, and so add in different orders: refused on all at the start."""
 
 from __future__ import annotations
 

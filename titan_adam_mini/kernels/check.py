@@ -98,8 +98,8 @@ def look_at(work: Work, step_on_device: bool | None) -> None:
     name, device = work.name, param.device
     if param.shape != (shape := _local_shape(spec)):
         raise ValueError(
-            f"{name!r} has shape {tuple(param.shape)} here, and had {shape} when its optimizer state was made: AdamMini "
-            "cannot follow; make a new optimizer for a parameter that has changed its shape"
+            f"{name!r} has shape {tuple(param.shape)} here, and had {shape} when AdamMini was planned: state cannot "
+            "follow; make a new optimizer once parameters have changed their shape"
         )
     if (device.type, param.dtype) != (spec.device, spec.param):
         raise ValueError(

@@ -119,13 +119,13 @@ def not_lines(plan: BlockPlan) -> str | None:
     if plan.shard.flat is not None:
         return "it is a slice of a flattened tensor"
     outer, inner, _ = grouped(plan)
-    tiles = [plan.layout.dims[dim] for dim in outer + inner]
-    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole.
-    long = next((place for place, one in enumerate(tiles) if not one.is_unit), len(tiles))
-    if any(one.count > 1 for one in tiles[long + 1 :]):
+    numbering, tiles = outer + inner, plan.layout.dims
+    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole in every reach.
+    long = next((place for place, dim in enumerate(numbering) if not tiles[dim].is_unit), len(numbering))
+    if any(_largest(plan, dim, plan.levels[dim], tiles[dim].count) > 1 for dim in numbering[long + 1 :]):
         return "its blocks are not runs of rows"
     for group in (outer, inner):
-        longer = [dim for dim in group if _largest(plan, dim, plan.levels[dim]) > 1]
+        longer = [dim for dim in group if _largest(plan, dim, plan.levels[dim], tiles[dim].size) > 1]
         if any(plan.shard.cuts_of(dim)[plan.levels[dim] :] for dim in longer[1:]):
             return "its rows are cut in the middle"
     return None
@@ -134,14 +134,13 @@ def not_lines(plan: BlockPlan) -> str | None:
 def numbered(plan: BlockPlan) -> bool:
     """Have the lines of every rank an `index`?"""
     shape = plan.layout.shape
-    most = tuple(_largest(plan, dim, None) for dim in range(len(shape)))
+    most = tuple(_largest(plan, dim, None, size) for dim, size in enumerate(shape))
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return all(_merged(group, most, strides) is not None for group in grouped(plan))
 
 
-def _largest(plan: BlockPlan, dim: int, levels: int | None) -> int:
-    """The most indices of a dim that a rank has after its outer `levels` cuts, or after all."""
-    size = plan.layout.shape[dim]
+def _largest(plan: BlockPlan, dim: int, levels: int | None, size: int) -> int:
+    """The most that a rank has of `size` indices, or tiles, of a dim after its outer `levels` cuts, or after all."""
     for cut in plan.shard.cuts_of(dim)[:levels]:
         size = -(-size // cut.size)
     return size
