@@ -19,7 +19,7 @@ from . import kernels, momentum
 from .arguments import check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
 from .groups import Named, match_groups, named_group, named_parameters
-from .kernels import NOTHING, Factor, Work, rounding, vectorized
+from .kernels import NOTHING, Factor, Spec, Work, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
@@ -118,6 +118,7 @@ class AdamMini(Optimizer):
 
     # Groups
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew.
 
@@ -177,12 +178,15 @@ class AdamMini(Optimizer):
             self._drop_state_of_others()
             trainable = [(name, param) for name, param, _ in self._named() if param.requires_grad]
             items = []
+            home = next((local(param).device for _, param in trainable), torch.device("cpu"))
+            self.engine, self._engine_line = kernels.choose(*self._flags, home)
             for name, param in trainable:
+                plans, data, exp_avg = self._plans(name, param), local(param), self._momentum(param)
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                agreed = (self._momentum(param), self.stochastic_rounding, self.seed)
-                items.append(Item(name, param, self._plans(name, param), mesh_axes(param), dtype, agreed))
-            device = local(items[0].param).device if items else torch.device("cpu")
-            self.engine, self._engine_line = kernels.choose(*self._flags, device)
+                spec = Spec(plans, data.device.type, data.dtype, exp_avg, dtype, self.stochastic_rounding)
+                served = (self.engine.version, self.engine.fallback(spec))
+                agreed = (exp_avg, self.stochastic_rounding, self.seed)
+                items.append(Item(name, param, plans, mesh_axes(param), dtype, agreed, spec, served))
             exchange = Exchange(items)
             for item in items:
                 if state := self.state.get(item.param):
@@ -227,6 +231,7 @@ class AdamMini(Optimizer):
         exchange = self._planned()
         return table(self._blocks, exchange.items, exchange.buffers)
 
+    @torch._disable_dynamo
     def init_state(self) -> None:
         """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
 
@@ -248,6 +253,7 @@ class AdamMini(Optimizer):
 
     # The step
 
+    @torch._disable_dynamo  # compiled loops and addresses are nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient on any rank. Collective where blocks straddle."""
@@ -260,6 +266,7 @@ class AdamMini(Optimizer):
             self.init_state()
         with torch.profiler.record_function("AdamMini.exchange"):
             works = self._current_works(exchange, exchange.gradients())
+            self.engine.check(works)
             exchange.start(works, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
             # Whoever needs no other rank goes first, while the sums travel.
@@ -314,6 +321,7 @@ class AdamMini(Optimizer):
                         own_sums=own,
                         sums=complete,
                         present=present,
+                        spec=item.spec,
                         factors=tuple(
                             Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)
                         ),
@@ -331,6 +339,7 @@ class AdamMini(Optimizer):
 
     # Saving and loading
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """AdamW's second moments as AdamMini's: their mean over every block, by its key in the state, placed as the
@@ -359,12 +368,14 @@ class AdamMini(Optimizer):
             work.release()
         return means
 
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As torch's, `param_names` in the groups included. An optimizer that has not stepped has no state."""
         self._named()
         self._drop_state_of_others()
         return super().state_dict()
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, on this mesh; dtypes and names stay this optimizer's. Collective.

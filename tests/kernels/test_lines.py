@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels.played import LAYOUTS
 from torch.distributed.tensor import Replicate, Shard
 
-from titan_adam_mini.kernels.lines import Lines, lines_of
+from titan_adam_mini.kernels.lines import Lines, lines_of, not_lines, numbered
 from titan_adam_mini.layout import BlockLayout, Tiles
 from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Shard as Part
@@ -89,13 +89,24 @@ def test_lines_of_any_shard_are_what_they_say(case: tuple[BlockLayout, tuple[int
         check(plan)
 
 
+@settings(max_examples=200)
+@given(cuts())
+def test_what_is_made_of_lines_is_so_on_every_rank(case: tuple[BlockLayout, tuple[int, ...], list]) -> None:
+    """Ranks would compute with different engines if it were each one's own to find out."""
+    ranks = plans(*case)
+    assert len({not_lines(plan) for plan in ranks}) == 1
+    assert len({numbered(plan) for plan in ranks}) == 1
+    if not_lines(ranks[0]) is None and numbered(ranks[0]):
+        assert all(lines_of(plan).index is not None for plan in ranks)
+
+
 def test_the_layouts_that_models_have_are_lines_on_every_rank() -> None:
     for name, layout in LAYOUTS.items():
         for ranks in (1, 2, 3, 7):
             if prod(layout.shape) > 12_000:
                 continue
             for plan in plans(layout, (ranks,), [Shard(0)] if layout.shape else [Replicate()]):
-                assert check(plan) or name in ("no columns",), (name, ranks, lines_of(plan))
+                assert check(plan), (name, ranks, lines_of(plan))
 
 
 def test_columns_and_rows_lie_as_they_should() -> None:

@@ -63,7 +63,7 @@ class Exchange:
             place = str(getattr(item.param, "placements", ""))
             for axis in item.axes:
                 grids = [(str(plan.layout), plan.keep) for plan in item.plans]
-                rows[axis.ranks].append((item.name, grids, place, str(item.dtype), item.agreed))
+                rows[axis.ranks].append((item.name, grids, place, str(item.dtype), item.agreed, item.served))
         for buffer in self.buffers:
             rows[buffer.group].append(buffer)
         wrong = []
@@ -76,8 +76,13 @@ class Exchange:
             raise ValueError(
                 f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
                 "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
-                "rounding, in the same order"
+                "rounding, in the same order, and must compute with the same engine: the same versions of torch, and "
+                f"of numba or Triton, installed everywhere (this rank: {self._engines()})"
             )
+
+    def _engines(self) -> str:
+        """The engine of this rank's parameters, and why some are left to a slower one, in words."""
+        return "; ".join(dict.fromkeys(part for item in self.items for part in item.served if part)) or "none"
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's local gradients, Partial ones completed; see `Gradients.take`. Collective."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 
+from ..kernels import Spec
 from ..plan import BlockPlan, Group, ordered_groups
 from ..sharding import Axis, axes_of, local
 
@@ -26,6 +27,8 @@ class Item:
         axes: the axes, of more than one rank, of its mesh.
         dtype: dtype of its sums and second moments.
         agreed: what else must be the same on every rank that has a part of it.
+        spec: what its engine decides by.
+        served: the engine with its versions, and why it leaves this parameter to a slower one; the same on all ranks.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Item:
     axes: tuple[Axis, ...]
     dtype: torch.dtype
     agreed: object = None
+    spec: Spec | None = None
+    served: tuple[str, str | None] = ("", None)
 
     @property
     def straddles(self) -> bool:

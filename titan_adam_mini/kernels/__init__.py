@@ -18,17 +18,41 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..plan import BlockPlan
 
+if TYPE_CHECKING:
+    from .check import Note
+
 log = logging.getLogger("titan_adam_mini")
 
 NOTHING = torch.empty(0)
 """Stands for a tensor between steps."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What decides how an engine serves a parameter: the same on every rank that has a part of it.
+
+    Nothing that a rank may have for itself belongs here: no strides, no addresses, no gradients.
+
+    Attributes:
+        plans: its blocks, one plan per grid; of the shard, only how the mesh cuts is looked at.
+        device: type of the device.
+        param, exp_avg, exp_avg_sq: dtypes of the parameter, its momentum and its second moments.
+        rounds: are its values rounded at random?
+    """
+
+    plans: tuple[BlockPlan, ...]
+    device: str
+    param: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    rounds: bool = False
 
 
 @dataclass
@@ -62,8 +86,11 @@ class Work:
         present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
         factors: of a factored second moment, whose first grid is that of its rows: the columns, whose sums are
             float64, and the whole. Else nothing.
+        spec: what was planned for it; taken from the tensors if it is not given.
         squares: where `by_columns`, once they are known in a step: per box that this rank owns the sums of squares of
             its rows, [..., rows, 1] (only if there are factors), and of its columns, float64 [..., 1, columns].
+        note: what `check` last found the tensors to be.
+        checked: has it done so in this step?
     """
 
     name: str
@@ -81,7 +108,16 @@ class Work:
     sums: Tensor | None = None
     present: Tensor | None = None
     factors: tuple[Factor, ...] = ()
+    spec: Spec | None = None
     squares: list[tuple[Tensor, Tensor]] | None = None
+    note: Note | None = None
+    checked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.spec is None:
+            plans = (self.plan, *(factor.plan for factor in self.factors))
+            dtypes = (self.param.dtype, self.exp_avg.dtype, self.exp_avg_sq.dtype)
+            self.spec = Spec(plans, self.param.device.type, *dtypes, self.seed is not None)
 
     @cached_property
     def by_columns(self) -> bool:
@@ -102,22 +138,32 @@ class Work:
 
 
 class Engine(Protocol):
-    """What all engines have in common. An engine serves one optimizer and may keep tables between steps."""
+    """What all engines have in common. An engine serves one plan of one optimizer and may keep tables between steps."""
 
     name: str
     """What the log calls it."""
 
+    version: str
+    """Its name and the versions of all that its results may depend on: the same on all ranks."""
+
     step_on_device: bool
     """Whether `step` lives where the parameter does; on the CPU otherwise."""
+
+    def fallback(self, spec: Spec) -> str | None:
+        """Why a parameter is left to a slower engine; None if it is not. Known before the first step, and for good."""
+
+    def check(self, works: Sequence[Work]) -> None:
+        """Compare all tensors of a step with what was planned, before anything is changed.
+
+        Raises ValueError, naming parameter and tensor, for one that has another shape, dtype or device, or whose
+        memory was released.
+        """
 
     def square_sums(self, works: Sequence[Work]) -> None:
         """Write this rank's sums of squares into every work's zeroed `own_sums`, those of its factors too."""
 
     def update(self, works: Sequence[Work]) -> None:
         """One step of Adam-mini for every work (arXiv 2406.16793, Algorithm 1), everything in place."""
-
-    def forget(self) -> None:
-        """Drop what was kept: the parameters or their plan have changed."""
 
 
 def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: torch.device) -> tuple[Engine, str]:

@@ -15,14 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import llvmlite
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work, columns, log, loops, tiles
+from . import Spec, Work, columns, log, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
 from .table import COLUMNS, MAGIC, PARTIALS, Table, hyper_parameters
+from .tensorwise import Tensorwise
 
 UNIT = 1 << 16
 """Elements of a unit: enough to hide what it takes to fetch one, few enough to share out evenly."""
@@ -56,13 +59,13 @@ _failed: dict[torch.dtype, str | None] = {}
 class CpuEngine(Compiled):
     """See `kernels.Engine`."""
 
+    version = f"fused, torch {torch.__version__}, numba {numba.__version__}, llvmlite {llvmlite.__version__}"
     device_type = "cpu"
     precisions = (torch.float32, torch.float64)
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
-    def forget(self) -> None:
-        """See `Engine.forget`."""
-        super().forget()
+    def __init__(self, plain: Tensorwise) -> None:
+        super().__init__(plain)
         self._phases: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
         self._strips: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
 
@@ -102,8 +105,9 @@ class CpuEngine(Compiled):
         for phase in self._phases[table]:
             _spread(table, phase, numbers, works[0])
 
-    def _reason(self, work: Work, lines: Lines) -> str | None:
-        return super()._reason(work, lines) or _compiled(work.exp_avg_sq.dtype)
+    def fallback(self, spec: Spec) -> str | None:
+        """See `Engine.fallback`."""
+        return super().fallback(spec) or _compiled(spec.exp_avg_sq)
 
 
 def _elsewhere(present: Tensor | None) -> bool:
@@ -184,10 +188,14 @@ def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: Work) -> None
     counter = np.zeros(1, np.int64)
     arguments = (table.rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
     threads = min(torch.get_num_threads(), len(units), MOST_THREADS) if elements > ALONE else 1
-    helpers = [_pool().submit(_work, dtype, *arguments) for _ in range(threads - 1)]
-    _work(dtype, *arguments)
-    for helper in helpers:
-        helper.result()
+    try:
+        helpers = [_pool().submit(_work, dtype, *arguments) for _ in range(threads - 1)]
+        _work(dtype, *arguments)
+        for helper in helpers:
+            helper.result()
+    except BaseException:
+        _end_helpers()
+        raise
 
 
 def _work(dtype: torch.dtype, *arguments: Any) -> None:
@@ -209,3 +217,17 @@ def _pool() -> ThreadPoolExecutor:
         _pools.clear()
         pool = _pools[os.getpid()] = ThreadPoolExecutor(MOST_THREADS, "AdamMini")
     return pool
+
+
+def _end_helpers() -> None:
+    """Return when no helper is at work: it has addresses of tensors that may be gone once an exception is on its way.
+
+    An interrupted call may not know its helpers, so all threads of the pool are waited for; later calls start others.
+    """
+    pool = _pools.pop(os.getpid(), None)
+    while pool is not None:
+        try:
+            pool.shutdown(wait=True)
+            return
+        except KeyboardInterrupt:  # one is on its way already
+            continue

@@ -64,25 +64,19 @@ class Lines:
 
 
 def lines_of(plan: BlockPlan) -> Lines | str:
-    """The lines of one parameter on one rank, or why it has none."""
-    if plan.shard.flat is not None:
-        return "it is a slice of a flattened tensor"
+    """The lines of one parameter on one rank, or why it has none on any."""
+    if (reason := not_lines(plan)) is not None:
+        return reason
     own, reach, shape = plan.own[0], plan.reach, plan.layout.shape
-    dims = _grouped(plan)
+    dims = grouped(plan)
     outer, inner, _ = dims
     numbering = outer + inner
     reach_shape, own_shape = box_shape(reach), box_shape(own)
 
     tile, starts = _tile(plan, numbering)
-    if tile is None:
-        return "its blocks are not runs of rows"
-    for group in (outer, inner):
-        longer = [dim for dim in group if reach_shape[dim] > 1]
-        if any(own[dim] != reach[dim] for dim in longer[1:]):
-            return "its rows are cut in the middle"
     blocks = prod(plan.grid_shape)
-    if blocks != (len(starts) - 1 if len(starts) else -(-prod(reach_shape[dim] for dim in numbering) // max(tile, 1))):
-        return "its rows are cut into several blocks"
+    lines = prod(reach_shape[dim] for dim in numbering)
+    assert blocks in (0, len(starts) - 1 if len(starts) else -(-lines // max(tile, 1)))
     lengths = np.ones((), dtype=np.int64)
     for tiles in plan.reach_tiles:
         size = np.asarray([tiles.uniform] if tiles.uniform else tiles.lengths(), dtype=np.int64)
@@ -100,10 +94,11 @@ def lines_of(plan: BlockPlan) -> Lines | str:
         first = first * reach_shape[dim] + offsets[dim]
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     steps = [_merged(group, own_shape, strides) for group in dims]
+    sizes = tuple(prod(own_shape[dim] for dim in group) for group in dims)
     start = sum(lo * stride for (lo, _), stride in zip(own, strides, strict=True))
     return Lines(
         dims=dims,
-        sizes=tuple(prod(own_shape[dim] for dim in group) for group in dims),  # type: ignore[arg-type]
+        sizes=sizes if blocks else (0, 0, 0),  # type: ignore[arg-type]
         first=first,
         reach_inner=reach_inner,
         blocks=blocks,
@@ -116,7 +111,42 @@ def lines_of(plan: BlockPlan) -> Lines | str:
     )
 
 
-def _grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
+def not_lines(plan: BlockPlan) -> str | None:
+    """Why a parameter is not made of lines; None if it is, on every rank of its mesh.
+
+    It follows from the layout and from how the mesh cuts, not from which part is this rank's.
+    """
+    if plan.shard.flat is not None:
+        return "it is a slice of a flattened tensor"
+    outer, inner, _ = grouped(plan)
+    numbering, tiles = outer + inner, plan.layout.dims
+    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole in every reach.
+    long = next((place for place, dim in enumerate(numbering) if not tiles[dim].is_unit), len(numbering))
+    if any(_largest(plan, dim, plan.levels[dim], tiles[dim].count) > 1 for dim in numbering[long + 1 :]):
+        return "its blocks are not runs of rows"
+    for group in (outer, inner):
+        longer = [dim for dim in group if _largest(plan, dim, plan.levels[dim], tiles[dim].size) > 1]
+        if any(plan.shard.cuts_of(dim)[plan.levels[dim] :] for dim in longer[1:]):
+            return "its rows are cut in the middle"
+    return None
+
+
+def numbered(plan: BlockPlan) -> bool:
+    """Have the lines of every rank an `index`?"""
+    shape = plan.layout.shape
+    most = tuple(_largest(plan, dim, None, size) for dim, size in enumerate(shape))
+    strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return all(_merged(group, most, strides) is not None for group in grouped(plan))
+
+
+def _largest(plan: BlockPlan, dim: int, levels: int | None, size: int) -> int:
+    """The most that a rank has of `size` indices, or tiles, of a dim after its outer `levels` cuts, or after all."""
+    for cut in plan.shard.cuts_of(dim)[:levels]:
+        size = -(-size // cut.size)
+    return size
+
+
+def grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
     """Which dims number the lines (outer, inner) and which are inside a line."""
     dims = tuple(range(len(plan.layout.shape)))
     whole = [tiles.is_whole for tiles in plan.layout.dims]
@@ -134,18 +164,15 @@ def _grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
     return numbering[:-1], numbering[-1:], dims[cut:]
 
 
-def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int | None, np.ndarray]:
-    """Lines per block, or 0 and the first line of every block where they differ; None if blocks are no runs."""
+def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int, np.ndarray]:
+    """Lines per block, or 0 and the first line of every block where they differ."""
     nothing = np.empty(0, dtype=np.int32)
     tiles = [plan.reach_tiles[dim] for dim in numbering]
     if all(one.is_unit for one in tiles):
         return 1, nothing
     if all(one.is_whole for one in tiles):
         return max(1, prod(one.size for one in tiles)), nothing
-    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole.
     long = next(place for place, one in enumerate(tiles) if not one.is_unit)
-    if not all(one.is_whole for one in tiles[long + 1 :]):
-        return None, nothing
     behind = prod(one.size for one in tiles[long + 1 :])
     if tiles[long].uniform is not None:
         return tiles[long].uniform * behind, nothing  # type: ignore[operator]

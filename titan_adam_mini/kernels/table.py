@@ -1,6 +1,7 @@
 """What compiled code reads: the works of one call as a table of int64, one row per parameter, addresses included.
 
-Built when the works change; addresses are taken anew in every step, since FSDP2 replaces local tensors and gradients.
+Built when the works change; addresses are those that `check` has found in this step, since FSDP2 replaces local tensors
+and gradients.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor
 
 from . import Work, columns
+from .check import Note
 from .lines import Lines
 
 (
-    PARAM,  # addresses
-    GRAD,
+    PARAM,  # addresses; the first five as a `Note` has them
     EXP_AVG,
     EXP_AVG_SCALE,
     EXP_AVG_SQ,
     STEP,
+    GRAD,
     PRESENT,  # 0 where this rank has a gradient
     OWN_SUMS,  # one per line of the reach, before the exchange
     SUMS,  # one per line of the reach, or per block where FOLD says so, after it
@@ -93,9 +95,8 @@ class Table:
             work.sums is None and one.tile == 1 and not self.by_columns for work, one in zip(works, lines, strict=True)
         ]
         self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
-        self._strides: list[tuple[tuple[int, ...], ...]] = [() for _ in works]
+        self._notes: list[Note | None] = [None for _ in works]
         self._arrays: dict[tuple[bytes, str], Tensor] = {}
-        self._copies: list[Tensor] = []
         device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
         groups = list({id(work.group): None for work in works})
 
@@ -163,33 +164,22 @@ class Table:
         """Put the addresses of tensors, one per work, into a column."""
         self.rows[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def release(self) -> None:
-        """Let go of gradients that had to be copied."""
-        self._copies = []
-
     def refresh(self, works: Sequence[Work]) -> None:
-        """Take all addresses and strides anew."""
-        grads = [work.grad for work in works]
-        if grads[0] is not None:
-            for number, work in enumerate(works):
-                assert work.grad is not None
-                if self._strides[number] != (work.param.stride(), work.grad.stride(), work.exp_avg.stride()):
-                    grads[number] = self._note_strides(number, work)
+        """Take addresses and strides anew: all of what has another note than last time, else the gradient's."""
+        for number, work in enumerate(works):
+            if self._notes[number] is not work.note:
+                self._notes[number] = work.note
+                self._take(self.rows[number], work, self.lines[number])
         own, complete = self.rows[:, OWN_SUMS].tolist(), self.rows[:, SUMS].tolist()
         addresses: list[list[int]] = [
-            [work.param.data_ptr() for work in works],
-            [0 if grad is None else grad.data_ptr() for grad in grads],
-            [work.exp_avg.data_ptr() for work in works],
-            [0 if work.exp_avg_scale is None else work.exp_avg_scale.data_ptr() for work in works],
-            [work.exp_avg_sq.data_ptr() for work in works],
-            [work.step.data_ptr() for work in works],
+            [0 if work.grad is None else work.grad.data_ptr() for work in works],
             [0 if work.present is None or work.grad is not None else work.present.data_ptr() for work in works],
             [it if work.own_sums is None else work.own_sums.data_ptr() for it, work in zip(own, works, strict=True)],
             [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
         ]
         if self.by_columns:
             addresses[-2:] = [own, own]
-        self.rows[:, :SCALE] = np.asarray(addresses, dtype=np.int64).T
+        self.rows[:, GRAD:SCALE] = np.asarray(addresses, dtype=np.int64).T
         if self.by_columns:
             self._refresh_columns(works)
 
@@ -211,19 +201,14 @@ class Table:
             self.place(WHOLE_SQ, [grid.exp_avg_sq for grid in wholes])
             self.place(WHOLE_TOTALS, [_or(grid.sums, own) for grid, own in zip(wholes, of_rows, strict=True)])
 
-    def _note_strides(self, number: int, work: Work) -> Tensor:
-        """Note the strides of param, gradient and momentum along the lines; returns the gradient, a copy if need be."""
-        grad, lines = work.grad, self.lines[number]
-        assert grad is not None
-        self._strides[number] = (work.param.stride(), grad.stride(), work.exp_avg.stride())
-        irregular = lines.strides(grad) is None or (work.exp_avg_scale is not None and not grad.is_contiguous())
-        if irregular:
-            grad = torch.empty_like(work.param, dtype=grad.dtype).copy_(grad)
-            self._copies.append(grad)
-            self._strides[number] = ()  # copied anew in the next step
-        along = [lines.strides(tensor) for tensor in (work.param, grad, work.exp_avg)]
-        self.rows[number, PARAM_OUTER:COLUMNS] = [stride for strides in along for stride in strides or ()]
-        return grad
+    def _take(self, row: np.ndarray, work: Work, lines: Lines) -> None:
+        """The addresses of the parameter and its state, and the strides along its lines."""
+        assert work.note is not None
+        row[PARAM:GRAD] = work.note.facts[:GRAD]
+        tensors = (work.param, work.param if work.grad is None else work.grad, work.exp_avg)
+        strides = [lines.strides(tensor) for tensor in tensors]
+        assert None not in strides, f"{work.name}: compiled code cannot read {strides}"
+        row[PARAM_OUTER:COLUMNS] = [stride for along in strides for stride in along or ()]
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

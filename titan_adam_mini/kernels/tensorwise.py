@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..layout import Tiles
 from ..plan import BlockPlan
-from . import Work, columns, int8, rounding, vectorized
+from . import Spec, Work, columns, int8, rounding, vectorized
+from .check import look_at
 
 
 class Arithmetic(Protocol):
@@ -55,10 +56,17 @@ class Tensorwise:
 
     def __init__(self, name: str, arithmetic: Arithmetic) -> None:
         self.name = name
+        self.version = f"{name}, torch {torch.__version__}"
         self.arithmetic = arithmetic
 
-    def forget(self) -> None:
-        """Nothing is kept."""
+    def fallback(self, spec: Spec) -> str | None:
+        """See `Engine.fallback`: there is none."""
+        return None
+
+    def check(self, works: Sequence[Work]) -> None:
+        """See `Engine.check`."""
+        for work in works:
+            look_at(work, None)
 
     def square_sums(self, works: Sequence[Work]) -> None:
         """See `Engine.square_sums`."""

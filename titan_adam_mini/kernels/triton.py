@@ -22,7 +22,6 @@ from torch import Tensor
 
 from . import Work, table, triton_columns, triton_kernels
 from .compiled import Compiled
-from .lines import Lines
 from .table import Table, hyper_parameters
 from .tensorwise import Tensorwise
 
@@ -111,6 +110,7 @@ def _unit(row: np.ndarray) -> int:
 class TritonEngine(Compiled):
     """See the file's docstring; `launches` counts what was launched."""
 
+    version = f"fused, torch {torch.__version__}, triton {triton.__version__}"
     device_type = "cuda"
     step_on_device = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,17 +118,8 @@ class TritonEngine(Compiled):
     def __init__(self, plain: Tensorwise) -> None:
         super().__init__(plain)
         self.launches = 0
-
-    def forget(self) -> None:
-        """See `Engine.forget`."""
-        super().forget()
         self._programs: WeakKeyDictionary[Table, _Programs] = WeakKeyDictionary()
         self._kept: list[Tensor] = []
-
-    def _reason(self, work: Work, lines: Lines) -> str | None:
-        if work.exp_avg_scale is not None and not (work.param.is_contiguous() and work.exp_avg.is_contiguous()):
-            return "its int8 momentum is not contiguous"
-        return super()._reason(work, lines)
 
     def run_sums(self, table: Table, works: Sequence[Work]) -> None:
         """See `Compiled.run_sums`."""
@@ -186,6 +177,8 @@ class TritonEngine(Compiled):
         """One launch for narrow lines and one for others, as far as there are any."""
         with _device(here.rows.device):
             for (unit, narrow), programs in here.lists[name].items():
+                if not len(programs):
+                    continue
                 self.launches += 1
                 shape = {"UNIT": unit} if name in ("one_line", "many", "strips") else {}
                 shape |= {"NARROW": narrow, "TILE": here.tile} if name in ("one_line", "many") else {}

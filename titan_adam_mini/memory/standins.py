@@ -74,13 +74,17 @@ class Still:
     """In the place of the fused engine, whose kernels are for real memory, and allocate none of it in a step."""
 
     name = "still"
+    version = "still"
     step_on_device = False
+
+    def fallback(self, spec: Any) -> None:
+        """It serves everything."""
+
+    def check(self, works: Sequence[Any]) -> None:
+        """Nothing."""
 
     def square_sums(self, works: Sequence[Any]) -> None:
         """Nothing."""
 
     def update(self, works: Sequence[Any]) -> None:
-        """Nothing."""
-
-    def forget(self) -> None:
         """Nothing."""
