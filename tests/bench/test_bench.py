@@ -15,7 +15,7 @@ from titan_worker import Forks, call
 from torchtitan.models.llama3 import Transformer
 
 from titan_adam_mini import child
-from titan_adam_mini.bench import measure, tables
+from titan_adam_mini.bench import command, measure, tables
 from titan_adam_mini.cli import _config_in_place, main
 from titan_adam_mini.titan.flavor import model_args
 

@@ -128,6 +128,7 @@ class Work:
         """Let go of the tensors of a step: whoever drops gradients, or moves state away, wants the memory back."""
         self.param = self.exp_avg = self.exp_avg_sq = self.step = NOTHING
         self.grad = self.exp_avg_scale = self.squares = None
+        self.checked = False
         for factor in self.factors:
             factor.exp_avg_sq = NOTHING
 
