@@ -26,7 +26,7 @@ class Note:
     """What the tensors of a parameter were when they were last looked at closely.
 
     Attributes:
-        facts: identities, addresses, shape and strides of the parameter and its state; see `_facts`.
+        facts: identities, addresses, shape and strides of the parameter and its state; see `check`.
         grad: shape, strides, dtype and device of the gradient; None if there is none.
         kind: device and dtypes, what decides who is served together.
         copied: of what compiled code reads a copy; an engine's to fill in.
@@ -41,36 +41,32 @@ class Note:
 def check(works: Sequence[Work], step_on_device: bool) -> None:
     """See `Engine.check`."""
     for work in works:
-        facts, grad, note = _facts(work), work.grad, work.note
+        param, grad, exp_avg, scale = work.param, work.grad, work.exp_avg, work.exp_avg_scale
+        moments, step, note = work.exp_avg_sq, work.step, work.note
+        # The first five are the addresses at the beginning of a row of a `Table`.
+        facts: tuple[Any, ...] = (
+            param.data_ptr(),
+            exp_avg.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            moments.data_ptr(),
+            step.data_ptr(),
+            id(param),
+            id(exp_avg),
+            id(scale),
+            id(moments),
+            id(step),
+            param.shape,
+            param.stride(),
+            exp_avg.stride(),
+        )
+        for factor in work.factors:
+            facts += (factor.exp_avg_sq.data_ptr(), id(factor.exp_avg_sq))
         seen = None if grad is None else (grad.shape, grad.stride(), grad.dtype, grad.device)
         low = grad is not None and grad.data_ptr() < LOW and grad.numel()
         if note is None or low or facts != note.facts or seen != note.grad:
             look_at(work, step_on_device)
             work.note = Note(facts, seen, _kind(work))
         work.checked = True
-
-
-def _facts(work: Work) -> tuple[Any, ...]:
-    """What changes if a tensor does. The first five are the addresses at the beginning of a row of a `Table`."""
-    param, exp_avg, scale, moments, step = work.param, work.exp_avg, work.exp_avg_scale, work.exp_avg_sq, work.step
-    facts: tuple[Any, ...] = (
-        param.data_ptr(),
-        exp_avg.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        moments.data_ptr(),
-        step.data_ptr(),
-        id(param),
-        id(exp_avg),
-        id(scale),
-        id(moments),
-        id(step),
-        param.shape,
-        param.stride(),
-        exp_avg.stride(),
-    )
-    for factor in work.factors:
-        facts += (factor.exp_avg_sq.data_ptr(), id(factor.exp_avg_sq))
-    return facts
 
 
 def _kind(work: Work) -> tuple[Any, ...]:
@@ -107,6 +103,8 @@ def look_at(work: Work, step_on_device: bool | None) -> None:
             "planned; move or convert the model before the optimizer is made, or make a new one and load the old one's "
             "state_dict() into it"
         )
+    if (spec.exp_avg == torch.int8) != (work.exp_avg_scale is not None):
+        raise ValueError(f"the state of {name!r} has int8 momentum without its scales (exp_avg_scale), or scales alone")
     tensors = list(_expected(work, spec, shape))
     for key, tensor, want, dtype in tensors:
         if tuple(tensor.shape) != want or (dtype is not None and tensor.dtype != dtype):

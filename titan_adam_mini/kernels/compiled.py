@@ -76,11 +76,11 @@ class Compiled:
         mine, rest = self._divided(works)
         self.plain.square_sums(rest)
         for batch in self._batches(mine):
-            self._square_sums([here for _, here in batch])
-            for work, here in batch:
-                work.squares = here.squares
-                if work.own_sums is not None and here.own_sums is not None and here.own_sums is not work.own_sums:
-                    work.own_sums.copy_(here.own_sums)
+            self._square_sums([copy for _, copy in batch])
+            for work, copy in batch:
+                work.squares = copy.squares
+                if work.own_sums is not None and copy.own_sums is not work.own_sums:
+                    work.own_sums.copy_(copy.own_sums)
 
     def _square_sums(self, works: Sequence[Work]) -> None:
         self.plain.square_sums([work for work in works if not (work.by_columns or self._line(work).summable)])
@@ -104,7 +104,8 @@ class Compiled:
             for table, members in self._by_dtypes("update", [work for work in here if not work.by_columns]):
                 self.run_update(table, members)
             for work, copy in batch:
-                _copy_back(work, copy)
+                if copy is not work:
+                    _copy_back(work, copy)
         for work in works:
             work.checked = False
 
