@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -141,17 +141,23 @@ class AdamMini(Optimizer):
         """(name, parameter, group) of every parameter in the groups, in order; names are in step with parameters."""
         return named_parameters(self.param_groups, self._names, self._dims)
 
-    def _assign(self, *, whole: bool = False) -> dict[str, Blocks]:
-        """The blocks of all parameters, trainable or not: freezing changes none.
+    def _assign(self, *, whole: bool = False, also: Collection[str] = ()) -> dict[str, Blocks]:
+        """The blocks of all parameters that are or were trainable, and of those in `also`: freezing changes none.
 
-        Raises ValueError if a parameter has none, or cannot be captured and is to be; if `whole`, also for a pattern
-        of the user's that matches no parameter, which a group that is still to come might have.
+        Parameters that are frozen from the start need no role, but count for patterns and orientation.
+
+        Raises ValueError if a parameter has no blocks, or cannot be captured and is to be; if `whole`, also for a
+        pattern of the user's that matches no parameter, which a group that is still to come might have.
         """
-        named = self._named()
-        blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in named}, partial=not whole)
-        if self._flags[2] and any(param.device.type not in ("cuda", "meta") for _, param, _ in named):
-            raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-        return blocks
+        wanted = {*getattr(self, "_blocks", ()), *also}
+        shapes: dict[str, tuple[int, ...]] = {}
+        frozen: dict[str, tuple[int, ...]] = {}
+        for name, param, _ in self._named():
+            into = shapes if param.requires_grad or name in wanted else frozen
+            into[name] = tuple(param.shape)
+            if self._flags[2] and param.device.type not in ("cuda", "meta"):
+                raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
+        return self.partition.assign(shapes, partial=not whole, others=frozen)
 
     # Plan and state
 
@@ -365,6 +371,7 @@ class AdamMini(Optimizer):
             for param, (name, state) in found.items()
             if not all(isinstance(value, dict) for value in state.values())
         }
+        self._blocks = self._assign(also=[name for name, _ in stored.values()])
         state = adopt_all(stored, self._new_state)
         for group, new in zip(self.param_groups, saved, strict=True):
             group.update(deepcopy({key: value for key, value in new.items() if key not in ("params", "param_names")}))
