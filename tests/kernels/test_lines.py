@@ -91,8 +91,8 @@ def test_lines_of_any_shard_are_what_they_say(case: tuple[BlockLayout, tuple[int
 
 def test_the_layouts_that_models_have_are_lines_on_every_rank() -> None:
     for name, layout in LAYOUTS.items():
-        for ranks in (1, 2, 3, 7):
-            if prod(layout.shape) > 12_000:
+        for ranks in (1, 3, 7):
+            if prod(layout.shape) > 5_000:
                 continue
             for plan in plans(layout, (ranks,), [Shard(0)] if layout.shape else [Replicate()]):
                 assert check(plan) or name in ("no columns",), (name, ranks, lines_of(plan))
