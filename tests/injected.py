@@ -1,4 +1,4 @@
-"""Twenty steps with gradients put there by hand, on any mesh of the catalogue and in the oracle.
+"""Some steps with gradients put there by hand, on any mesh of the catalogue and in the oracle.
 
 Same values, gradients and schedule everywhere: gradients change in size by a hundred from step to step and are
 clipped, the learning rate moves, and two parameter groups differ in learning rate, betas and decay.
@@ -24,6 +24,9 @@ from titan_adam_mini import AdamMini
 from titan_adam_mini.state import SECOND_MOMENTS
 
 STEPS = 20
+"""Of the schedule of the learning rate."""
+SOME = 8
+"""That are taken: past the warm-up, with every size of gradients twice."""
 EPS = 1e-8
 MATRICES = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 VECTORS = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.01}
@@ -97,7 +100,7 @@ def take_step(mesh: Mesh, placed: Placed, optimizer: torch.optim.Optimizer, step
 
 
 def on_one_device(
-    sizes: Sizes, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
+    sizes: Sizes, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = SOME, **options: Any
 ) -> dict[str, dict[str, Any]]:
     """The same on plain tensors in this process."""
     shapes = full_shapes(sizes)
@@ -163,7 +166,7 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def on_mesh(
-    name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS, **options: Any
+    name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = SOME, **options: Any
 ) -> tuple[dict[str, dict[str, Any]], list[list[list[Collective]]]]:
     """`train` on all ranks of a mesh: everything together, and by rank the collectives."""
     mesh = MESHES[name]
@@ -180,7 +183,7 @@ def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
 
 
 @lru_cache
-def oracle(sizes: Sizes, steps: int = STEPS, *, second_moment: str = "blocks") -> Oracle:
+def oracle(sizes: Sizes, steps: int = SOME, *, second_moment: str = "blocks") -> Oracle:
     """The oracle after so many steps."""
     shapes = full_shapes(sizes)
     one = Oracle(values(shapes), layouts(sizes, second_moment), factors(sizes) if second_moment == "factored" else None)

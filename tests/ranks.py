@@ -93,6 +93,7 @@ def forkserver() -> Any:
         "torch.nn.attention.varlen",
         "datasets",
         "tyro",
+        "tests.compiled_loops",  # from the folder that pytest runs in; from another one, every rank reads them itself
     ]
     context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", *slow])
     return context

@@ -103,8 +103,8 @@ def test_what_is_made_of_lines_is_so_on_every_rank(case: tuple[BlockLayout, tupl
 
 def test_the_layouts_that_models_have_are_lines_on_every_rank() -> None:
     for name, layout in LAYOUTS.items():
-        for ranks in (1, 2, 3, 7):
-            if prod(layout.shape) > 12_000:
+        for ranks in (1, 3, 7):
+            if prod(layout.shape) > 5_000:
                 continue
             for plan in plans(layout, (ranks,), [Shard(0)] if layout.shape else [Replicate()]):
                 assert check(plan), (name, ranks, lines_of(plan))
