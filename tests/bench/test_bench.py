@@ -1,5 +1,6 @@
 """The command on the debug model, whose heads two ranks cut: what is in its JSON, and a sentence for bad input."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bare(patch: pytest.MonkeyPatch) -> None:
+def bare(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have; the
     command's own process is forked from a server that has torchtitan loaded."""
     patch.setattr(child, "ProcessPoolExecutor", Forks)
@@ -40,6 +41,9 @@ def bare(patch: pytest.MonkeyPatch) -> None:
         patch.delenv(name, raising=False)
     for module in PEERS:
         patch.setitem(sys.modules, module, None)
+    gc.freeze()  # garbage is collected between optimizers
+    yield
+    gc.unfreeze()
 
 
 def bench(folder: Path, *words: str) -> dict[str, Any]:

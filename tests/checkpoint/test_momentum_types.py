@@ -66,7 +66,7 @@ def converted(source: Path, target: Path, to: str, mesh: str, dtype: torch.dtype
     ("mesh", "params"),
     [
         pytest.param("FSDP2 3, runs", torch.float32, marks=pytest.mark.slow),
-        ("FSDP2 3, runs", torch.bfloat16),
+        pytest.param("FSDP2 3, runs", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("TP 2, runs", torch.float32, marks=pytest.mark.slow),  # parts along the columns, of one run each
         ("TP 2, cut runs", torch.float32),  # where no AdamMini would keep it so: parts become whole again
     ],

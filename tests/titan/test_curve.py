@@ -126,7 +126,7 @@ def test_a_reload_does_not_wrap_the_wrapper() -> None:
     assert again.original is original
     assert again.TensorBoardLogger is not before
     assert again.TensorBoardLogger.__mro__[1] is original
-    register._replace_everywhere((before,), again.TensorBoardLogger)
+    register._replace_everywhere({before: again.TensorBoardLogger})
     assert titan_metrics.TensorBoardLogger is again.TensorBoardLogger
     register.enable()
     assert titan_metrics.TensorBoardLogger is again.TensorBoardLogger

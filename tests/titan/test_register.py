@@ -78,7 +78,7 @@ def test_a_reload_does_not_wrap_the_wrapper(monkeypatch: pytest.MonkeyPatch) -> 
         assert train_spec.get_train_spec("llama3").build_optimizers_fn is again.build_optimizers
     finally:
         # Modules imported before the reload, this one among them, go on with what they have.
-        register._replace_everywhere((before,), again.build_optimizers)
+        register._replace_everywhere({before: again.build_optimizers})
 
 
 def test_names_copied_by_other_modules_and_specs_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
