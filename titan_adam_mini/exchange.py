@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from .kernels import Engine, Spec, Work
+from .kernels import Engine, ParamStep, Spec
 from .plan import BlockPlan, BufferPlan, Grid, Group, bytes_in, grids_of, ordered_groups, plan_buffers
 from .sharding import Axis, axes_of, local, local_gradient
 
@@ -274,7 +274,7 @@ class Exchange:
             sums.append((own, complete))
         return sums, present
 
-    def start(self, works: Sequence[Work], engine: Engine) -> None:
+    def start(self, works: Sequence[ParamStep], engine: Engine) -> None:
         """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
         for buffer in self._buffers:
             buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import kernels, momentum
 from .arguments import NAMES_NEEDED, check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
-from .kernels import Factor, Spec, Work, int8, rounding, vectorized
+from .kernels import Factor, ParamStep, Spec, int8, rounding, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition, clean_name
 from .plan import BlockPlan
@@ -167,7 +167,7 @@ class AdamMini(Optimizer):
 
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
-        self._works: list[Work] = []
+        self._works: list[ParamStep] = []
         self._key: list[Any] = []
 
     def _current_key(self) -> list[Any]:
@@ -290,7 +290,7 @@ class AdamMini(Optimizer):
             work.grad = work.squares = None  # whoever drops the gradients wants their memory back
         return loss
 
-    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
+    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[ParamStep]:
         """What the engine gets of every parameter: local tensors, taken anew."""
         if not self._works:
             for index, (item, (name, _, group)) in enumerate(zip(exchange.items, self._named(), strict=True)):
@@ -299,7 +299,7 @@ class AdamMini(Optimizer):
                 seed = rounding.seed_of(self.seed, clean_name(name)) if self.stochastic_rounding else None
                 nothing = torch.empty(0)
                 self._works.append(
-                    Work(
+                    ParamStep(
                         name=name,
                         plan=plan,
                         param=nothing,
