@@ -19,7 +19,7 @@ from . import kernels, momentum
 from .arguments import check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, mesh_axes
 from .groups import Named, match_groups, named_group, named_parameters
-from .kernels import Spec, Work, vectorized
+from .kernels import ParamStep, Spec, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition
 from .plan import BlockPlan
@@ -163,7 +163,7 @@ class AdamMini(Optimizer):
 
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
-        self._works: list[Work] = []
+        self._works: list[ParamStep] = []
         self._key: list[Any] = []
 
     def _current_key(self) -> list[Any]:
@@ -284,7 +284,7 @@ class AdamMini(Optimizer):
             work.release()
         return loss
 
-    def _check_gradients(self, works: Sequence[Work]) -> bool:
+    def _check_gradients(self, works: Sequence[ParamStep]) -> bool:
         """Has any parameter a gradient here or on another rank? If none has, and none had before, log it once."""
         if any(work.grad is not None or (work.present is not None and work.present.item() > 0) for work in works):
             return True
@@ -293,7 +293,7 @@ class AdamMini(Optimizer):
         self._warned = True
         return False
 
-    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
+    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[ParamStep]:
         """What the engine gets of every parameter: local tensors, taken anew."""
         if not self._works:
             groups = {id(param): group for _, param, group in self._named()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from titan_adam_mini.kernels import Engine, Factor, Work, int8, reference, rounding, vectorized
+from titan_adam_mini.kernels import Engine, Factor, ParamStep, int8, reference, rounding, vectorized
 from titan_adam_mini.kernels.cpu import CpuEngine
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
@@ -96,7 +96,7 @@ class Played:
                 wanted = torch.float32
             precision = torch.float64 if dtype == torch.float64 else torch.float32
             scale = torch.zeros(int8.scale_shape(param.shape)) if wanted == torch.int8 else None
-            work = Work(
+            work = ParamStep(
                 name=name,
                 plan=plan,
                 param=param,
@@ -125,7 +125,7 @@ class Played:
             grad = grads[work.name]
             work.grad = None if grad is None else self.store(own(work.plan, grad))
 
-    def named(self, name: str) -> Work:
+    def named(self, name: str) -> ParamStep:
         return next(work for work in self.works if work.name == name)
 
 
@@ -181,7 +181,7 @@ def whole(players: list[Played], index: int, kind: str) -> Tensor:
     return torch.cat(parts)
 
 
-def reach_of(grid: Work | Factor, whole: Tensor) -> Tensor:
+def reach_of(grid: ParamStep | Factor, whole: Tensor) -> Tensor:
     """The part of a whole grid that a rank keeps."""
     plan = grid.plan
     assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)

@@ -15,7 +15,7 @@ from oracle import Oracle, error
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition
-from titan_adam_mini.kernels import Factor, Work
+from titan_adam_mini.kernels import Factor, ParamStep
 from titan_adam_mini.kernels.check import check
 from titan_adam_mini.kernels.compiled import Compiled
 from titan_adam_mini.layout import BlockLayout
@@ -290,7 +290,7 @@ def test_memory_that_comes_back_is_used_where_it_is() -> None:
         both.compare()
 
 
-def works_on(device: str, step: str) -> Work:
+def works_on(device: str, step: str) -> ParamStep:
     """A factored parameter on a device."""
     (work,) = Played({"factored": LAYOUTS["factored"]}, engine_of("cpu")).works
     for key in ("param", "exp_avg", "exp_avg_sq"):

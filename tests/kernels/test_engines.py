@@ -10,7 +10,7 @@ from kernels.played import ENGINES, GROUP, LAYOUTS, Played, engine_of, gradients
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from titan_adam_mini.kernels import Work
+from titan_adam_mini.kernels import ParamStep
 from titan_adam_mini.kernels.compiled import Compiled
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.plan import BlockPlan
@@ -252,7 +252,7 @@ def test_random_rounding_of_elements_beyond_the_four_thousand_millionth(engine: 
         generator = torch.Generator().manual_seed(0)
         param, grad = (torch.randn(1, 66_000, generator=generator).bfloat16() for _ in range(2))
         state = {"exp_avg": torch.zeros(1, 66_000), "exp_avg_sq": torch.zeros(1, 1), "step": torch.zeros(())}
-        work = Work(
+        work = ParamStep(
             name="w", plan=plan, param=param, grad=grad, exp_avg_scale=None, group=GROUP, decay=True, seed=1, **state
         )
         one.update([work])

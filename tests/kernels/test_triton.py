@@ -15,7 +15,7 @@ from on_device import DEVICE, Wrapper
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition, kernels
-from titan_adam_mini.kernels import Factor, Work, vectorized
+from titan_adam_mini.kernels import Factor, ParamStep, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition.roles import factors
@@ -348,7 +348,7 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
         rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
         part = start[own].clone().to(DEVICE)
         works.append(
-            Work(
+            ParamStep(
                 name="w",
                 plan=plan,
                 param=part,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import NOTHING, Engine, Factor, Work, rounding
+from ..kernels import NOTHING, Engine, Factor, ParamStep, rounding
 from ..partition import clean_name
 from ..plan import BufferPlan, Group, bytes_in, grids_of, plan_buffers
 from ..sharding import local
@@ -92,7 +92,9 @@ class Exchange:
 
     # Sums of squares
 
-    def works(self, groups: Mapping[int, Mapping[str, Any]], decay: Mapping[str, bool], seed: int | None) -> list[Work]:
+    def works(
+        self, groups: Mapping[int, Mapping[str, Any]], decay: Mapping[str, bool], seed: int | None
+    ) -> list[ParamStep]:
         """What the engine is to know of every parameter, without the tensors of a step.
 
         Args:
@@ -105,7 +107,7 @@ class Exchange:
             ((own, complete), *others), present = self._places(index)
             plan, *more = item.plans
             works.append(
-                Work(
+                ParamStep(
                     name=item.name,
                     plan=plan,
                     param=NOTHING,
@@ -148,7 +150,7 @@ class Exchange:
             sums.append((own, complete))
         return sums, present
 
-    def start(self, works: Sequence[Work], engine: Engine) -> None:
+    def start(self, works: Sequence[ParamStep], engine: Engine) -> None:
         """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
         for buffer in self._buffers:
             buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])

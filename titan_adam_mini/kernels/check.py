@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import box_shape
-from . import Spec, Work, int8
+from . import ParamStep, Spec, int8
 
 LOW = 1 << 40
 """A tensor without memory has its offset for an address: all below are looked at closely, those of real memory too."""
@@ -38,7 +38,7 @@ class Note:
     copied: tuple[str, ...] | None = None
 
 
-def check(works: Sequence[Work], step_on_device: bool) -> None:
+def check(works: Sequence[ParamStep], step_on_device: bool) -> None:
     """See `Engine.check`."""
     for work in works:
         param, grad, exp_avg, scale = work.param, work.grad, work.exp_avg, work.exp_avg_scale
@@ -69,7 +69,7 @@ def check(works: Sequence[Work], step_on_device: bool) -> None:
         work.checked = True
 
 
-def _kind(work: Work) -> tuple[Any, ...]:
+def _kind(work: ParamStep) -> tuple[Any, ...]:
     assert work.spec is not None
     param, grad = work.param, None if work.grad is None else work.grad.dtype
     return param.device, work.exp_avg_sq.dtype, param.dtype, grad, work.exp_avg.dtype, rounds(work.spec)
@@ -83,7 +83,7 @@ def rounds(spec: Spec) -> bool:
 # A close look
 
 
-def look_at(work: Work, step_on_device: bool | None) -> None:
+def look_at(work: ParamStep, step_on_device: bool | None) -> None:
     """`check` for one parameter, everything compared.
 
     Args:
@@ -137,7 +137,7 @@ def look_at(work: Work, step_on_device: bool | None) -> None:
 
 
 def _expected(
-    work: Work, spec: Spec, shape: tuple[int, ...]
+    work: ParamStep, spec: Spec, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]]:
     """All tensors beside the parameter: what they are called, and the shape and dtype that they must have."""
     if work.grad is not None:
