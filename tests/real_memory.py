@@ -117,11 +117,12 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
     from torchtitan.config import ConfigManager
 
     from titan_adam_mini.state import SECOND_MOMENTS
-    from titan_adam_mini.titan import build_optimizers, device
+    from titan_adam_mini.titan import build_optimizers, device, enable
 
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", NGPU=str(world))
     config = ConfigManager().parse_args(case.arguments)
     importlib.import_module(config.experimental.custom_import)
+    enable("cpu")
     parts, dims, step = _built(config, world)
     device.prepare_model_parts(parts)
     params = [param for part in parts for param in part.parameters()]

@@ -298,7 +298,7 @@ class AdamMini(Optimizer):
         if not self._works:
             groups = {id(param): group for _, param, group in self._named()}
             decay = {name: blocks.decay for name, blocks in self._blocks.items()}
-            self._works = exchange.works(groups, decay, self.seed if self.stochastic_rounding else None)
+            self._works = exchange.param_steps(groups, decay, self.seed if self.stochastic_rounding else None)
         for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
             state, work.param, work.grad = self.state[item.param], local(item.param), grad
             follow_parameter(item.name, state, work.param, self.engine.step_on_device)

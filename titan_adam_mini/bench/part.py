@@ -109,7 +109,7 @@ def allocated(part: Part, ngpu: int, rank: int, device: torch.device) -> Iterato
     While the context lasts a process group of `ngpu` ranks exists whose collectives return at once and move nothing.
     """
     if part.sharded:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from ..private import FakeStore
 
         dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
     try:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ..kernels import int8
 from ..momentum import dtype_of
 from ..partition import Blocks
+from ..private import _StorageInfo
 from ..state import AUTHORS, SECOND_MOMENTS
 from .appearing import appearing
 from .check import check_parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -72,7 +73,7 @@ def _settings(arguments: list[str], steps: int) -> list[str]:
     settings += ["--lr_scheduler.total_steps", str(total)]
     settings += ["--checkpoint.enable", "--checkpoint.folder", "checkpoint", "--checkpoint.interval", str(steps)]
     settings += ["--checkpoint.no-last_save_model_only", "--checkpoint.no-last_save_in_hf", "--checkpoint.no-load_only"]
-    if not config.experimental.custom_import:  # without an accelerator torchtitan needs it
+    if not config.experimental.custom_import:  # without an accelerator torchtitan needs it, and TITAN_ADAM_MINI_CPU=1
         settings += ["--experimental.custom_import", "titan_adam_mini.titan"]
     return settings
 
@@ -86,6 +87,7 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],
+            env={**os.environ, "TITAN_ADAM_MINI_CPU": "1"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

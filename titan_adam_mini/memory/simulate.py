@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
@@ -25,6 +24,7 @@ from titan_adam_mini import AdamMini
 from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
 from titan_adam_mini.memory.tracker import state_of, tracker_of
 from titan_adam_mini.momentum import TYPES
+from titan_adam_mini.private import FakeTensorMode
 from titan_adam_mini.titan.build import Built, built, configured
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
