@@ -92,7 +92,7 @@ class Exchange:
 
     # Sums of squares
 
-    def works(
+    def param_steps(
         self, groups: Mapping[int, Mapping[str, Any]], decay: Mapping[str, bool], seed: int | None
     ) -> list[ParamStep]:
         """What the engine is to know of every parameter, without the tensors of a step.
