@@ -59,13 +59,13 @@ def recorded(rank: int, world: int, name: str, layers: int, groups: int) -> list
     return calls
 
 
-FAST = {"FSDP2 3", "TP 2", "HSDP 2x2", "MoE, EP 2"}
+FAST = {"FSDP2 3", "TP 2", "MoE, EP 2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPECTED])
 def test_the_stated_collectives_whatever_the_depth_and_the_groups(name: str) -> None:
     sizes = []
-    for layers, groups in ((2, 1), (2, 3), (6, 3)):
+    for layers, groups in ((2, 1), (2, 3), (5, 3)):
         results = run(recorded, CASES[name].world, name, layers, groups)
         for calls in results:
             assert all(op == "allreduce" for phase in calls for op, _, _ in phase)

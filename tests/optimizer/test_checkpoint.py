@@ -43,13 +43,10 @@ def test_between_meshes(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
         assert max((error(after[kind][key], value) for key, value in want[kind].items()), default=0) < 1e-12, kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_on", "loaded_on", "second_moment"),
-    [
-        ("FSDP2 7", "HSDP 2x2", "factored"),
-        pytest.param("FSDP2 2", "FSDP2 5", "factored", marks=pytest.mark.slow),
-        pytest.param("HSDP 2x3", "FSDP2 3", "blocks", marks=pytest.mark.slow),
-    ],
+    [("FSDP2 7", "HSDP 2x2", "factored"), ("FSDP2 2", "FSDP2 5", "factored"), ("HSDP 2x3", "FSDP2 3", "blocks")],
 )
 def test_fsdp_to_fsdp_has_the_bits_of_a_run_without_a_break(
     saved_on: str, loaded_on: str, second_moment: str, tmp_path: Path
@@ -77,13 +74,14 @@ def test_factored_moves_to_other_kinds_of_mesh(saved_on: str, loaded_on: str, tm
 
 
 def test_nested_state_dicts_serve_as_well(tmp_path: Path) -> None:
-    saved, loaded, after = moved("HSDP 2x2", "FSDP2 3", torch.float32, tmp_path, flat=False)
-    want = on_one_device(CATALOGUE["FSDP2 3"].sizes, dtype=torch.float32, steps=STEPS)
+    saved, loaded, after = moved("HSDP 2x2", "FSDP2 3", torch.float32, tmp_path, False, second_moment="factored")
+    want = on_one_device(CATALOGUE["FSDP2 3"].sizes, dtype=torch.float32, steps=STEPS, second_moment="factored")
     for kind in KINDS:
         assert all(torch.equal(loaded[kind][key], value) for key, value in saved[kind].items()), kind
         assert all(torch.equal(after[kind][key], value) for key, value in want[kind].items()), kind
 
 
+@pytest.mark.slow
 def test_what_torch_would_mix_up_is_refused(tmp_path: Path) -> None:
     """17 rows over tensor parallelism of 2 and FSDP of 4: torch saves them wrongly, and loads them without a word."""
     with pytest.raises(RankError, match=r"would mix up the rows of .*feed_forward.w1.weight.*\(17, 10\)"):
