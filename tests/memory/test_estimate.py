@@ -1,6 +1,7 @@
 """The command `estimate`: what it prints and writes, and where it refuses."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import pytest
 
 from titan_adam_mini.cli import main
 from titan_adam_mini.memory import estimate
+
+pytest.importorskip("torchtitan", reason="simulations run torchtitan's models")
+
+from titan_adam_mini.memory.simulate import Peak, Simulated
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml")
 SMALL = ["--training.seq_len", "128", "--training.local_batch_size", "2"]
@@ -58,8 +63,45 @@ def test_table_json_and_picture(
     assert json.loads(capsys.readouterr().out)["runs"] == found["runs"][:1]
 
 
-@pytest.mark.slow
-def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def invented(call: Any, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *_: Any) -> Simulated:
+    """In place of a simulation: parameters of 80 MiB on all ranks, AdamW's state of 160 and AdamMini's of 80, and
+    activations of 1, 2 or 4 MiB per sequence."""
+    flags = dict(pairwise(arguments))  # the last of a name counts
+    batch, mode = int(flags["--training.local_batch_size"]), flags.get("--activation_checkpoint.mode", "none")
+    activations = batch * {"full": 1, "selective": 2, "none": 4}[mode] << 20
+    peaks = {
+        name: [Peak("forward and backward", {"parameters": (80 + state << 20) // ngpu, "activations": activations})]
+        for name, state in {"AdamW": 160, "AdamMini": 80, "AdamMini float32": 80}.items()
+    }
+    sizes = {"batch": batch, "passes": 1, "seq_len": 128, "seq_divisor": 1, "batch_unit": 1, "parameters": 20 << 20}
+    words = {"model": "invented", "checkpointing": mode, "configured": "AdamMini float32"}
+    mesh = {"dp_shard": ngpu}
+    return Simulated(**words, **sizes, mesh=mesh, ngpu=ngpu, rank=0, dtypes=("", ""), peaks=peaks, refused={})
+
+
+def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ranks with AdamW have 120 MiB besides activations, with AdamMini 80, and may fill 200."""
+    monkeypatch.setattr(estimate, "_largest", invented)
+    words = ("--ngpu", "2", "--fit", "206MiB", "--reserve", "6MiB", "--vary", "local batch,GPUs")
+    shown = told(capsys, *words, "--json", str(tmp_path / "fit.json"))
+    assert "largest local batch" in shown and "fewest GPUs" in shown and "6MiB of it left free" in shown
+    found: dict[str, dict[tuple[str, str], Any]] = {"local batch": {}, "GPUs": {}}
+    for one in json.loads((tmp_path / "fit.json").read_text())["fit"]:
+        found[one["question"]][one["checkpointing"], one["optimizer"]] = one["found"]
+        assert one["found"]["peak"] <= 200 << 20 and (one["found"]["beyond"] or 201 << 20) > 200 << 20
+    assert {key: one["value"] for key, one in found["local batch"].items()} == {
+        ("none", "AdamW"): 20,
+        ("selective", "AdamW"): 40,
+        ("full", "AdamW"): 80,
+        ("none", "AdamMini"): 30,
+        ("selective", "AdamMini"): 60,
+        ("full", "AdamMini"): 120,
+    }
+    assert {key[1]: one["value"] for key, one in found["GPUs"].items()} == {"AdamW": 2, "AdamMini": 1}
+
+
+@pytest.mark.nightly
+def test_fit_with_simulations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "fit.json"
     words = ("--ngpu", "2", "--fit", "0.04GiB", "--reserve", "0B", "--vary", "local batch,GPUs", "--json", str(file))
     shown = told(capsys, *words)

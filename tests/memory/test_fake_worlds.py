@@ -115,10 +115,10 @@ def check(words: list[str], ngpu: int, rank: int, plan: Run) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "ngpu"), [("FSDP2", 1024), ("HSDP", 512), ("FSDP2 x TP", 64), ("PP", 8)])
-def test_first_middle_and_last_rank(mesh: str, ngpu: int) -> None:
+def test_first_and_last_rank(mesh: str, ngpu: int) -> None:
     words = arguments(mesh, short=True)
     plan = in_child(_read_run, words, ngpu, False)
-    for rank in (0, ngpu // 2, ngpu - 1):
+    for rank in (0, ngpu - 1):
         check(words, ngpu, rank, plan)
 
 

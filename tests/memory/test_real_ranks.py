@@ -15,7 +15,10 @@ from titan_adam_mini.memory.facts import facts, optimizers_of
 from titan_adam_mini.memory.plan import _read_run
 
 FAST = ("FSDP2 3, factored",)
-REPEATED = ("FSDP2 2", "PP 2", "MoE, FSDP2 3", "MoE, EP 2", "FSDP2 x TP 2x2, factored")
+REPEATED = (
+    *("one rank", "FSDP2 2", "FSDP2 x TP 2x2", "FSDP2 x TP 2x2, factored", "PP 2"),
+    *("MoE, FSDP2 3", "MoE, EP 2", "MoE, FSDP2 x EP 2x2, factored"),
+)
 """Whose parts are in other cases, alone or together."""
 
 

@@ -38,8 +38,13 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+REPEATED = ("FSDP2", "FSDP2, operators recomputed")
+"""Whose parts are in other cases."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in REPEATED else pytest.mark.slow) for name in CASES]
+)
 def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
     ngpu, flags = CASES[name]
     arguments = [*SMALL, *flags]
@@ -54,7 +59,7 @@ def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
         assert step.total == pytest.approx(real[optimizer]["step"], abs=HELD_BY_FAKES)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_gpu_peaked_where_the_simulation_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `launch/gpu_check.sh` recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak
     is parameters, gradients and state, so this says little of activations."""
