@@ -18,7 +18,7 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "titan_adam_mini"
-COMMANDS = ("plan", "estimate", "snapshot", "convert", "inspect", "bench", "compare")
+COMMANDS = ("plan", "estimate", "snapshot", "convert", "inspect", "bench", "compare", "check")
 EXTRA = "pip install 'titan-adam-mini[titan]'"
 
 STEP = """

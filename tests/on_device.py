@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DEVICE = os.environ.get("TITAN_ADAM_MINI_TEST_DEVICE", "cpu")
-"""`launch/gpu_check.sh` says cuda."""
+"""cuda: `TITAN_ADAM_MINI_TEST_DEVICE=cuda pytest tests/kernels`."""
 
 
 class Wrapper(Tensor):

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from injected import holdings, make, take_step, together, values
-from meshes import MESHES, Placed, full_shapes
+from injected import holdings, together
+from meshes import MESHES
 from ranks import run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from titan_adam_mini.check.injected import make, take_step, values
+from titan_adam_mini.check.meshes import Placed, full_shapes
 from titan_adam_mini.checkpoint import check_checkpoint
 
 SAVED, STEPS = 3, 6

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from injected import on_one_device
 from meshes import CATALOGUE
-from oracle import error
 from resharding import PAIRS, STEPS, moved
+
+from titan_adam_mini.check.oracle import error
 
 KINDS = ("params", "exp_avg", "exp_avg_sq")
 

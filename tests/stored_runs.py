@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from decoder import Sizes
-from injected import gradients, values
-from meshes import DENSE, MESHES, Placed, full_shapes
+from meshes import MESHES
 from ranks import run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.decoder import Sizes
+from titan_adam_mini.check.injected import gradients, values
+from titan_adam_mini.check.meshes import DENSE, Placed, full_shapes
 
 LR, FACTOR, STEPS = 1e-3, 0.25, 4
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from injected import EPS, agreed, errors, gradients, groups, make, on_mesh, on_one_device, oracle, set_lr, values
-from meshes import DENSE, MESHES, RUNS, Placed, full_shapes, layouts, norms_along_tp
-from oracle import blocks, error
+from injected import agreed, errors, on_mesh, on_one_device
+from meshes import MESHES, RUNS
 from ranks import run
 from resharding import moved
 from stored_runs import group_of, partition, saved
@@ -22,6 +21,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.injected import EPS, gradients, groups, make, oracle, set_lr, values
+from titan_adam_mini.check.meshes import DENSE, Placed, full_shapes, layouts, norms_along_tp
+from titan_adam_mini.check.oracle import blocks, error
 from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from collectives import Collectives
-from decoder import Decoder, Sizes, loss_of, shard_data, shard_experts, shard_tensors, tokens
-from oracle import Oracle, error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.decoder import Decoder, Sizes, loss_of, shard_data, shard_experts, shard_tensors, tokens
+from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Box, shard_of
 

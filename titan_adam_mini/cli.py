@@ -64,6 +64,12 @@ COMMANDS = {
         "Compare",
         "Train with AdamW and AdamMini from equal starts on equal data, and report whether their losses differ.",
     ),
+    "check": Command(
+        "check.command",
+        "CheckCommand",
+        "Check AdamMini on the GPUs of this machine, stage by stage, without a network: PASS, FAIL or SKIPPED.",
+        config="",
+    ),
 }
 
 _EXTRA = ("torchtitan", "triton", "tomli")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from meshes import DENSE, full_shapes
 from stored_runs import partition
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.meshes import DENSE, full_shapes
 from titan_adam_mini.checkpoint import check_checkpoint
 from titan_adam_mini.checkpoint.stored import Stored
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from meshes import DENSE, factors, full_shapes, layouts
-from oracle import error
 from ranks import forkserver
 from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
+from titan_adam_mini.check.meshes import DENSE, factors, full_shapes, layouts
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.moments import spread
 from titan_adam_mini.checkpoint.stored import Stored

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from meshes import EVEN_RUNS, MESHES, RUNS, full_shapes
-from oracle import error
+from meshes import EVEN_RUNS, MESHES, RUNS
 from stored_runs import group_of, partition, saved
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from titan_adam_mini import AdamMini
+from titan_adam_mini.check.meshes import full_shapes
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.checkpoint import check_checkpoint
 from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
@@ -165,7 +166,7 @@ def test_load_state_dict_converts_and_says_so_once(
 @pytest.mark.parametrize(("there", "here"), [(torch.int8, torch.float32), (torch.float32, torch.int8)])
 def test_torchs_own_functions_convert_or_say_why_not(there: torch.dtype, here: torch.dtype, flat: bool) -> None:
     """torch takes from a flat state dict only the keys that the optimizer has: scales are lost on the way."""
-    from decoder import Decoder
+    from titan_adam_mini.check.decoder import Decoder
 
     one, two = Decoder(RUNS), Decoder(RUNS)
     params, twins = dict(one.named_parameters()), dict(two.named_parameters())

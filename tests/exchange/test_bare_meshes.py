@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.sharding import Shard as Part
 
 SHAPES = {

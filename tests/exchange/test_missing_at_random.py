@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from injected import advance, agreed, gradients, holdings, make, set_lr, together, values
-from meshes import CATALOGUE, Placed, full_shapes, layouts, norms_along_tp
-from oracle import Oracle, error
+from injected import agreed, holdings, together
+from meshes import CATALOGUE
 from ranks import run
+
+from titan_adam_mini.check.injected import advance, gradients, make, set_lr, values
+from titan_adam_mini.check.meshes import Placed, full_shapes, layouts, norms_along_tp
+from titan_adam_mini.check.oracle import Oracle, error
 
 STEPS = 8
 

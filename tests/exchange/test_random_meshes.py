@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, error
 from ranks import run
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.layout import BlockLayout, Tiles
 from titan_adam_mini.partition import Blocks
 from titan_adam_mini.plan import BlockPlan

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from meshes import DENSE, full_shapes
 from stored_runs import STEPS, partition, saved
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from titan_adam_mini import Partition
+from titan_adam_mini.check.meshes import DENSE, full_shapes
 from titan_adam_mini.checkpoint.stored import Stored
 from titan_adam_mini.inspect import Moments, inspect
 from titan_adam_mini.inspect.moments import moments_stored

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.played import LAYOUTS, Played, engine_of, gradients, reference_engine, step
-from oracle import Oracle, error
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.engines import LAYOUTS, Played, engine_of, gradients, reference_engine, step
+from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.kernels import Factor, ParamStep
 from titan_adam_mini.kernels.check import check
 from titan_adam_mini.kernels.compiled import Compiled

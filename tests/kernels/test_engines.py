@@ -6,19 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.played import ENGINES, GROUP, LAYOUTS, Played, engine_of, gradients, reference_engine, step
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
+from titan_adam_mini.check.engines import (
+    ENGINES,
+    GROUP,
+    LAYOUTS,
+    LEFT,
+    Played,
+    differences,
+    engine_of,
+    gradients,
+    reference_engine,
+    step,
+)
 from titan_adam_mini.kernels import ParamStep
-from titan_adam_mini.kernels.compiled import Compiled
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Shard as Part
 
 STEPS = 3
-LEFT = {"no columns"}
-"""What compiled engines leave to torch's operations whatever the dtype."""
 
 
 def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[Played, Played]:
@@ -36,33 +44,7 @@ def moved(two: tuple[Played, Played], number: int, dtype: torch.dtype, spoil: An
 
 
 def compare(two: tuple[Played, Played], left: set[str] = LEFT) -> None:
-    got, want = two
-    if isinstance(got.engine, Compiled):
-        assert set(got.engine._left) <= left, got.engine._left
-    exact = not isinstance(got.engine, Compiled)
-    for mine, other in zip(got.works, want.works, strict=True):
-        name = mine.name
-        assert torch.equal(mine.step, other.step), name
-        assert same(mine.exp_avg, other.exp_avg), f"{name}: momentum is elementwise, the same in every bit"
-        if mine.exp_avg_scale is not None:
-            assert same(mine.exp_avg_scale, other.exp_avg_scale), name
-        grids = [(one.exp_avg_sq, two.exp_avg_sq) for one, two in zip(mine.factors, other.factors, strict=True)]
-        grids.append((mine.exp_avg_sq, other.exp_avg_sq))
-        if exact:
-            assert same(mine.param, other.param) and all(same(*pair) for pair in grids), name
-            continue
-        tight = 1e-13 if mine.exp_avg_sq.dtype == torch.float64 else 1e-6
-        for pair in grids:
-            torch.testing.assert_close(*pair, rtol=tight, atol=0, equal_nan=True, msg=name)
-        if mine.param.dtype == torch.bfloat16:  # where two float32 differ in the last bit, they may round apart
-            assert (mine.param != other.param).logical_and(~other.param.isnan()).sum() <= 2 + mine.param.numel() // 500
-            tight = 2**-7
-        torch.testing.assert_close(mine.param, other.param, rtol=tight, atol=tight * 0.1, equal_nan=True, msg=name)
-
-
-def same(one: Tensor, two: Tensor) -> bool:
-    """Equal in every element, NaN to NaN."""
-    return bool(((one == two) | ((one != one) & (two != two))).all())
+    assert differences(*two, left) == []
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.played import Played, engine_of, gradients, step
 
+from titan_adam_mini.check.engines import Played, engine_of, gradients, step
 from titan_adam_mini.kernels import cpu
 from titan_adam_mini.layout import BlockLayout
 

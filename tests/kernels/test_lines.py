@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernels.played import LAYOUTS
 from torch.distributed.tensor import Replicate, Shard
 
+from titan_adam_mini.check.engines import LAYOUTS
 from titan_adam_mini.kernels.lines import Lines, lines_of, not_lines, numbered
 from titan_adam_mini.layout import BlockLayout, Tiles
 from titan_adam_mini.plan import BlockPlan

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.played import LAYOUTS as EVERY
-from kernels.played import Played, gradients, reference_engine, whole
-from kernels.played import step as one_step
 from on_device import DEVICE, Wrapper
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition, kernels
+from titan_adam_mini.check.engines import LAYOUTS as EVERY
+from titan_adam_mini.check.engines import Played, gradients, reference_engine, whole
+from titan_adam_mini.check.engines import step as one_step
 from titan_adam_mini.kernels import Factor, ParamStep, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout

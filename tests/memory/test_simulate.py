@@ -61,12 +61,11 @@ def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
 
 @pytest.mark.nightly
 def test_a_gpu_peaked_where_the_simulation_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `launch/gpu_check.sh` recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak
+    """What the GPU check recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak
     is parameters, gradients and state, so this says little of activations."""
     stages = json.loads((ROOT / "benchmarks" / "h100" / "gpu_check.json").read_text())["stages"]
     (recorded,) = (stage["numbers"] for stage in stages if stage["name"] == "train")
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    words = ["--experimental.custom_import", "gpu_check.flavor", "--model.flavor", recorded["flavor"]]
+    words = ["--experimental.custom_import", "titan_adam_mini.check.flavor", "--model.flavor", recorded["flavor"]]
     words += ["--training.seq_len", str(recorded["seq_len"]), "--training.local_batch_size", "1"]
     config = str(ROOT / "train_configs" / "llama3_8b.toml")
     names = ("AdamW", "AdamMini")

@@ -24,12 +24,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Oracle, error
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.layout import BlockLayout
 
 pytest.importorskip("torchtitan", reason="needs torchtitan's models: pip install -e '.[titan]'")

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from injected import agreed, full, make
-from meshes import CATALOGUE, DENSE, Placed, draw, factors, full_shapes, layouts
-from oracle import error
+from injected import agreed
+from meshes import CATALOGUE
 from ranks import run
 from torch import Tensor
 
+from titan_adam_mini.check.injected import full, make
+from titan_adam_mini.check.meshes import DENSE, Placed, draw, factors, full_shapes, layouts
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.state import SECOND_MOMENTS
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from injected import on_one_device
 from meshes import CATALOGUE
-from oracle import error
 from ranks import RankError
 from resharding import PAIRS, STEPS, moved
 
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.state import SECOND_MOMENTS
 
 KINDS = ("params", "exp_avg", *SECOND_MOMENTS)

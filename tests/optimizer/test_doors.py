@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from injected import holdings, make, on_one_device, take_step, together, values
-from meshes import CATALOGUE, Placed, full_shapes
+from injected import holdings, on_one_device, together
+from meshes import CATALOGUE
 from ranks import run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from titan_adam_mini.check.injected import make, take_step, values
+from titan_adam_mini.check.meshes import Placed, full_shapes
 
 SAVED, STEPS = 2, 4
 

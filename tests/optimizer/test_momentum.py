@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from decoder import Decoder, Sizes
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from titan_adam_mini import AdamMini
+from titan_adam_mini.check.decoder import Decoder, Sizes
 
 LIMITS = {torch.int8: 1.05, torch.bfloat16: 2.05, torch.float32: 4.05}
 DEBUG = Sizes(vocab=2048, dim=512, layers=2, n_heads=8, n_kv_heads=2, head_dim=64, hidden=1536)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error
 from torch import nn
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.check.oracle import error
 
 UNDECAYED = ["norm", "bias"]  # what upstream does not decay, whatever weight_decay is
 

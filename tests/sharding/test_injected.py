@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from injected import errors, on_mesh, on_one_device, oracle
-from meshes import CATALOGUE, DENSE
-from oracle import error
+from injected import errors, on_mesh, on_one_device
+from meshes import CATALOGUE
 
+from titan_adam_mini.check.injected import oracle
+from titan_adam_mini.check.meshes import DENSE
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.state import SECOND_MOMENTS
 
 # Collectives of any later step, and of the first: that one also checks the plan (one per process group) and, where

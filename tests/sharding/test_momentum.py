@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from injected import STEPS, make, on_mesh, on_one_device
-from meshes import CUT_RUNS, MESHES, RUNS, WITH_RUNS, Placed, full_shapes
-from oracle import error
+from injected import on_mesh, on_one_device
+from meshes import CUT_RUNS, MESHES, RUNS, WITH_RUNS
 from ranks import RankError, run
 
+from titan_adam_mini.check.injected import STEPS, make
+from titan_adam_mini.check.meshes import Placed, full_shapes
+from titan_adam_mini.check.oracle import error
 from titan_adam_mini.kernels.int8 import RUN
 
 BITS = [name for name, mesh in WITH_RUNS.items() if mesh.sizes == RUNS and {*mesh.axes} <= {"rep", "dp"}]

@@ -13,9 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
-from injected import values
-from meshes import MESHES, Placed, full_shapes
+from meshes import MESHES
 from ranks import RankError, run
+
+from titan_adam_mini.check.injected import values
+from titan_adam_mini.check.meshes import Placed, full_shapes
 
 MESH, STEP, RANKS = "FSDP2 2", 3, 2
 DEADLINE = 90.0

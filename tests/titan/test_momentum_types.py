@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from forked import HALF, STEPS, WHOLE, Trainer, difference, said
-from injected import gradients, holdings, norms_along_tp, together, values
-from meshes import MESHES, Placed, full_shapes, layouts
-from oracle import blocks, error
+from injected import holdings, norms_along_tp, together
+from meshes import MESHES
 from ranks import RankError, run
 from torch import Tensor
 
+from titan_adam_mini.check.injected import gradients, values
+from titan_adam_mini.check.meshes import Placed, full_shapes, layouts
+from titan_adam_mini.check.oracle import blocks, error
 from titan_adam_mini.kernels import int8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

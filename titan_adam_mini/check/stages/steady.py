@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from gpu_check.stage import Check, Result, engine_of, need_cuda
-from gpu_check.tensors import THREE, VARIANTS, Variant, adam_mini, parameters
-from gpu_check.trace import Trace, traced
+from ..stage import Context, Result, engine_of, need_cuda
+from ..tensors import THREE, VARIANTS, Variant, adam_mini, parameters
+from .trace import Trace, traced
 
 WARM_UP, STEPS = 2, 20
 COUNTED = ("num_alloc_retries", "segment.all.allocated", "allocation.all.allocated")
 TRACED = 2
 
 
-def run(check: Check) -> Result:
-    """All variants of AdamMini must hold; AdamW's numbers are only told."""
-    need_cuda(check, "this")
-    device = check.of_rank(0)
+def run(context: Context) -> Result:
+    """All variants of AdamMini must hold; AdamW's are only shown."""
+    need_cuda(context, "this")
+    device = context.of_rank(0)
     torch.cuda.set_device(device)
     numbers: dict[str, Any] = {}
     wrong: list[str] = []
     for variant in VARIANTS:
-        if check.left < 15:
+        if context.left < 15:
             wrong.append(f"no time left for {variant.name}")
             continue
         try:
@@ -48,8 +48,8 @@ def run(check: Check) -> Result:
         f"{adamw['kernels_of_three']:g} for 3; {len(numbers)} variants"
     )
     numbers["AdamW fused, fp32"] = adamw
-    told = "; ".join(wrong) if wrong else "no synchronisation, allocation or new kernel in 20 steps"
-    return Result(not wrong, f"{told}; {what}", numbers)
+    outcome = "; ".join(wrong) if wrong else "no synchronisation, allocation or new kernel in 20 steps"
+    return Result(not wrong, f"{outcome}; {what}", numbers)
 
 
 def faults(one: dict[str, Any]) -> list[str]:

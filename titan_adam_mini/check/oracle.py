@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from titan_adam_mini.layout import BlockLayout
+from ..layout import BlockLayout
 
 
 def blocks(layout: BlockLayout) -> Iterator[tuple[slice, ...]]:

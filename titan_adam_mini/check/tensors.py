@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_adam_mini import AdamMini
+from ..optimizer import AdamMini
 
 HEADS = {"n_heads": 8, "n_kv_heads": 2}
 LAYERS = 32

@@ -1,6 +1,6 @@
-"""AdamMini on DTensors over NCCL against the float64 oracle of the tests, and where bits must agree, to the bit.
+"""AdamMini on DTensors over NCCL against the float64 oracle, and where bits must agree, to the bit.
 
-Per mesh: ten steps in float32 on the tests' small decoder, with a moving learning rate and gradients that change in
+Per mesh: ten steps in float32 on a small decoder, with a moving learning rate and gradients that change in
 size and are clipped. The largest relative error over parameters and both moments must stay below `TOLERANCE`.
 """
 
@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from decoder import Sizes
-from injected import full, gradients, make, oracle, set_lr, values
-from meshes import DENSE, Mesh, Placed, full_shapes, norms_along_tp
 
-from gpu_check.stage import Check, Result, engine_of, on_ranks
+from ..decoder import Sizes
+from ..injected import full, gradients, make, oracle, set_lr, values
+from ..meshes import DENSE, Mesh, Placed, full_shapes, norms_along_tp
+from ..stage import Context, Result, engine_of, on_ranks
 
 STEPS = 10
 TOLERANCE = 1e-5
@@ -46,9 +46,9 @@ def meshes(ranks: int, device: str) -> list[Mesh]:
     return found
 
 
-def run(check: Check) -> Result:
+def run(context: Context) -> Result:
     """All meshes, on all ranks."""
-    ranks = on_ranks(check, on_rank)
+    ranks = on_ranks(context, on_rank)
     numbers: dict[str, Any] = {"engine": ranks[0]["engine"], "errors": {}, "bits": {}}
     for name in ranks[0]["errors"]:
         numbers["errors"][name] = max(max(one["errors"][name].values()) for one in ranks)
@@ -62,15 +62,15 @@ def run(check: Check) -> Result:
     return Result(passed, f"{line}; {numbers['engine']}", numbers)
 
 
-def on_rank(check: Check, rank: int) -> dict[str, Any]:
+def on_rank(context: Context, rank: int) -> dict[str, Any]:
     """The errors of what this rank holds, by mesh, and the names of tensors whose bits differ, by comparison."""
     answer: dict[str, Any] = {"errors": {}, "bits": {}}
-    device = check.of_rank(rank)
-    for mesh in meshes(check.ngpu, check.device):
+    device = context.of_rank(rank)
+    for mesh in meshes(context.ngpu, context.device):
         want = oracle(mesh.sizes, STEPS)
         placed = Placed.decoder(mesh, torch.float32).fill(values(full_shapes(mesh.sizes)))
         optimizer = make("AdamMini", placed.params, mesh.sizes, fused=True)
-        answer["engine"] = engine_of(optimizer, check.cuda)
+        answer["engine"] = engine_of(optimizer, context.cuda)
         for step in range(STEPS):
             placed.inject(gradients(full_shapes(mesh.sizes), step), norms_along_tp(mesh))
             set_lr(optimizer, step)
@@ -146,8 +146,8 @@ def put(value: torch.Tensor, dtype: torch.dtype, device: torch.device, odd: bool
     """The value on the device; `odd`: one element after the start of an allocation, where no wide load may begin."""
     if not odd:
         return value.to(device, dtype)
-    room = torch.empty(value.numel() + 1, dtype=dtype, device=device)
-    return room[1:].view(value.shape).copy_(value)
+    buffer = torch.empty(value.numel() + 1, dtype=dtype, device=device)
+    return buffer[1:].view(value.shape).copy_(value)
 
 
 def different(one: dict[str, Tensors], other: dict[str, Tensors]) -> list[str]:

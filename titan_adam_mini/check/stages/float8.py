@@ -10,26 +10,25 @@ import re
 from typing import Any
 
 import torch
-from decoder import Decoder, Layer, Sizes, loss_of
-from runs import ROOT, RunFailed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gpu_check.stage import Check, Result, Skip, engine_of, need_cuda, on_ranks
-from gpu_check.train import data_of, need_packages, settings_of, trainer_with
-from titan_adam_mini import AdamMini
+from ...optimizer import AdamMini
+from ..decoder import Decoder, Layer, Sizes, loss_of
+from ..stage import Context, Result, Skip, engine_of, need_cuda, on_ranks
+from ..trainer import RunFailed, need_packages, settings_of, train
 
 STEPS = 5
 REFUSED = re.compile(r"NotImplementedError|ImportError|ModuleNotFoundError|Failed to swap")
-"""What a run says that torchtitan or torchao would not start; anything else is a failure."""
+"""The error of a run that torchtitan or torchao would not start; anything else is a failure."""
 SIZES = Sizes(vocab=512, dim=256, layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden=512, tokens=64)
-HEADS = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
+HEADS: dict[str, Any] = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
 
 
-def run(check: Check) -> Result:
+def run(context: Context) -> Result:
     """Passes if the wrappers are updated as plain tensors are, and torchtitan's run ends with finite losses."""
-    need_cuda(check, "float8")
+    need_cuda(context, "float8")
     need_packages()
     if importlib.util.find_spec("torchao") is None:
         raise Skip("torchao is not installed")
@@ -39,15 +38,15 @@ def run(check: Check) -> Result:
         raise Skip(f"torchao cannot be imported: {type(error).__name__}: {error}"[:200]) from error
     if torch.cuda.get_device_capability(0) < (8, 9):
         raise Skip("float8 needs a GPU of compute capability 8.9")
-    ranks = on_ranks(check, on_rank)
+    ranks = on_ranks(context, on_rank)
     numbers: dict[str, Any] = {"wrapped": ranks[0]}
     wrong = sorted({fault for one in ranks for fault in one["faults"]})
     losses = ranks[0]["losses"]
-    told = f"{ranks[0]['wrappers']} wrapped local tensors, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-    Result(False, f"{'; '.join([*wrong, told])}; torchtitan's run did not end", numbers).write(check.result)
+    summary = f"{ranks[0]['wrappers']} wrapped local tensors, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    Result(False, f"{'; '.join([*wrong, summary])}; torchtitan's run did not end", numbers).write(context.result)
 
     settings = {
-        **settings_of(data_of(check, 512, STEPS), check, 512, STEPS),
+        **settings_of(context, 512, STEPS),
         "model.flavor": "check_0.5B",
         "model.converters": "quantize.linear.float8",
         "quantize.linear.float8.enable_fsdp_float8_all_gather": True,
@@ -55,48 +54,47 @@ def run(check: Check) -> Result:
         "optimizer.name": "AdamMini",
         "compile.enable": False,
     }
-    config = ROOT / "train_configs" / "llama3_8b.toml"
     try:
-        one = trainer_with("float8", settings, check, check.out / "train", config, check.left - 5)
+        one = train(context, "float8", settings, context.left - 5)
     except RunFailed as failure:
         if wrong or not REFUSED.search(str(failure)):
             raise
-        said = " | ".join(str(failure).splitlines()[:3])
-        return Result(True, f"{told}; torchtitan refuses its own float8: {said}"[:400], numbers)
-    losses = list(one.losses.values())
+        reason = " | ".join(str(failure).splitlines()[:3])
+        return Result(True, f"{summary}; torchtitan refuses its own float8: {reason}"[:400], numbers)
+    losses = one.losses
     gathered = next((found[1] for line in one.lines if (found := re.search(r"float8_all_gather=(\w+)", line))), "?")
     numbers["torchtitan"] = {"losses": losses, "all_gather": gathered}
     if len(losses) != STEPS or not all(torch.isfinite(torch.tensor(losses))):
         wrong.append(f"torchtitan's losses: {losses}")
-    line = f"{told}; torchtitan: float8 all-gather {gathered}, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    line = f"{summary}; torchtitan: float8 all-gather {gathered}, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     return Result(not wrong, "; ".join([*wrong, line]), numbers)
 
 
-def on_rank(check: Check, rank: int) -> dict[str, Any]:
+def on_rank(context: Context, rank: int) -> dict[str, Any]:
     """A decoder in float8 under `fully_shard`; what is wrong, in words."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    device = check.of_rank(rank)
+    device = context.of_rank(rank)
     model = Decoder(SIZES).to(device)
     convert_to_float8_training(
         model,
         config=Float8LinearConfig(enable_fsdp_float8_all_gather=True),
         module_filter_fn=lambda module, name: "output" not in name,
     )
-    mesh = init_device_mesh(check.device, (check.ngpu,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(context.device, (context.ngpu,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = AdamMini(model.named_parameters(), lr=1e-3, fused=True, **HEADS)
-    answer: dict[str, Any] = {"engine": engine_of(optimizer, check.cuda), "faults": [], "losses": []}
+    answer: dict[str, Any] = {"engine": engine_of(optimizer, context.cuda), "faults": [], "losses": []}
     locals_ = {name: _local(param) for name, param in model.named_parameters()}
     answer["wrappers"] = sum(type(one) is not torch.Tensor for one in locals_.values())
     if not answer["wrappers"]:
         answer["faults"].append("no local tensor is a wrapper, so nothing was checked")
     twins = {name: torch.nn.Parameter(_plain(one).clone()) for name, one in locals_.items()}
-    twin = AdamMini(list(twins.items()), lr=1e-3, fused=True, **HEADS) if check.ngpu == 1 else None
+    twin = AdamMini(list(twins.items()), lr=1e-3, fused=True, **HEADS) if context.ngpu == 1 else None
     generator = torch.Generator().manual_seed(rank)
     text = torch.randint(SIZES.vocab, (2, SIZES.tokens + 1), generator=generator).to(device)
     for _ in range(STEPS):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoder import Decoder, Sizes, loss_of, shard_data
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpu_check.stage import Check, Result, engine_of, on_ranks
-from titan_adam_mini import AdamMini
+from ...optimizer import AdamMini
+from ..decoder import Decoder, Sizes, loss_of, shard_data
+from ..stage import Context, Result, engine_of, on_ranks
 
 STEPS = 3
 """Steps that are looked at, after as many that are not."""
@@ -93,18 +93,20 @@ def traced(function: Callable[[], None], times: int, cuda: bool) -> Trace:
     return Trace([one for one in events if one.get("ph") == "X"])
 
 
-def run(check: Check) -> Result:
-    """No synchronisation and no copy to the host inside a step; what overlaps is told."""
-    ranks = on_ranks(check, on_rank)
+def run(context: Context) -> Result:
+    """No synchronisation and no copy to the host inside a step; what overlaps is only shown."""
+    ranks = on_ranks(context, on_rank)
     waits = sorted({wait for one in ranks for wait in one["waits"]})
     numbers: dict[str, Any] = {"waits": waits, **{key: value for key, value in ranks[0].items() if key != "waits"}}
     steps = [one["steps"] for one in ranks]
     good = not waits and all(number == STEPS for number in steps) and all(one["finite"] for one in ranks)
-    if not check.cuda:
-        return Result(good, f"{STEPS} steps with their exchange and update seen on {check.ngpu} ranks; no GPU", numbers)
+    if not context.cuda:
+        return Result(
+            good, f"{STEPS} steps with their exchange and update seen on {context.ngpu} ranks; no GPU", numbers
+        )
     first = ranks[0]
     good = good and first["kernels"] > 0
-    if check.ngpu == 1:
+    if context.ngpu == 1:
         overlap = "nothing is exchanged on one GPU"
     else:
         together = sum(one["overlap"] for one in ranks) / max(1e-9, sum(one["exchange"] for one in ranks))
@@ -114,14 +116,14 @@ def run(check: Check) -> Result:
     return Result(good, f"{line} and {first['update']:.0f} us of update kernels per step; {overlap}", numbers)
 
 
-def on_rank(check: Check, rank: int) -> dict[str, Any]:
+def on_rank(context: Context, rank: int) -> dict[str, Any]:
     """What the trace of this rank's steps says; times in microseconds per step."""
-    sizes, device = LARGE if check.cuda else SMALL, check.of_rank(rank)
+    sizes, device = LARGE if context.cuda else SMALL, context.of_rank(rank)
     model = Decoder(sizes).to(device)
-    shard_data(model, init_device_mesh(check.device, (check.ngpu,), mesh_dim_names=("dp",)))
-    heads = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads}
+    shard_data(model, init_device_mesh(context.device, (context.ngpu,), mesh_dim_names=("dp",)))
+    heads: dict[str, Any] = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads}
     optimizer = AdamMini(model.named_parameters(), lr=1e-3, fused=True, **heads)
-    engine = engine_of(optimizer, check.cuda)
+    engine = engine_of(optimizer, context.cuda)
     generator = torch.Generator().manual_seed(rank)
     text = torch.randint(sizes.vocab, (2, sizes.tokens + 1), generator=generator).to(device)
     losses = []
@@ -136,7 +138,7 @@ def on_rank(check: Check, rank: int) -> dict[str, Any]:
 
     for _ in range(STEPS):
         step()
-    seen = traced(step, STEPS, check.cuda)
+    seen = traced(step, STEPS, context.cuda)
     update = seen.work("AdamMini.update", "kernel")
     exchange = [one for one in seen.work("AdamMini.exchange", "kernel") if "nccl" in one["name"].lower()]
     return {

@@ -14,7 +14,7 @@ from typing import Any
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 TAIL = 15
 """Lines of a failed stage's output that are kept."""
-PATIENCE = 8.0
+GRACE = 8.0
 """Seconds that a late stage gets to end its own processes before all of them are killed."""
 
 
@@ -23,9 +23,9 @@ class Stage:
     """One row of the table.
 
     Attributes:
-        name: what the table calls it; also the module in this package.
+        name: what the table calls it; also its module in `stages`.
         limit: seconds after which it has failed.
-        least: with fewer seconds than this left it is not started.
+        least: it is not started with fewer seconds left.
     """
 
     name: str
@@ -60,7 +60,7 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
     Args:
         stage: which.
         left: seconds left for everything.
-        options: the words of the stage's command line, by flag.
+        options: flags of the stage's command line, and their values.
         out: folder for its log and its result.
     """
     if left < stage.least:
@@ -68,24 +68,24 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
     limit = min(stage.limit, left)
     log, result = out / f"{stage.name}.log", out / f"{stage.name}.json"
     result.unlink(missing_ok=True)
-    words = {**options, "--limit": f"{limit:.0f}", "--out": out, "--result": result}
+    flags = {**options, "--limit": f"{limit:.0f}", "--out": out, "--result": result}
     command = [
         sys.executable,
         "-m",
-        "gpu_check.stage",
+        "titan_adam_mini.check",
         stage.name,
-        *(str(one) for pair in words.items() for one in pair),
+        *(str(one) for pair in flags.items() for one in pair),
     ]
     started = time.monotonic()
     status = execute(command, limit, log)
     seconds = time.monotonic() - started
-    said: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        said = json.loads(result.read_text())
-    line, numbers = said.get("line", ""), said.get("numbers", {})
-    if status == 0 and said.get("skipped"):
+        answer = json.loads(result.read_text())
+    line, numbers = answer.get("line", ""), answer.get("numbers", {})
+    if status == 0 and answer.get("skipped"):
         return Outcome(stage.name, SKIPPED, seconds, line, numbers)
-    if status == 0 and said.get("passed"):
+    if status == 0 and answer.get("passed"):
         return Outcome(stage.name, PASS, seconds, line, numbers)
     if status is None:
         line = f"still running after {limit:.0f} s, stopped{'; ' + line if line else ''}"
@@ -94,14 +94,19 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
     return Outcome(stage.name, FAIL, seconds, line, numbers, log.read_text(errors="replace").splitlines()[-TAIL:])
 
 
-def execute(command: list[str], limit: float, log: Path) -> int | None:
+def execute(command: list[str], limit: float, log: Path, environment: dict[str, str] | None = None) -> int | None:
     """Run a command, its output into `log`; its exit status, or None if it had to be stopped after `limit` seconds.
 
     It and everything that it started is gone when this returns or raises.
     """
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         try:
             return process.wait(limit)
@@ -112,12 +117,12 @@ def execute(command: list[str], limit: float, log: Path) -> int | None:
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
-    """End a process and all its descendants, those in sessions of their own too (torchrun's ranks): first politely."""
+    """End a process and all its descendants, those in sessions of their own too (torchrun's ranks): SIGTERM first."""
     family = _descendants(process.pid)
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + GRACE
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
             family |= _descendants(process.pid)

@@ -1,49 +1,43 @@
-"""`titan-adam-mini bench` on Llama 3 8B as one rank of 8, 64 and 1024 holds it; its jsons are merged."""
+"""`titan-adam-mini bench` on Llama 3 8B as one rank of 8, 64 and 1024 holds it; its JSONs are merged."""
 
 import json
-import re
 import subprocess
 import sys
 import time
 from typing import Any
 
-from runs import ROOT
-
-from gpu_check.stage import Check, Result, Skip
+from ..sizes import SMALL
+from ..stage import Context, Result
+from ..trainer import CONFIG, need_packages
 
 RANKS = (8, 64, 1024)
 LEAST = 15.0
 """Seconds left under which no other number of ranks is begun."""
 
 
-def run(check: Check) -> Result:
+def run(context: Context) -> Result:
     """Passes if the command does for every number of ranks that there is time for."""
-    known = subprocess.run(
-        [sys.executable, "-m", "titan_adam_mini.cli", "--help"], capture_output=True, text=True
-    ).stdout
-    if not re.search(r"^\s+bench\b", known, re.MULTILINE):
-        raise Skip("this version has no command `bench`")
+    need_packages()
     numbers: dict[str, Any] = {}
-    told: list[str] = []
+    lines: list[str] = []
     wrong: list[str] = []
-    config = ROOT / "train_configs" / ("llama3_8b.toml" if check.cuda else "debug_model.toml")
-    for ranks in RANKS if check.cuda else (check.ngpu,):
-        if numbers and check.left < LEAST:
-            told.append(f"{ranks} ranks: no time left")
+    for ranks in RANKS if context.cuda else (context.ngpu,):
+        if numbers and context.left < LEAST:
+            lines.append(f"{ranks} ranks: no time left")
             continue
-        file = check.out / f"bench-{ranks}.json"
+        file = context.out / f"bench-{ranks}.json"
         file.unlink(missing_ok=True)
-        words = ["bench", str(config), "--ngpu", str(ranks), "--json", str(file), "--device", check.device]
-        if check.cuda:  # some peers compile for minutes: the command by itself has them all
+        words = ["bench", str(CONFIG), "--ngpu", str(ranks), "--json", str(file), "--device", context.device]
+        if context.cuda:  # some peers compile for minutes: the command by itself has them all
             words += ["--repeats", "8", "--only", "AdamW fused,AdamW foreach,AdamMini fused"]
         else:
-            words += ["--repeats", "2"]
+            words += ["--repeats", "2", "--model.flavor", f"check_{SMALL.name}"]
         started = time.monotonic()
         command = [sys.executable, "-m", "titan_adam_mini.cli", *words]
         try:
-            status = subprocess.run(command, timeout=max(1.0, check.left - 3)).returncode
+            status = subprocess.run(command, timeout=max(1.0, context.left - 3)).returncode
         except subprocess.TimeoutExpired:
-            (told if numbers else wrong).append(f"{ranks} ranks: stopped, no time left")
+            (lines if numbers else wrong).append(f"{ranks} ranks: stopped, no time left")
             continue
         if status != 0 or not file.is_file():
             wrong.append(f"{ranks} ranks: status {status}")
@@ -51,15 +45,15 @@ def run(check: Check) -> Result:
         numbers[str(ranks)] = json.loads(file.read_text())
         rows = numbers[str(ranks)].get("rows", [])
         seconds = time.monotonic() - started
-        told.append(f"{ranks} ranks ({seconds:.0f} s): {', '.join(filter(None, map(_words, rows)))}")
+        lines.append(f"{ranks} ranks ({seconds:.0f} s): {', '.join(filter(None, map(_summary, rows)))}")
         wrong += [
             f"{ranks} ranks: {row['name']}: {row.get('note') or row.get('status')}" for row in rows if _failed(row)
         ]
-        Result(False, "; ".join([*wrong, *told, "the next did not end"]), numbers).write(check.result)
-    return Result(bool(numbers) and not wrong, "; ".join([*wrong, *told]), numbers)
+        Result(False, "; ".join([*wrong, *lines, "the next did not end"]), numbers).write(context.result)
+    return Result(bool(numbers) and not wrong, "; ".join([*wrong, *lines]), numbers)
 
 
-def _words(row: dict[str, Any]) -> str:
+def _summary(row: dict[str, Any]) -> str:
     """A row of the benchmark: its name, the median of its step and the ratio to AdamW fused."""
     if row.get("median_ms") is None:
         return ""

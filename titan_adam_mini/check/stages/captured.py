@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from gpu_check.stage import Check, Result, engine_of, need_cuda
-from gpu_check.tensors import THREE, VARIANTS, Variant, adam_mini, parameters, state_of
+from ..stage import Context, Result, engine_of, need_cuda
+from ..tensors import THREE, VARIANTS, Variant, adam_mini, parameters, state_of
 
 REPLAYS, WARM_UP = 10, 3
 
 
-def run(check: Check) -> Result:
+def run(context: Context) -> Result:
     """Equal to the bit after every replay, for every variant."""
-    need_cuda(check, "a CUDA graph")
-    device = check.of_rank(0)
+    need_cuda(context, "a CUDA graph")
+    device = context.of_rank(0)
     torch.cuda.set_device(device)
     numbers: dict[str, Any] = {}
     for variant in VARIANTS:
@@ -25,8 +25,8 @@ def run(check: Check) -> Result:
             numbers[variant.name] = f"{type(error).__name__}: {error}"[:200]
     wrong = {name: first for name, first in numbers.items() if first}
     if wrong:
-        told = "; ".join(f"{name}: {first}" for name, first in wrong.items())
-        return Result(False, f"captured and eager steps differ, or capturing fails: {told}", numbers)
+        faults = "; ".join(f"{name}: {first}" for name, first in wrong.items())
+        return Result(False, f"captured and eager steps differ, or capturing fails: {faults}", numbers)
     what = f"{REPLAYS} replays with a moving lr, {len(numbers)} variants"
     return Result(True, f"parameters and state bit-equal to eager steps after each of {what}", numbers)
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 VOCAB = 128256
 ADAMW = 16
 """Bytes per parameter: fp32 weight, gradient and two moments."""
-ROOM = 0.9
-"""Share of a device's memory that the estimate may fill."""
+SHARE = 0.9
+"""Of a device's memory: what the estimate may fill."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes in the words of torchtitan's Llama 3; attention heads have `dim / heads` rows."""
+    """Sizes under the names of torchtitan's Llama 3; attention heads have `dim / heads` rows."""
 
     name: str
     dim: int
@@ -21,6 +21,7 @@ class Size:
     kv_heads: int
     multiplier: float
     multiple: int
+    vocab: int = VOCAB
 
     @property
     def hidden(self) -> int:
@@ -29,18 +30,18 @@ class Size:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters, norms left out."""
         attention = 2 * self.dim * self.dim * (1 + self.kv_heads / self.heads)
-        return int(2 * VOCAB * self.dim + self.layers * (attention + 3 * self.dim * self.hidden))
+        return int(2 * self.vocab * self.dim + self.layers * (attention + 3 * self.dim * self.hidden))
 
     def bytes(self, ranks: int, tokens: int) -> float:
         """A generous estimate of what one of `ranks` FSDP ranks needs with AdamW for `tokens` tokens of its own.
 
-        On one rank, where torchtitan does not shard, autocast keeps a bf16 copy of the weights; FSDP has the embedding
-        and the output whole, in bf16 with fp32 gradients. Activations as without checkpointing.
+        On one rank, where torchtitan does not shard, autocast keeps a bf16 copy of the weights; FSDP gathers the
+        embedding and the output, in bf16 with fp32 gradients. Activations as without checkpointing.
         """
-        copies = 2 * self.parameters if ranks == 1 else 6 * 2 * VOCAB * self.dim
-        return ADAMW * self.parameters / ranks + copies + tokens * (34 * self.layers * self.dim + 14 * VOCAB)
+        copies = 2 * self.parameters if ranks == 1 else 6 * 2 * self.vocab * self.dim
+        return ADAMW * self.parameters / ranks + copies + tokens * (34 * self.layers * self.dim + 14 * self.vocab)
 
 
 SIZES = (
@@ -51,8 +52,10 @@ SIZES = (
     Size("0.5B", 1024, 16, 16, 8, 1.0, 256),
 )
 """Large first."""
+SMALL = Size("small", 160, 4, 5, 5, 1.0, 32, vocab=512)
+"""For a CPU: five heads of 32 rows, which two ranks cut."""
 
 
 def fitting(free: int, ranks: int, tokens: int) -> list[Size]:
-    """The sizes that fit, large first; the smallest always is among them."""
-    return [size for size in SIZES[:-1] if size.bytes(ranks, tokens) < ROOM * free] + [SIZES[-1]]
+    """The sizes that fit into `free` bytes, large first; the smallest always is among them."""
+    return [size for size in SIZES[:-1] if size.bytes(ranks, tokens) < SHARE * free] + [SIZES[-1]]

@@ -1,4 +1,4 @@
-"""The custom import of the check's torchtitan runs: our sizes as flavours of Llama 3, and peak memory in the log.
+"""The custom import of the check's torchtitan runs: sizes of Llama 3 as flavors, and peak memory in the log.
 
 torchtitan logs reserved memory only; the line added here also has what was in use.
 """
@@ -11,17 +11,18 @@ from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.tools.logging import logger
 
 import titan_adam_mini.titan  # noqa: F401
-from gpu_check.sizes import SIZES, VOCAB
+
+from .sizes import SIZES, SMALL
 
 PREFIX = "check_"
 
-for size in SIZES:
+for size in (*SIZES, SMALL):
     llama3.llama3_args[PREFIX + size.name] = TransformerModelArgs(
         dim=size.dim,
         n_layers=size.layers,
         n_heads=size.heads,
         n_kv_heads=size.kv_heads,
-        vocab_size=VOCAB,
+        vocab_size=size.vocab,
         ffn_dim_multiplier=size.multiplier,
         multiple_of=size.multiple,
         rope_theta=500000,

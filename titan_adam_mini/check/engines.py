@@ -1,0 +1,322 @@
+"""Engines without an optimizer and without process groups, held against the reference kernel.
+
+Parameters with layouts of every kind, on one rank or on several whose exchange is done by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from ..kernels import Engine, Factor, ParamStep, int8, reference, rounding, vectorized
+from ..kernels.compiled import Compiled
+from ..kernels.cpu import CpuEngine
+from ..kernels.tensorwise import Tensorwise
+from ..layout import BlockLayout
+from ..partition.roles import factors
+from ..plan import BlockPlan
+from ..sharding import Shard as Part
+from ..sharding import box_shape
+
+GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+
+LAYOUTS = {
+    "scalar": BlockLayout.of(()),
+    "norm": BlockLayout.of((5003,), None),
+    "bias": BlockLayout.of((133,), 1),
+    "rows": BlockLayout.of((37, 129), 1, None),
+    "one row": BlockLayout.of((1, 517), 1, None),
+    "one column": BlockLayout.of((131, 1), 1, None),
+    "long rows": BlockLayout.of((3, 100_003), 1, None),
+    "no rows": BlockLayout.of((0, 5), 1, None),
+    "no columns": BlockLayout.of((5, 0), 1, None),
+    "heads": BlockLayout.of((40, 256), 8, None),
+    "large heads": BlockLayout.of((260, 1024), 130, None),
+    "whole": BlockLayout.of((33, 65), None, None),
+    "columns": BlockLayout.of((1300, 33), None, 1),
+    "heads of columns": BlockLayout.of((33, 40), None, 8),
+    "elements": BlockLayout.of((3, 128), 1, 1),
+    "fused": BlockLayout.of((24, 128), [(4, 4), (8, 1)], None),
+    "fused columns": BlockLayout.of((20, 24), None, [(4, 4), (8, 1)]),
+    "experts": BlockLayout.of((3, 5, 128), 1, 1, None),
+    "experts, stored [in, out]": BlockLayout.of((3, 40, 5), 1, None, 1),
+    "whole experts": BlockLayout.of((3, 5, 40), 1, None, None),
+    "convolution": BlockLayout.of((6, 3, 2, 2), 1, None, None, None),
+    "factored": BlockLayout.of((37, 1200), 1, None),
+    "factored experts": BlockLayout.of((3, 5, 128), 1, 1, None),
+}
+"""By name; those that begin with "factored" have second moments of columns and of the whole beside them."""
+
+ROWS = {
+    name: LAYOUTS[name]
+    for names in (
+        ("rows", "heads", "norm", "bias", "fused", "experts", "whole experts", "long rows", "large heads", "whole"),
+        ("scalar", "columns", "experts, stored [in, out]", "factored", "factored experts"),
+    )
+    for name in names
+}
+"""Those whose bits do not depend on how many ranks cut them between rows."""
+
+
+def reference_engine() -> Tensorwise:
+    return Tensorwise("for-loop", reference)
+
+
+def engine_of(name: str) -> Engine:
+    """A new engine: "foreach", "cpu" or "triton". One for another device joins here, and in ENGINES."""
+    plain = Tensorwise("foreach", vectorized)
+    if name == "triton":
+        from ..kernels.triton import TritonEngine
+
+        return TritonEngine(plain)
+    return plain if name == "foreach" else CpuEngine(plain)
+
+
+ENGINES = ["foreach", "cpu"]
+"""That run on a CPU."""
+LEFT = {"no columns"}
+"""Layouts that the engine for CPUs leaves to torch's operations."""
+LEFT_BY_TRITON = {"no columns", "elements", "fused columns"}
+"""The same for Triton's."""
+
+
+class Played:
+    """Parameters with state, whole (one rank) or this rank's part along dim 0 of `ranks`.
+
+    Attributes:
+        works: one per layout.
+    """
+
+    def __init__(
+        self,
+        layouts: dict[str, BlockLayout],
+        engine: Engine,
+        *,
+        dtype: torch.dtype = torch.float32,
+        momentum: torch.dtype | None = None,
+        ranks: int = 1,
+        rank: int = 0,
+        seed: int | None = None,
+        groups: list[dict[str, Any]] | None = None,
+        store: Callable[[Tensor], Tensor] = torch.clone,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.engine, self.dtype, self.store = engine, dtype, store
+        self.device = torch.device(device)
+        generator = torch.Generator().manual_seed(0)
+        groups = groups or [GROUP]
+        self.works = []
+        for number, (name, layout) in enumerate(layouts.items()):
+            full = torch.randn(layout.shape, generator=generator).to(dtype)
+            places = [Shard(0)] if layout.shape else []
+            part = Part.of(layout.shape, places, (ranks,), (rank,))
+            plan = BlockPlan.of(layout, part)
+            param = store(own(plan, full).to(self.device))
+            wanted = momentum or dtype
+            if wanted == torch.int8 and not int8.fits(layout.shape):
+                wanted = torch.float32
+            precision = torch.float64 if dtype == torch.float64 else torch.float32
+            scale = self._zeros(int8.scale_shape(param.shape)) if wanted == torch.int8 else None
+            work = ParamStep(
+                name=name,
+                plan=plan,
+                param=param,
+                grad=None,
+                exp_avg=torch.zeros_like(param, dtype=wanted),
+                exp_avg_scale=scale,
+                exp_avg_sq=self._zeros(plan.grid_shape, precision),
+                step=self._zeros(()),
+                group=groups[number % len(groups)],
+                decay=number % 3 != 2,
+                seed=None if seed is None else rounding.seed_of(seed, name),
+            )
+            if name.startswith("factored"):
+                plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
+                work.factors = tuple(Factor(one, self._zeros(one.grid_shape, precision)) for one in plans)
+            for grid in _grids(work):
+                if grid.plan.axes:
+                    kind = torch.float64 if grid.plan.of_columns else precision
+                    grid.own_sums, grid.sums = (self._zeros(grid.plan.sums_shape, kind) for _ in range(2))
+            work.present = self._zeros(()) if ranks > 1 and layout.shape else None
+            self.works.append(work)
+
+    def _zeros(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def give(self, grads: Mapping[str, Tensor | None]) -> None:
+        """This step's gradients, whole; a rank takes its part."""
+        for work in self.works:
+            grad = grads[work.name]
+            work.grad = None if grad is None else self.store(own(work.plan, grad).to(self.device))
+
+    def named(self, name: str) -> ParamStep:
+        return next(work for work in self.works if work.name == name)
+
+
+def _grids(work: ParamStep) -> tuple[ParamStep | Factor, ...]:
+    """A parameter's grids of second moments: its own, and those of its columns and of the whole."""
+    return (work, *work.factors)
+
+
+def own(plan: BlockPlan, full: Tensor) -> Tensor:
+    """This rank's part of a whole tensor."""
+    return full[tuple(slice(*interval) for interval in plan.own[0])]
+
+
+def gradients(layouts: dict[str, BlockLayout], number: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of one step, of different size in every row."""
+    generator = torch.Generator().manual_seed(100 + number)
+    grads = {}
+    for name, layout in layouts.items():
+        grad = torch.randn(layout.shape, generator=generator) * 0.1
+        if grad.ndim:
+            grad *= torch.rand(grad.shape[0], generator=generator).view(-1, *[1] * (grad.ndim - 1)) * 10
+        grads[name] = grad.to(dtype)
+    return grads
+
+
+def step(players: Iterable[Played]) -> None:
+    """One step of all ranks of a world, the exchange done by hand."""
+    players = list(players)
+    for played in players:
+        for grid in (grid for work in played.works for grid in _grids(work)):
+            if grid.own_sums is not None:
+                grid.own_sums.zero_()
+        played.engine.square_sums([w for w in played.works if w.waits and w.grad is not None and w.grad.numel()])
+    for index, _ in enumerate(players[0].works):
+        same = [played.works[index] for played in players]
+        here = sum(work.grad is not None for work in same)
+        for work in same:
+            if work.present is not None:
+                work.present.fill_(here)
+        for ranks in zip(*(_grids(work) for work in same), strict=True):
+            for grid in ranks:
+                if grid.sums is not None:
+                    grid.sums.copy_(sum(other.own_sums for other in ranks))
+    for played in players:
+        played.engine.update([w for w in played.works if w.grad is not None and not w.waits])
+        played.engine.update([w for w in played.works if w.waits or (w.grad is None and w.present is not None)])
+        for work in played.works:
+            work.squares = None
+
+
+def whole(players: list[Played], index: int, kind: str) -> Tensor:
+    """`param` or `exp_avg` of all ranks put together."""
+    works = [played.works[index] for played in players]
+    parts = [getattr(work, kind) for work in works if not work.plan.layout.shape or work.param.numel()]
+    if not parts or not works[0].plan.layout.shape:
+        return getattr(works[0], kind)
+    assert sum(part.shape[0] for part in parts) == works[0].plan.layout.shape[0]
+    return torch.cat(parts)
+
+
+def reach_of(grid: ParamStep | Factor, whole: Tensor) -> Tensor:
+    """The part of a whole grid that a rank keeps."""
+    plan = grid.plan
+    assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)
+    spans = [one.span(*interval) for one, interval in zip(plan.layout.dims, plan.reach, strict=True)]
+    return whole[tuple(slice(*span) for span in spans)]
+
+
+def differences(got: Played, want: Played, left: set[str] = LEFT) -> list[str]:
+    """What an engine has computed otherwise than the reference did, in words; empty if nothing.
+
+    What is done element by element has the same bits on a CPU. Sums may differ in their last bits where an engine is
+    compiled, and where they do, a few values may be rounded apart. On a GPU, whose compilers fuse multiplications with
+    additions, this goes for momentum too.
+
+    Args:
+        got: of the engine.
+        want: the same parameters after the same steps of the reference.
+        left: layouts that a compiled engine may leave to torch's operations.
+    """
+    compiled, cuda = isinstance(got.engine, Compiled), got.device.type == "cuda"
+    found = []
+    if isinstance(got.engine, Compiled) and (more := set(got.engine._left) - left):
+        found.append(f"left to torch: {', '.join(sorted(more))}")
+    for mine, other in zip(got.works, want.works, strict=True):
+        few = 2 + mine.param.numel() // 500
+        double = mine.exp_avg_sq.dtype == torch.float64
+        tight = 0.0 if not compiled else 1e-13 if double else 1e-6
+        wrong = []
+        if _apart(mine.step, other.step):
+            wrong.append("step")
+        grids = zip(_grids(mine), _grids(other), strict=True)
+        if any(_apart(one.exp_avg_sq, two.exp_avg_sq, tight * (3 if cuda else 1)) for one, two in grids):
+            wrong.append("second moments")
+        if cuda:
+            one, two = _momentum(mine), _momentum(other)
+            largest = float(two.abs().max()) if two.numel() else 0.0
+            if _apart(one, two, 0.0, 1e-6 * largest) > few:
+                wrong.append("momentum")
+        elif _apart(mine.exp_avg, other.exp_avg) or (
+            mine.exp_avg_scale is not None
+            and other.exp_avg_scale is not None
+            and _apart(mine.exp_avg_scale, other.exp_avg_scale)
+        ):
+            wrong.append("momentum")
+        if mine.param.dtype == torch.bfloat16 and compiled:
+            near = _apart(mine.param, other.param) <= few and not _apart(mine.param, other.param, 2**-7, 2**-7 * 0.1)
+        elif cuda and mine.exp_avg.element_size() < 4:
+            near = _apart(mine.param, other.param, tight, tight) <= few and not _apart(mine.param, other.param, 0, 1e-3)
+        else:
+            near = not _apart(mine.param, other.param, tight, tight if cuda else tight * 0.1)
+        found += [f"{mine.name}: {what}" for what in (*wrong, *([] if near else ["values"]))]
+    return found
+
+
+def _apart(one: Tensor, two: Tensor, relative: float = 0.0, absolute: float = 0.0) -> int:
+    """How many elements are further apart than that; NaN is equal to NaN alone."""
+    one, two = one.double(), two.double()
+    near = (one == two) | (one.isnan() & two.isnan()) | ((one - two).abs() <= absolute + relative * two.abs())
+    return int((~near).sum())
+
+
+def _momentum(work: ParamStep) -> Tensor:
+    """In float32; of int8, value times scale."""
+    values = work.exp_avg.float()
+    return values if work.exp_avg_scale is None else values * work.exp_avg_scale.repeat_interleave(int8.RUN, -1)
+
+
+def world(
+    engine: str,
+    ranks: int,
+    layouts: dict[str, BlockLayout] = ROWS,
+    steps: int = 3,
+    without: int | None = None,
+    **options: Any,
+) -> list[Played]:
+    """All ranks after some steps; rank `without` has no gradients in the second of them."""
+    players = [Played(layouts, engine_of(engine), ranks=ranks, rank=rank, **options) for rank in range(ranks)]
+    dtype = options.get("dtype", torch.float32)
+    for number in range(steps):
+        grads = gradients(layouts, number, dtype)
+        for rank, played in enumerate(players):
+            played.give(dict.fromkeys(layouts) if number == 1 and rank == without else grads)
+        step(players)
+    return players
+
+
+def differing_bits(ranks: list[Played], one: Played) -> list[str]:
+    """Names of what a world of several ranks has in other bits than one rank, parameters and both moments."""
+    found = []
+    for index, work in enumerate(one.works):
+        if work.by_columns and work.param.dtype == torch.float64:
+            continue  # float64 has no room to round in before it adds
+        found += [
+            f"{work.name}: {kind}"
+            for kind in ("param", "exp_avg")
+            if not torch.equal(whole(ranks, index, kind), getattr(work, kind))
+        ]
+        for played in ranks:
+            mine = played.works[index]
+            grids = zip(_grids(mine), _grids(work), strict=True)
+            if not all(torch.equal(grid.exp_avg_sq, reach_of(grid, other.exp_avg_sq)) for grid, other in grids):
+                found.append(f"{work.name}: exp_avg_sq")
+            if float(mine.step) != float(work.step):
+                found.append(f"{work.name}: step")
+    return found

@@ -1,0 +1,1 @@
+"""The stages of the check, one module each, with `run(context) -> Result`."""

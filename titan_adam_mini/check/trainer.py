@@ -1,0 +1,201 @@
+"""One run of torchtitan's trainer under torchrun, and the text that it reads: the standard library's Python files."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .runner import execute
+from .sizes import SMALL
+from .stage import Context, Skip
+
+CONFIG = Path(__file__).with_name("llama3.toml")
+NEEDED = ("torchtitan", "tokenizers", "datasets", "torchdata", "tensorboard")
+FEWEST_FILES = 50
+"""Of Python source; a zipped or stripped Python has none."""
+FILES = 400
+"""That the tokenizer is trained on."""
+CHARACTERS = 4
+"""More than a token has, on average."""
+_NUMBER = r"([-+0-9.einfa]+)"
+_STEP = re.compile(rf"step:\s*(\d+)\s+loss:\s*{_NUMBER}\s+grad_norm:\s*{_NUMBER}.*?tps:\s*([\d,]+)")
+_PEAK = re.compile(r"peak active: ([\d.]+)GiB reserved: ([\d.]+)GiB")
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
+
+
+class RunFailed(Exception):
+    """A run that did not end well; the message says what happened and where its log is."""
+
+
+@dataclass
+class Run:
+    """What one run of the trainer logged.
+
+    Attributes:
+        ranks: number of processes.
+        log: file with everything that was printed.
+        lines: its lines.
+        losses, grad_norms: of every step, over all ranks.
+        rates: tokens per second and rank, of every step.
+        peaks: largest memory in use, and reserved, in GiB.
+    """
+
+    ranks: int
+    log: Path
+    lines: list[str]
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    rates: list[int] = field(default_factory=list)
+    peaks: tuple[float, float] = (math.nan, math.nan)
+
+    @staticmethod
+    def of(log: Path, ranks: int) -> "Run":
+        """Read a log."""
+        run = Run(ranks, log, log.read_text(errors="replace").splitlines())
+        peaks = []
+        for line in run.lines:
+            if found := _STEP.search(line):
+                run.losses.append(float(found[2]))
+                run.grad_norms.append(float(found[3]))
+                run.rates.append(int(found[4].replace(",", "")))
+            elif found := _PEAK.search(line):
+                peaks.append((float(found[1]), float(found[2])))
+        if peaks:
+            run.peaks = (max(active for active, _ in peaks), max(reserved for _, reserved in peaks))
+        return run
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For the JSON; the rate is the median of all ranks together, without the first five steps, which allocate."""
+        rates = self.rates[5:] or self.rates
+        return {
+            "losses": self.losses,
+            "grad_norms": self.grad_norms,
+            "tokens_per_second": statistics.median(rates) * self.ranks if rates else math.nan,
+            "peak_active_gib": self.peaks[0],
+            "peak_reserved_gib": self.peaks[1],
+        }
+
+    def error(self) -> str:
+        """The exceptions of a failed run, or its last lines where there are none."""
+        plain = [re.sub(r"^\[\w+\]:", "", line).strip() for line in self.lines]
+        errors = [line for line in plain if _ERROR.match(line) and "ChildFailedError" not in line]
+        return "\n".join(dict.fromkeys(errors)) if errors else "\n".join(self.lines[-12:])
+
+
+def need_packages() -> None:
+    """Skip where torchtitan, or what it and the text need, is missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skip(f"{', '.join(missing)} not installed")
+
+
+def train(context: Context, name: str, settings: dict[str, Any], limit: float) -> Run:
+    """Run torchtitan's trainer on all ranks and wait for it.
+
+    Args:
+        context: of the stage.
+        name: of the run: its log is `train/name.log`.
+        settings: the trainer's, by name, such as `{"training.steps": 10, "compile.enable": True}`.
+        limit: seconds after which it is stopped.
+
+    Raises:
+        RunFailed: it ended with an error, took too long, or logged no step.
+    """
+    out = context.out / "train"
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / f"{name}.log"
+    torchrun = ["--nproc_per_node", str(context.ngpu), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    torchrun += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
+    words = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "torchtitan.train"]
+    words += ["--job.config_file", str(CONFIG), "--job.dump_folder", str(out / name)]
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            section, _, switch = key.rpartition(".")
+            words.append(f"--{key}" if value else f"--{section}.no-{switch}")
+        else:
+            words += [f"--{key}", str(value)]
+    status = execute(words, limit, log, environment(context))
+    run = Run.of(log, context.ngpu)
+    if status is None:
+        raise RunFailed(f"{name} was still running after {limit:.0f} seconds and was stopped; log: {log}")
+    if status != 0:
+        raise RunFailed(f"{name} ended with status {status}.\n{run.error()}\nlog: {log}")
+    if not run.losses:
+        raise RunFailed(f"{name} ended without logging a single step; log: {log}")
+    return run
+
+
+def environment(context: Context) -> dict[str, str]:
+    """No network, nothing written outside the folder of logs, and what torch should know of the devices."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(context.out / "huggingface"), "PYTHONUNBUFFERED": "1"}
+    found.setdefault("PET_LOCAL_ADDR", "127.0.0.1")  # torchrun: this machine's name need not resolve
+    if context.cuda:
+        found.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    else:
+        found.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torch would give each of them all
+    return found
+
+
+def settings_of(context: Context, seq_len: int, steps: int) -> dict[str, Any]:
+    """What all runs have in common; builds the text and its tokenizer if they are not there."""
+    text = build_text(context.out / "text", CHARACTERS * context.ngpu * steps * seq_len)
+    return {
+        "model.hf_assets_path": text / "tokenizer",
+        "training.dataset_path": text / "documents",
+        "training.seq_len": seq_len,
+        "training.steps": steps,
+        "lr_scheduler.warmup_steps": max(1, steps // 5),
+        "metrics.enable_tensorboard": False,
+        "checkpoint.enable": False,
+        "compile.enable": context.cuda,
+        "debug.seed": 0,
+    }
+
+
+def build_text(folder: Path, characters: int) -> Path:
+    """Source files as documents, at least so many characters if there are, and a byte-level BPE tokenizer of theirs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    documents = folder / "documents" / "data.jsonl"
+    documents.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*path.parts}]
+    if len(paths) < FEWEST_FILES:
+        raise Skip(
+            f"there are {len(paths)} Python files under {root}, which are the text: use a Python with its sources"
+        )
+    texts: list[str] = []
+    for path in paths:
+        if len(texts) >= FILES and sum(map(len, texts)) >= characters:
+            break
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, OSError):
+            continue
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    begin, end = "<|begin|>", "<|end|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SMALL.vocab,
+        special_tokens=[begin, end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts[:FILES], trainer)
+    assets = folder / "tokenizer"
+    assets.mkdir(exist_ok=True)
+    tokenizer.save(str(assets / "tokenizer.json"))
+    config = {"bos_token": begin, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (assets / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
