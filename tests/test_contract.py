@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from titan_adam_mini import AdamMini, Partition
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 
 STEPS = 6
 SHAPES = full_shapes(DENSE)

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
+HELD = "titan_adam_mini"
+"""The key that a run with our torchtitan import adds to a memory snapshot: `optimizer`, its name, and `tensors`, a list
+of (address, bytes, category) of what it holds."""
+
 
 class NotAllowed(ValueError):
     """A pickle asks for a class or function that is not on the list; its text is the name, such as "os.system"."""

@@ -16,9 +16,9 @@ from oracle import error
 from ranks import forkserver
 from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.moments import spread
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 
 STATE = "optimizer.state."
 

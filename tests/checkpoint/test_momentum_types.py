@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from titan_adam_mini import AdamMini
 from titan_adam_mini.checkpoint import check_checkpoint
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 from titan_adam_mini.kernels import int8
 from titan_adam_mini.momentum import dtype_of
 

@@ -16,12 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..pickles import NotAllowed, unpickle
+from ..pickles import HELD, NotAllowed, unpickle
 from .origins import OTHER, Frames, Origins
-
-HELD = "titan_adam_mini"
-"""The key under which a run with our torchtitan import adds what it holds: `optimizer`, its name, and `tensors`, a list
-of (address, bytes, category)."""
 
 KEPT = 100_000
 """How many entries torchtitan keeps (torchtitan/tools/profiling.py: MEMORY_SNAPSHOT_MAX_ENTRIES)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torchtitan.tools.profiling as titan_profiling
 import torchtitan.tools.utils as titan_utils
 
-from titan_adam_mini.memory.snapshot import HELD
+from titan_adam_mini.pickles import HELD
 from titan_adam_mini.titan.held import held
 
 _MARK = "titan_adam_mini_wraps"
