@@ -175,7 +175,7 @@ def _built(config: Any, world: int) -> tuple[list[Any], Any, Any]:
     from torchtitan.distributed import utils as dist_utils
     from torchtitan.tools.utils import set_default_dtype
 
-    from titan_adam_mini.titan.build import parallel_dims, spec_and_args
+    from titan_adam_mini.offline.build import parallel_dims, spec_and_args
 
     dims = parallel_dims(config, world)
     spec, args = spec_and_args(config)

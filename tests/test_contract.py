@@ -24,8 +24,8 @@ from titan_adam_mini import AdamMini, Partition
 from titan_adam_mini.check.injected import EPS, gradients, groups, make, oracle, set_lr, values
 from titan_adam_mini.check.meshes import DENSE, Placed, full_shapes, layouts, norms_along_tp
 from titan_adam_mini.check.oracle import blocks, error
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 
 STEPS = 6
 SHAPES = full_shapes(DENSE)

@@ -19,8 +19,8 @@ from titan_adam_mini import AdamMini
 from titan_adam_mini.check.meshes import full_shapes
 from titan_adam_mini.check.oracle import error
 from titan_adam_mini.checkpoint import check_checkpoint
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 from titan_adam_mini.kernels import int8
 from titan_adam_mini.momentum import dtype_of
 

@@ -138,17 +138,17 @@ def _wrong_plan() -> None:
     """The plan's arithmetic forgets `step`; the two ways must then disagree."""
     from unittest.mock import patch
 
-    from titan_adam_mini.memory.agree import simulate_checked
+    from titan_adam_mini.memory.peaks import _simulate_checked
 
-    with patch("titan_adam_mini.memory.holdings.STEP", 0):
-        simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
+    with patch("titan_adam_mini.offline.holdings.STEP", 0):
+        _simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
 
 
 def test_plan_and_simulation_must_agree() -> None:
-    from titan_adam_mini.child import in_child
+    from titan_adam_mini.tools.isolated_process import in_isolated_process
 
     with pytest.raises(ValueError, match=r"records [\d,]+ bytes of AdamW's state, and the plan counts"):
-        in_child(_wrong_plan)
+        in_isolated_process(_wrong_plan)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What one rank of a run holds, as data that travels between processes, and the tensors made from it.
 
-torchtitan builds the model in a child process (`titan/shards.py`); here its parameters are made again without the
+torchtitan builds the model in a child process (`bench/shards.py`); here its parameters are made again without the
 model: plain local tensors, and the same tensors as DTensors of the right global shape, mesh and placements.
 """
 

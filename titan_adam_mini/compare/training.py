@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..flags import trainer
+from ..tools.flags import trainer
 
 LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
 """Names in a run's folder. The lock's content is the trainer's process id and the variables it was given, as JSON."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..files import atomic_write
-from ..flags import check_file
+from ..tools.flags import check_file
 from .picture import CATEGORIES, stacked_bars
 from .snapshot import KEPT, Snapshot, Summary, read, summarize
 
