@@ -8,5 +8,6 @@ if { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; } && [ -n "${CUDA_VISIBLE_DEVICES
 else
     # shellcheck disable=SC2034 # for who sources this
     GPUS=no
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores; torch would give each of them all
+    export TITAN_ADAM_MINI_CPU="${TITAN_ADAM_MINI_CPU:-1}" # torchtitan itself needs a GPU
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"         # ranks share the cores; torch would give each of them all
 fi

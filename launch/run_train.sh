@@ -11,7 +11,8 @@
 #
 # Everything after the script's name goes to the trainer. The Python is $PYTHON, else that of the active virtual
 # environment, else the repository's .venv, else python3. The exit status is that of the rank that failed first. TERM and
-# USR1 are handed to the ranks, which save and leave with status 75 (titan_adam_mini/titan/interruption.py).
+# USR1 are handed to the ranks, which save and leave with status 75; TITAN_ADAM_MINI_SIGNALS=0 leaves that out
+# (docs/torchtitan.md). Without GPUs, TITAN_ADAM_MINI_CPU=1 is set too.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,7 +22,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/launch/device.sh"
 [ "$GPUS" = yes ] && NGPU="${NGPU:-8}" || NGPU="${NGPU:-2}"
 export NGPU
-export LOG_RANK="${LOG_RANK:-0}"
+export LOG_RANK="${LOG_RANK:-0}" TITAN_ADAM_MINI_SIGNALS="${TITAN_ADAM_MINI_SIGNALS:-1}"
 CONFIG_FILE="${CONFIG_FILE:-$ROOT/train_configs/debug_model.toml}"
 TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
 COMM_MODE="${COMM_MODE:-}"

@@ -4,21 +4,29 @@
 #
 #   bash launch/test.sh --all
 #   bash launch/test.sh tests/titan -k config -x
+#
+# Two processes share the tests, a folder at a time; `-n 0` runs them in one, for a debugger.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
-setup_venv titan,test
 
 marker=(-m "not slow and not nightly")
 args=()
 for arg in "$@"; do
     case "$arg" in
     --all) marker=(-m "not nightly") ;;
-    --slurm) marker=(-m "slurm and not nightly") ;;
+    --slurm)
+        marker=(-m "slurm and not nightly")
+        type slurmctld slurmd sbatch >/dev/null 2>&1 ||
+            fail "Slurm is not installed, so its tests cannot run." \
+                "Install it: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
+        [ "$(id -u)" = 0 ] || fail "The Slurm tests start a cluster of their own, which needs root. Run them as root."
+        ;;
     --nightly) marker=(-m nightly) ;;
     *) args+=("$arg") ;;
     esac
 done
+setup_venv titan,test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest "${marker[@]}" "${args[@]+"${args[@]}"}"
+exec .venv/bin/python -m pytest -n 2 "${marker[@]}" "${args[@]+"${args[@]}"}"

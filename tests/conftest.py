@@ -1,11 +1,37 @@
-"""What all tests share: hypothesis without its deadline, since a busy machine is no bug; Triton without a GPU."""
+"""What all tests share: hypothesis without its deadline, Triton without a GPU, and which tests run side by side."""
 
+import importlib
 import os
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 if os.environ.get("TITAN_ADAM_MINI_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whoever does so first
 
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None)  # a busy machine is no bug
 settings.load_profile("patient")
+
+RANKS = {"exchange", "models", "optimizer", "sharding"}
+"""The folders whose tests share one pool of ranks."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before several workers start: numba would compile the same loops in each of them."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        importlib.import_module("compiled_loops")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A folder's tests go to one worker, in their order, so that what they share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = Path(nodeid.split("::")[0]).parent.name
+            return "ranks" if folder in RANKS else folder
+
+    return ByFolder(config, log)

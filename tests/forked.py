@@ -77,6 +77,7 @@ def train(
         port = free.getsockname()[1]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     env |= {"LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"TITAN_ADAM_MINI_CPU": "1", "TITAN_ADAM_MINI_SIGNALS": "1"}
     argv = ["--job.config_file", str(config), *arguments({"job.dump_folder": out / name, **settings})]
     logs = [out / f"{name}.log" if rank == shown else out / f"{name}.rank{rank}.log" for rank in range(ranks)]
     called = None if hook is None else (str(Path(hook.__code__.co_filename).resolve()), hook.__name__, given)

@@ -13,7 +13,7 @@ import torch
 from real_memory import local, storages
 
 from titan_adam_mini.memory import simulate
-from titan_adam_mini.titan.build import built, configured
+from titan_adam_mini.offline.build import built, configured
 from titan_adam_mini.titan.device import prepare_model_parts
 
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 LARGEST = 8
-CALLS = 40
+CALLS = 80
 """Calls after which the workers are replaced: every process group leaves threads behind that wake up for ever."""
 GRACE = 3.0
 """Seconds that the other ranks get to fail in their own words once one rank has failed."""
@@ -93,6 +93,7 @@ def forkserver() -> Any:
         "torch.nn.attention.varlen",
         "datasets",
         "tyro",
+        "tests.compiled_loops",  # from the folder that pytest runs in; from another one, every rank reads them itself
     ]
     context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", *slow])
     return context

@@ -117,11 +117,12 @@ def weigh(rank: int, world: int, case: Case, folder: str) -> dict[str, Any]:
     from torchtitan.config import ConfigManager
 
     from titan_adam_mini.state import SECOND_MOMENTS
-    from titan_adam_mini.titan import build_optimizers, device
+    from titan_adam_mini.titan import build_optimizers, device, enable
 
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", NGPU=str(world))
     config = ConfigManager().parse_args(case.arguments)
     importlib.import_module(config.experimental.custom_import)
+    enable("cpu")
     parts, dims, step = _built(config, world)
     device.prepare_model_parts(parts)
     params = [param for part in parts for param in part.parameters()]
@@ -174,7 +175,7 @@ def _built(config: Any, world: int) -> tuple[list[Any], Any, Any]:
     from torchtitan.distributed import utils as dist_utils
     from torchtitan.tools.utils import set_default_dtype
 
-    from titan_adam_mini.titan.build import parallel_dims, spec_and_args
+    from titan_adam_mini.offline.build import parallel_dims, spec_and_args
 
     dims = parallel_dims(config, world)
     spec, args = spec_and_args(config)

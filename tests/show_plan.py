@@ -11,9 +11,9 @@ from typing import Any
 from ranks import run
 from real_memory import CASES, weigh
 
-from titan_adam_mini.child import in_child
 from titan_adam_mini.memory.facts import facts, optimizers_of
 from titan_adam_mini.memory.plan import _read_run
+from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 COLUMNS = ("parameters", "gradients", "adamw fused", "adam_mini_float32", "adam_mini_bfloat16", "adam_mini_int8")
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Every mesh of the catalogue: bytes that are there, and how many the plan is off by."""
     print(f"{'mesh':28}" + "".join(f"{column.removeprefix('adam_'):>22}" for column in (*COLUMNS, "checkpoints")))
     for name, case in CASES.items():
-        plan = in_child(_read_run, case.arguments, case.ranks)
+        plan = in_isolated_process(_read_run, case.arguments, case.ranks)
         told, (optimizers, _) = facts(plan), optimizers_of(plan)
         held = [plan.stage_of(rank).held(rank, optimizers, offloaded=plan.offloaded) for rank in range(case.ranks)]
         with tempfile.TemporaryDirectory() as folder:

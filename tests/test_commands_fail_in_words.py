@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from titan_adam_mini.child import child, in_child
 from titan_adam_mini.cli import main
+from titan_adam_mini.tools.isolated_process import in_isolated_process, isolated_process
 
 BLOCK = {"address": 4096, "size": 512, "requested_size": 500, "state": "active_allocated", "frames": []}
 SNAPSHOT = {"segments": [{"device": 0, "total_size": 512, "blocks": [BLOCK]}], "device_traces": [[]]}
@@ -41,8 +41,8 @@ def test_a_full_disk(
 
 def test_a_process_that_died() -> None:
     with pytest.raises(ValueError, match="a process of this command was killed"):
-        in_child(os._exit, 9)
-    with child() as call:
+        in_isolated_process(os._exit, 9)
+    with isolated_process() as call:
         for _ in range(2):  # the second call finds it dead
             with pytest.raises(ValueError, match="a process of this command was killed"):
                 call(os._exit, 9)

@@ -1,8 +1,8 @@
 """Processes forked from a server that has torchtitan loaded, with this package's part of it: 0.1 s each in place of 10.
 
-`Forks` takes the place of the process pool in `titan_adam_mini.child`, where a command is tested in the test's own
-process; `call(function, *args)` is for a test's own functions. Functions and arguments are pickled, so functions are
-module-level. A process sees the environment that its server had when it started, with the first call.
+`Forks` takes the place of the process pool in `titan_adam_mini.tools.isolated_process`, where a command is tested in
+the test's own process; `call(function, *args)` is for a test's own functions. Functions and arguments are pickled, so
+functions are module-level. A process sees the environment that its server had when it started, with the first call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from ranks import forkserver
 
 CONFIG = Path(__file__).resolve().parents[1] / "train_configs" / "debug_model.toml"
 LOADED = (
-    *(f"titan_adam_mini.titan.{name}" for name in ("compared", "shards", "target")),
-    *(f"titan_adam_mini.memory.{name}" for name in ("agree", "activations", "simulate", "stages")),
+    *(f"titan_adam_mini.offline.{name}" for name in ("stages", "whole_model")),
+    *(f"titan_adam_mini.{name}" for name in ("bench.shards", "compare.configurations", "memory.simulate")),
+    "titan_adam_mini.memory.activations",
 )
 TIMEOUT = 600.0
 """Seconds that a call may take before its process is killed: much, since machines of tests are busy."""
@@ -40,7 +41,7 @@ def _serve(pipe: Connection, path: list[str]) -> None:
     sys.argv[1:] = []  # torchtitan's parser takes the command line of the process that imports it for its default
     for name in LOADED:
         importlib.import_module(name)
-    from titan_adam_mini.titan.build import configured
+    from titan_adam_mini.offline.build import configured
 
     configured(["--job.config_file", str(CONFIG)], 1)  # the first configuration that is parsed takes longest
     gc.freeze()
@@ -102,7 +103,7 @@ _server = _Server()
 
 
 class Forks:
-    """One such process, with what `titan_adam_mini.child` uses of a `ProcessPoolExecutor`."""
+    """One such process, with what `titan_adam_mini.tools.isolated_process` uses of a `ProcessPoolExecutor`."""
 
     def __init__(self, *_: Any) -> None:
         self.connection = _server.fork()

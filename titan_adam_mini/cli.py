@@ -44,7 +44,7 @@ COMMANDS = {
         config="",
     ),
     "convert": Command(
-        "checkpoint.command",
+        "convert.command",
         "Convert",
         "Convert a checkpoint of torchtitan between AdamW and AdamMini, into a new folder.",
         config="flag",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -17,13 +17,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels, momentum
 from .arguments import check_hyper_parameters, check_options, refuse_unsupported
-from .exchange import Exchange, Item, bytes_exchanged, mesh_axes
+from .exchange import Exchange, Item, mesh_axes
 from .groups import Named, match_groups, named_group, named_parameters
-from .kernels import NOTHING, Factor, Spec, Work, rounding, vectorized
+from .kernels import ParamStep, Spec, vectorized
 from .kernels.tensorwise import Tensorwise
-from .partition import Blocks, Partition, clean_name
+from .partition import Blocks, Partition
 from .plan import BlockPlan
-from .report import heads_cut, table
+from .report import NO_GRADIENT, exchange_summary, table
 from .sharding import as_state, local, shard_of
 from .state import SECOND_MOMENTS, adopt_all, check_state, follow_parameter, new_state
 
@@ -103,10 +103,8 @@ class AdamMini(Optimizer):
             raise ValueError(
                 "n_heads, n_kv_heads, head_dim, value_blocks and second_moment belong to the partition if you pass one"
             )
-        self.partition = partition
-        self.momentum_dtype = momentum_dtype
-        self.stochastic_rounding = stochastic_rounding
-        self.seed = seed
+        self.partition, self.momentum_dtype = partition, momentum_dtype
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self._flags = (foreach, fused, capturable)
         self._names = WeakIdKeyDictionary()  # parameter -> name
         self._dims: dict[str, int] = {}
@@ -143,23 +141,29 @@ class AdamMini(Optimizer):
         """(name, parameter, group) of every parameter in the groups, in order; names are in step with parameters."""
         return named_parameters(self.param_groups, self._names, self._dims)
 
-    def _assign(self, *, whole: bool = False) -> dict[str, Blocks]:
-        """The blocks of all parameters, trainable or not: freezing changes none.
+    def _assign(self, *, whole: bool = False, also: Collection[str] = ()) -> dict[str, Blocks]:
+        """The blocks of all parameters that are or were trainable, and of those in `also`: freezing changes none.
 
-        Raises ValueError if a parameter has none, or cannot be captured and is to be; if `whole`, also for a pattern
-        of the user's that matches no parameter, which a group that is still to come might have.
+        Parameters that are frozen from the start need no role, but count for patterns and orientation.
+
+        Raises ValueError if a parameter has no blocks, or cannot be captured and is to be; if `whole`, also for a
+        pattern of the user's that matches no parameter, which a group that is still to come might have.
         """
-        named = self._named()
-        blocks = self.partition.assign({name: tuple(param.shape) for name, param, _ in named}, partial=not whole)
-        if self._flags[2] and any(param.device.type not in ("cuda", "meta") for _, param, _ in named):
-            raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-        return blocks
+        wanted = {*getattr(self, "_blocks", ()), *also}
+        shapes: dict[str, tuple[int, ...]] = {}
+        frozen: dict[str, tuple[int, ...]] = {}
+        for name, param, _ in self._named():
+            into = shapes if param.requires_grad or name in wanted else frozen
+            into[name] = tuple(param.shape)
+            if self._flags[2] and param.device.type not in ("cuda", "meta"):
+                raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
+        return self.partition.assign(shapes, partial=not whole, others=frozen)
 
     # Plan and state
 
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
-        self._works: list[Work] = []
+        self._works: list[ParamStep] = []
         self._key: list[Any] = []
 
     def _current_key(self) -> list[Any]:
@@ -212,13 +216,10 @@ class AdamMini(Optimizer):
         """Say once, on the first rank of those that share this plan, what was decided."""
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != self._first_rank():
             return
-        total = sum(bytes_exchanged(exchange.items, exchange.buffers).values())
         types = momentum.summary(self._momentum(item.param) for item in exchange.items)
         log.info(
             f"AdamMini: engine {self._engine_line}; momentum {types}; "
-            f"{len(exchange.straddling)} of {len(exchange.items)} parameters have blocks on more than one rank, "
-            f"{heads_cut(self._blocks, exchange.items)} heads cut, "
-            f"{total:,} bytes exchanged per step\n{self.table()}"
+            f"{exchange_summary(self._blocks, exchange.items, exchange.buffers)}\n{self.table()}"
         )
 
     def _first_rank(self) -> int:
@@ -283,50 +284,21 @@ class AdamMini(Optimizer):
             work.release()
         return loss
 
-    def _check_gradients(self, works: Sequence[Work]) -> bool:
+    def _check_gradients(self, works: Sequence[ParamStep]) -> bool:
         """Has any parameter a gradient here or on another rank? If none has, and none had before, log it once."""
         if any(work.grad is not None or (work.present is not None and work.present.item() > 0) for work in works):
             return True
         if works and not self._warned and (not dist.is_initialized() or dist.get_rank() == self._first_rank()):
-            log.warning(
-                "AdamMini: step() found no gradient on any parameter, and there has been none before: nothing is "
-                "trained. Was the optimizer built before fully_shard or another wrapper replaced the model's "
-                "parameters? Then build it afterwards. Or were the gradients cleared before step()?"
-            )
+            log.warning(NO_GRADIENT)
         self._warned = True
         return False
 
-    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[Work]:
+    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[ParamStep]:
         """What the engine gets of every parameter: local tensors, taken anew."""
         if not self._works:
-            group_of = {id(param): group for _, param, group in self._named()}
-            for index, item in enumerate(exchange.items):
-                name = item.name
-                ((own, complete), *others), present = exchange.places(index)
-                plan, *more = item.plans
-                seed = rounding.seed_of(self.seed, clean_name(name)) if self.stochastic_rounding else None
-                self._works.append(
-                    Work(
-                        name=name,
-                        plan=plan,
-                        param=NOTHING,
-                        grad=None,
-                        exp_avg=NOTHING,
-                        exp_avg_scale=None,
-                        exp_avg_sq=NOTHING,
-                        step=NOTHING,
-                        group=group_of[id(item.param)],
-                        decay=self._blocks[name].decay,
-                        seed=seed,
-                        own_sums=own,
-                        sums=complete,
-                        present=present,
-                        spec=item.spec,
-                        factors=tuple(
-                            Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)
-                        ),
-                    )
-                )
+            groups = {id(param): group for _, param, group in self._named()}
+            decay = {name: blocks.decay for name, blocks in self._blocks.items()}
+            self._works = exchange.param_steps(groups, decay, self.seed if self.stochastic_rounding else None)
         for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
             state, work.param, work.grad = self.state[item.param], local(item.param), grad
             follow_parameter(item.name, state, work.param, self.engine.step_on_device)
@@ -399,6 +371,7 @@ class AdamMini(Optimizer):
             for param, (name, state) in found.items()
             if not all(isinstance(value, dict) for value in state.values())
         }
+        self._blocks = self._assign(also=[name for name, _ in stored.values()])
         state = adopt_all(stored, self._new_state)
         for group, new in zip(self.param_groups, saved, strict=True):
             group.update(deepcopy({key: value for key, value in new.items() if key not in ("params", "param_names")}))

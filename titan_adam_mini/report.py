@@ -9,6 +9,11 @@ from .partition import Blocks, summarize
 from .partition.roles import HEADED, TRANSPOSED
 from .plan import BufferPlan
 
+NO_GRADIENT = (
+    "AdamMini: step() found no gradient on any parameter, and there has been none before: nothing is trained. Was the "
+    "optimizer built before fully_shard or another wrapper replaced the model's parameters? Then build it afterwards. "
+    "Or were the gradients cleared before step()?"
+)
 HEADINGS = ("pattern", "n", "shape", "role", "blocks", "decay", "straddling", "bytes/step")
 
 
@@ -36,6 +41,15 @@ def table(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
+    )
+
+
+def exchange_summary(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence[BufferPlan]) -> str:
+    """What straddles and what that costs, in one line."""
+    return (
+        f"{sum(item.straddles for item in items)} of {len(items)} parameters have blocks on more than one rank, "
+        f"{heads_cut(blocks, items)} heads cut, "
+        f"{sum(bytes_exchanged(items, buffers).values()):,} bytes exchanged per step"
     )
 
 

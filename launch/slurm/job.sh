@@ -116,7 +116,7 @@ pre_empted() {
     [[ "$at" =~ ^[0-9] && ! "$at" < "$(field "$1" StartTime)" ]]
 }
 
-# Where the ranks meet, what they are told, and one curve for all attempts.
+# Where the ranks meet, that they save on a signal, and one curve for all attempts.
 prepare() {
     HEAD_ADDRESS="${MASTER_ADDR:-$(head_address)}" || refuse "set MASTER_ADDR"
     HEAD_PORT="${MASTER_PORT:-$(port_of_job)}"
@@ -125,7 +125,7 @@ prepare() {
     export TITAN_ADAM_MINI_LEAD_SECONDS="${LEAD_SECONDS:-300}"
     export TITAN_ADAM_MINI_HANG_SECONDS="${HANG_SECONDS:-1800}"
     export TITAN_ADAM_MINI_PROGRESS="$ATTEMPT/progress.json"
-    export TITAN_ADAM_MINI_ONE_CURVE=1
+    export TITAN_ADAM_MINI_SIGNALS=1 TITAN_ADAM_MINI_ONE_CURVE=1
     [ -f "$OUTPUTS/wandb_run_id" ] || echo "$SLURM_JOB_NAME-$SLURM_JOB_ID" | tr -c 'A-Za-z0-9_\n-' - >"$OUTPUTS/wandb_run_id"
     export WANDB_RUN_ID="${WANDB_RUN_ID:-$(cat "$OUTPUTS/wandb_run_id")}" WANDB_RESUME="${WANDB_RESUME:-allow}"
     network_variables

@@ -1,5 +1,6 @@
 """The command on the debug model, whose heads two ranks cut: what is in its JSON, and a sentence for bad input."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ import torch
 from titan_worker import Forks, call
 from torchtitan.models.llama3 import Transformer
 
-from titan_adam_mini import child
 from titan_adam_mini.bench import command, measure, tables
 from titan_adam_mini.cli import _config_in_place, main
 from titan_adam_mini.titan.flavor import model_args
+from titan_adam_mini.tools import isolated_process
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml"
 PEERS = ("torchao.optim", "bitsandbytes.optim", "flashoptim")
@@ -30,16 +31,19 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bare(patch: pytest.MonkeyPatch) -> None:
+def bare(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """A small copy, no GPU, no variables of torchtitan's, and none of the peers that some machine may have; the
     command's own process is forked from a server that has torchtitan loaded."""
-    patch.setattr(child, "ProcessPoolExecutor", Forks)
+    patch.setattr(isolated_process, "ProcessPoolExecutor", Forks)
     patch.setitem(measure.COPY_BYTES, "cpu", 2**16)
     patch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CONFIG_FILE", "NGPU"):
         patch.delenv(name, raising=False)
     for module in PEERS:
         patch.setitem(sys.modules, module, None)
+    gc.freeze()  # garbage is collected between optimizers
+    yield
+    gc.unfreeze()
 
 
 def bench(folder: Path, *words: str) -> dict[str, Any]:

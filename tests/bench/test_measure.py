@@ -1,5 +1,6 @@
 """The parts of the measurement, without torchtitan: bytes, collectives, turns, failures."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,8 +30,12 @@ def part(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Part:
 
 
 @pytest.fixture(autouse=True)
-def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Little to copy, and little to look through for garbage, which is collected between optimizers."""
     monkeypatch.setitem(measuring.COPY_BYTES, "cpu", 2**16)
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

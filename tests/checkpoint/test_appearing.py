@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_adam_mini.checkpoint.appearing import appearing
+from titan_adam_mini.convert.appearing import appearing
 
 
 def write(target: Path) -> None:

@@ -16,9 +16,9 @@ from stored_runs import FACTOR, LR, STEPS, group_of, partition, saved
 
 from titan_adam_mini.check.meshes import DENSE, factors, full_shapes, layouts
 from titan_adam_mini.check.oracle import error
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.moments import spread
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 
 STATE = "optimizer.state."
 

@@ -19,8 +19,8 @@ from titan_adam_mini import AdamMini
 from titan_adam_mini.check.meshes import full_shapes
 from titan_adam_mini.check.oracle import error
 from titan_adam_mini.checkpoint import check_checkpoint
-from titan_adam_mini.checkpoint.convert import Conversion, convert
 from titan_adam_mini.checkpoint.stored import Stored
+from titan_adam_mini.convert.convert import Conversion, convert
 from titan_adam_mini.kernels import int8
 from titan_adam_mini.momentum import dtype_of
 
@@ -67,7 +67,7 @@ def converted(source: Path, target: Path, to: str, mesh: str, dtype: torch.dtype
     ("mesh", "params"),
     [
         pytest.param("FSDP2 3, runs", torch.float32, marks=pytest.mark.slow),
-        ("FSDP2 3, runs", torch.bfloat16),
+        pytest.param("FSDP2 3, runs", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("TP 2, runs", torch.float32, marks=pytest.mark.slow),  # parts along the columns, of one run each
         ("TP 2, cut runs", torch.float32),  # where no AdamMini would keep it so: parts become whole again
     ],

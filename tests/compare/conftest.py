@@ -10,7 +10,7 @@ pytest.importorskip("torchtitan", reason="torchtitan's trainer does the training
 
 from titan_worker import Forks
 
-from titan_adam_mini import child
+from titan_adam_mini.tools import isolated_process
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
@@ -21,7 +21,7 @@ SEQ_LEN, BATCH = 64, 4
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Commands' own processes are forked from a server that has torchtitan loaded; trainers find this package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(child, "ProcessPoolExecutor", Forks)
+        patch.setattr(isolated_process, "ProcessPoolExecutor", Forks)
         for name in ("CONFIG_FILE", "NGPU"):
             patch.delenv(name, raising=False)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))

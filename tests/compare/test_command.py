@@ -165,7 +165,7 @@ def wait_for(log: Path, step: int, command: "subprocess.Popen[str]") -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_and_started_again(
     words: list[str], undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,18 +122,20 @@ def check(world: World, dtype: torch.dtype, exact: bool) -> None:
         assert covered.min() == covered.max() >= 1, name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 8, 16, 60, 64, 128, 512, 1000, 1024])
+@pytest.mark.parametrize("ranks", [1, 2, 7, 60, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 1000, 1024))])
 def test_fsdp_of_any_size_adds_in_the_order_of_one_device(ranks: int) -> None:
     """Heads cut in up to 128 pieces, norms to 4 elements a rank, empty shards: the float32 bits stay."""
     check(World((ranks,), {"*": [Shard(0)]}, LLAMA), torch.float32, exact=True)
 
 
-@pytest.mark.parametrize("mesh", [(2, 4), (3, 16), (2, 100)])
+@pytest.mark.parametrize("mesh", [(3, 16), pytest.param((2, 100), marks=pytest.mark.slow)])
 def test_hsdp_adds_in_the_order_of_one_device(mesh: tuple[int, int]) -> None:
     check(World(mesh, {"*": [Replicate(), Shard(0)]}, LLAMA), torch.float32, exact=True)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (3, 2), (16, 8), (5, 3), (128, 8)])
+@pytest.mark.parametrize(
+    "mesh", [(3, 2), (5, 3), *(pytest.param(m, marks=pytest.mark.slow) for m in ((16, 8), (128, 8)))]
+)
 def test_fsdp_times_tp(mesh: tuple[int, int]) -> None:
     strided = [_StridedShard(0, split_factor=mesh[1]), Shard(0)]
     placements = {"*": strided, "wo": [Shard(0), Shard(1)], "norm": [Shard(0), Replicate()], "bias": [Shard(0)] * 2}

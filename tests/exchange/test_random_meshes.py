@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -172,11 +173,18 @@ def cut(full: Tensor, box: Any) -> Tensor:
     return full[tuple(slice(*interval) for interval in box)]
 
 
-@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.integers(1, 6).flatmap(lambda world: st.tuples(st.just(world), st.lists(problems(world), max_size=8))))
-def test_no_sharding_changes_the_result(drawn: tuple[int, list[Problem]]) -> None:
+@pytest.mark.parametrize("examples", [6, pytest.param(24, marks=pytest.mark.slow)])
+def test_no_sharding_changes_the_result(examples: int) -> None:
+    batches = st.integers(1, 6).flatmap(
+        lambda world: st.tuples(st.just(world), st.lists(problems(world), min_size=1, max_size=8))
+    )
+    run_some = settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    run_some(given(batches)(check))()
+
+
+def check(drawn: tuple[int, list[Problem]]) -> None:
     world, batch = drawn
-    answers = run(solve, world, batch) if batch else []
+    answers = run(solve, world, batch)
     for number, problem in enumerate(batch):
         oracle = expected(problem)
         for answer in answers:

@@ -52,7 +52,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield Path("step-3")
 
     moments = [Moments.of(name, torch.rand(shape) + 1) for name, shape in SHAPES.items()]
-    step(command, "in_child", lambda function, arguments: ("llama3 tiny", Partition.transformer(n_heads=2), SHAPES))
+    step(command, "in_isolated_process", lambda *_: ("llama3 tiny", Partition.transformer(n_heads=2), SHAPES, []))
     step(checkpoint_stored, "Stored", lambda path: path)
     step(moments_file, "moments_stored", lambda stored, shapes: moments)
     step(command, "short_run", trained)
@@ -70,10 +70,10 @@ def run(config: str, **flags: Any) -> str:
 
 def test_the_partition_is_read_before_anything_is_trained(config: str, done: list[str], tmp_path: Path) -> None:
     run(config, steps=3, out=tmp_path / "out", json=str(tmp_path / "told.json"))
-    assert done == ["in_child", "short_run", "Stored", "moments_stored", "write_json", "show", "heat_map"]
+    assert done == ["in_isolated_process", "short_run", "Stored", "moments_stored", "write_json", "show", "heat_map"]
     done.clear()
     run(config, checkpoint=tmp_path / "step-9")
-    assert done == ["Stored", "in_child", "moments_stored", "show"]
+    assert done == ["Stored", "in_isolated_process", "moments_stored", "show"]
 
 
 def test_what_the_configuration_gets_wrong_is_said_before_the_run(
@@ -82,7 +82,7 @@ def test_what_the_configuration_gets_wrong_is_said_before_the_run(
     def refuses(*args: Any) -> Any:
         raise ValueError("pattern 'wqq.weight' matches no parameter")
 
-    monkeypatch.setattr(command, "in_child", refuses)
+    monkeypatch.setattr(command, "in_isolated_process", refuses)
     with pytest.raises(ValueError, match="wqq"):
         run(config, steps=3, out=tmp_path / "out")
     assert done == [] and not (tmp_path / "out").exists()
@@ -133,19 +133,13 @@ def test_flags_that_cannot_be_served(
     ("steps", "total", "planned", "want"),
     [(200, None, 120, 200), (20, None, 120, 120), (20, 15, 120, 20), (5, 15, 120, 15)],
 )
-def test_no_step_lies_past_the_end_of_the_schedule(
-    steps: int, total: int | None, planned: int, want: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("torchtitan", reason="reads torchtitan's configurations")
-    from titan_adam_mini.titan import build
-
+def test_no_step_lies_past_the_end_of_the_schedule(steps: int, total: int | None, planned: int, want: int) -> None:
     config = SimpleNamespace(
         lr_scheduler=SimpleNamespace(total_steps=total),
         training=SimpleNamespace(steps=planned),
         experimental=SimpleNamespace(custom_import=""),
     )
-    monkeypatch.setattr(build, "configured", lambda arguments, ngpu: config)
-    settings = short_run._settings([], steps)
+    settings = short_run.settings_of(config, steps)
     assert settings[settings.index("--lr_scheduler.total_steps") + 1] == str(want)
     assert settings[settings.index("--training.steps") + 1] == str(steps)
 
@@ -174,7 +168,6 @@ def test_a_run_that_is_not_kept_is_gone_when_reading_is_ended(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr(short_run, "in_child", lambda function, *args: [])
     monkeypatch.setattr(short_run, "_train", lambda words, ranks, log: log.touch())
     console, out = Console(file=StringIO()), tmp_path if kept else None
     with pytest.raises(SystemExit) as ended, short_run.short_run([], 3, 1, out, console) as path:

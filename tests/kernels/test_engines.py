@@ -21,12 +21,12 @@ from titan_adam_mini.check.engines import (
     reference_engine,
     step,
 )
-from titan_adam_mini.kernels import Work
+from titan_adam_mini.kernels import ParamStep
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.plan import BlockPlan
 from titan_adam_mini.sharding import Shard as Part
 
-STEPS = 4
+STEPS = 3
 
 
 def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[Played, Played]:
@@ -66,13 +66,18 @@ SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long 
     [
         (torch.float32, torch.bfloat16, torch.float32),
         (torch.float32, torch.int8, torch.float32),
-        (torch.float32, torch.float64, torch.float32),
         (torch.float32, None, torch.bfloat16),
-        (torch.bfloat16, torch.float32, torch.float32),
         (torch.bfloat16, torch.int8, torch.bfloat16),
-        (torch.float64, torch.float32, torch.float64),
         (torch.float64, torch.bfloat16, torch.float32),
-        (torch.float64, torch.int8, torch.float64),
+        *(
+            pytest.param(*dtypes, marks=pytest.mark.slow)
+            for dtypes in (
+                (torch.float32, torch.float64, torch.float32),
+                (torch.bfloat16, torch.float32, torch.float32),
+                (torch.float64, torch.float32, torch.float64),
+                (torch.float64, torch.int8, torch.float64),
+            )
+        ),
     ],
 )
 def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | None, grad: torch.dtype) -> None:
@@ -85,7 +90,7 @@ def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | N
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("momentum", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.int8])
 def test_tensors_that_are_not_contiguous(engine: str, momentum: torch.dtype | None) -> None:
     """Parameters stored transposed, then gradients as well; padded rows; every second element."""
 
@@ -142,8 +147,17 @@ def test_groups_of_their_own_and_lr_as_a_tensor(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("momentum", [None, torch.int8])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize(
+    ("momentum", "bad"),
+    [
+        (None, float("nan")),
+        (None, 1e38),
+        (torch.int8, float("inf")),
+        pytest.param(None, -float("inf"), marks=pytest.mark.slow),
+        pytest.param(torch.int8, float("nan"), marks=pytest.mark.slow),
+        pytest.param(torch.int8, 1e38, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_finite_poisons_what_it_does_in_the_reference(
     engine: str, momentum: torch.dtype | None, bad: float
 ) -> None:
@@ -194,7 +208,7 @@ def test_missing_gradients(engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_random_rounding_has_the_same_bits(engine: str) -> None:
     """Where there is nothing to sum, float32 values are those of the reference, and so is every rounded bit."""
-    layouts = {"elements": LAYOUTS["elements"], "bias": LAYOUTS["bias"], "more": BlockLayout.of((40, 50), 1, 1)}
+    layouts = {"elements": LAYOUTS["elements"], "bias": LAYOUTS["bias"], "more": BlockLayout.of((20, 50), 1, 1)}
     two = pair(engine, layouts, dtype=torch.bfloat16, momentum=torch.float32, seed=7)
     plain = pair(engine, layouts, dtype=torch.bfloat16, momentum=torch.float32)
     for number in range(STEPS):
@@ -202,7 +216,7 @@ def test_random_rounding_has_the_same_bits(engine: str) -> None:
         moved(plain, number, torch.bfloat16)
     for mine, other, nearest in zip(*(played.works for played in (*two, plain[0])), strict=True):
         differ = int((mine.param != other.param).sum())
-        assert differ <= mine.param.numel() // 2000, f"{mine.name}: {differ} of {mine.param.numel()}"
+        assert differ <= 1, f"{mine.name}: {differ} of {mine.param.numel()}"
         assert not torch.equal(mine.param, nearest.param)
     everything = pair(engine, SMALL, dtype=torch.bfloat16, momentum=torch.bfloat16, seed=7)
     for number in range(2):
@@ -220,7 +234,7 @@ def test_random_rounding_of_elements_beyond_the_four_thousand_millionth(engine: 
         generator = torch.Generator().manual_seed(0)
         param, grad = (torch.randn(1, 66_000, generator=generator).bfloat16() for _ in range(2))
         state = {"exp_avg": torch.zeros(1, 66_000), "exp_avg_sq": torch.zeros(1, 1), "step": torch.zeros(())}
-        work = Work(
+        work = ParamStep(
             name="w", plan=plan, param=param, grad=grad, exp_avg_scale=None, group=GROUP, decay=True, seed=1, **state
         )
         one.update([work])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from titan_adam_mini import AdamMini, Partition
-from titan_adam_mini.kernels import Factor, Work, columns, vectorized
+from titan_adam_mini.kernels import Factor, ParamStep, columns, vectorized
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition.roles import factors
 from titan_adam_mini.plan import BlockPlan
@@ -34,9 +34,9 @@ def column_sums(grad: Tensor, ranks: int, step: int, expected: Tensor | None = N
         own = tuple(slice(*interval) for interval in plan.own[0])
         factor = Factor(plan, state[tuple(slice(*one) for one in spans(plan))])
         rest = {"exp_avg": grad, "exp_avg_scale": None, "exp_avg_sq": grad, "group": GROUP, "decay": True}
-        work = Work("w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest)
-        around = columns.magic(work)
-        sums = columns.column_sums(grad[own], None if around is None else around[plan.parts[0][2]])
+        work = ParamStep("w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest)
+        offset = columns.rounding_offset(work)
+        sums = columns.column_sums(grad[own], None if offset is None else offset[plan.parts[0][2]])
         total[tuple(slice(*one) for one in spans(plan))] += sums
     return total
 

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
@@ -91,6 +91,7 @@ def test_lines_of_any_shard_are_what_they_say(case: tuple[BlockLayout, tuple[int
 
 @settings(max_examples=200)
 @given(cuts())
+@example((BlockLayout.of((4, 3, 5), 2, 1, None), (2,), [Shard(1)]))  # one rank has one tile along dim 1, one has two
 def test_what_is_made_of_lines_is_so_on_every_rank(case: tuple[BlockLayout, tuple[int, ...], list]) -> None:
     """Ranks would compute with different engines if it were each one's own to find out."""
     ranks = plans(*case)
@@ -102,8 +103,8 @@ def test_what_is_made_of_lines_is_so_on_every_rank(case: tuple[BlockLayout, tupl
 
 def test_the_layouts_that_models_have_are_lines_on_every_rank() -> None:
     for name, layout in LAYOUTS.items():
-        for ranks in (1, 2, 3, 7):
-            if prod(layout.shape) > 12_000:
+        for ranks in (1, 3, 7):
+            if prod(layout.shape) > 5_000:
                 continue
             for plan in plans(layout, (ranks,), [Shard(0)] if layout.shape else [Replicate()]):
                 assert check(plan), (name, ranks, lines_of(plan))

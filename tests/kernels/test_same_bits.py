@@ -36,7 +36,7 @@ from titan_adam_mini.layout import BlockLayout
 )
 def test_any_number_of_ranks(engine: str, options: dict[str, object]) -> None:
     want = world(engine, 1, **options)
-    for ranks in range(2, 8):
+    for ranks in (2, 3, 7):
         got = world(engine, ranks, **options)
         assert not differing_bits(got, want[0]), ranks
         assert all(float(work.step) == 3 for played in got for work in played.works)
@@ -102,11 +102,11 @@ def test_stored_in_another_order_the_sums_are_the_same() -> None:
 def test_nothing_grows_and_replaced_tensors_are_noticed() -> None:
     engine = engine_of("cpu")
     assert isinstance(engine, cpu.CpuEngine)
-    played = Played(ROWS, engine)
+    played, grads = Played(ROWS, engine), gradients(ROWS, 0, torch.float32)
     tables = None
-    for number in range(100):
-        played.give(gradients(ROWS, 0, torch.float32))
-        if number == 50:
+    for number in range(20):
+        played.give(grads)
+        if number == 10:
             old = played.named("rows").param
             before = old.clone()
             played.named("rows").param = old.clone()
@@ -115,8 +115,8 @@ def test_nothing_grows_and_replaced_tensors_are_noticed() -> None:
         assert list(engine._tables.values()) == tables and len(engine._phases) == len(tables)
     assert torch.equal(old, before) and not torch.equal(played.named("rows").param, before)
     again = Played(ROWS, engine_of("cpu"))
-    for _ in range(100):
-        again.give(gradients(ROWS, 0, torch.float32))
+    for _ in range(20):
+        again.give(grads)
         step([again])
     assert torch.equal(again.named("rows").param, played.named("rows").param)
 
@@ -154,7 +154,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 def test_two_optimizers_may_step_at_once() -> None:
     results: list[Played] = []
-    threads = [threading.Thread(target=lambda: results.extend(world("cpu", 1, 10))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: results.extend(world("cpu", 1, 5))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -15,7 +15,7 @@ from titan_adam_mini import AdamMini, Partition, kernels
 from titan_adam_mini.check.engines import LAYOUTS as EVERY
 from titan_adam_mini.check.engines import Played, gradients, reference_engine, whole
 from titan_adam_mini.check.engines import step as one_step
-from titan_adam_mini.kernels import Factor, Work, vectorized
+from titan_adam_mini.kernels import Factor, ParamStep, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
 from titan_adam_mini.layout import BlockLayout
 from titan_adam_mini.partition.roles import factors
@@ -24,14 +24,15 @@ from titan_adam_mini.sharding import Cut, Shard
 
 triton = pytest.importorskip("titan_adam_mini.kernels.triton", reason="Triton has wheels for Linux only")
 
-# What a decoder has, plus lines of every length class: 1, up to 64, one tile, several tiles with a rest.
+# What a decoder has, plus lines of every length class: 1, up to 64, one tile, several tiles with a rest, also of runs
+# of int8. The interpreter takes some 20 ms per program, and strips of columns are programs.
 SHAPES = {
     "tok_embeddings.weight": (3, 128),
     "layers.0.attention.wq.weight": (40, 48),
     "layers.0.attention.wk.weight": (16, 48),
     "layers.0.attention.wv.weight": (16, 48),
-    "layers.0.feed_forward.w1.weight": (2, 4501),
-    "layers.0.feed_forward.w2.weight": (2, 2048),
+    "layers.0.feed_forward.w1.weight": (2, 2101),
+    "layers.0.feed_forward.w2.weight": (2, 1152),
     "layers.0.attention_norm.weight": (1300,),
     "layers.0.attention.wq.bias": (1030,),
     "layers.0.moe.experts.w1": (2, 2, 128),
@@ -66,7 +67,7 @@ def parameters(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dic
 def trained(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype = torch.float32,
-    steps: int = 3,
+    steps: int = 2,
     skip: str = "",
     **options: Any,
 ) -> tuple[dict[str, torch.nn.Parameter], AdamMini]:
@@ -93,35 +94,46 @@ def assert_close(one: Any, two: Any, tolerance: float, share: float = 0.0) -> No
         assert apart.float().mean() <= share, f"{name}: {apart.float().mean():.1%} differ"
 
 
-@pytest.mark.parametrize("momentum", [None, torch.bfloat16, torch.int8], ids=str)
+def case(momentum: torch.dtype | None, *marks: pytest.MarkDecorator, **options: Any) -> Any:
+    """Parameters whose columns do not fill runs of int8 keep float32 momentum beside the others."""
+    options["momentum_dtype"] = momentum
+    return pytest.param(options, id=str(options), marks=marks)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"maximize": True, "weight_decay": 0.3},
-        {"value_blocks": "tensor"},
-        {"second_moment": "channels"},
-        {"second_moment": "factored", "weight_decay": 0.3},
+        case(None, value_blocks="tensor", maximize=True, weight_decay=0.3),
+        case(torch.bfloat16, second_moment="channels"),
+        case(torch.int8, second_moment="factored", weight_decay=0.3),
+        case(torch.int8, pytest.mark.slow, maximize=True),
+        case(torch.bfloat16, pytest.mark.slow, second_moment="factored", maximize=True),
+        case(None, pytest.mark.slow, second_moment="channels"),
     ],
-    ids=str,
 )
-def test_it_computes_what_torch_computes(momentum: torch.dtype | None, options: dict[str, Any]) -> None:
-    fast = trained(SHAPES, fused=True, momentum_dtype=momentum, **options)
-    plain = trained(SHAPES, foreach=True, momentum_dtype=momentum, **options)
+def test_it_computes_what_torch_computes(options: dict[str, Any]) -> None:
+    fast, plain = trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options)
     assert fast[1].engine.launches > 0 and not fast[1].engine._left
-    assert_close(fast, plain, 1e-6 if momentum is None else 1e-3)
+    assert_close(fast, plain, 1e-6 if options["momentum_dtype"] is None else 1e-3)
 
 
-@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
-@pytest.mark.parametrize("at_random", [False, True])
-@pytest.mark.parametrize("momentum", [None, torch.int8], ids=str)
-def test_bfloat16_parameters(momentum: torch.dtype | None, at_random: bool, second_moment: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        case(torch.int8, second_moment="factored", stochastic_rounding=True),
+        case(None),
+        case(None, pytest.mark.slow, second_moment="factored"),
+        case(None, pytest.mark.slow, stochastic_rounding=True),
+        case(torch.int8, pytest.mark.slow),
+    ],
+)
+def test_bfloat16_parameters(options: dict[str, Any]) -> None:
     """Rounded as torch rounds, or with the very same random bits; a last bit of the sums may tip a rounding."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "momentum_dtype": momentum, "second_moment": second_moment}
-    options["stochastic_rounding"] = at_random
-    assert_close(trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options), 0.0, share=2e-3)
+    fast, plain = (trained(SHAPES, torch.bfloat16, **one, **options) for one in ({"fused": True}, {"foreach": True}))
+    assert_close(fast, plain, 0.0, share=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
 @pytest.mark.parametrize(("dtype", "momentum"), [(torch.float32, None), (torch.bfloat16, torch.int8)], ids=str)
 def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
@@ -142,7 +154,8 @@ def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torc
 
 def test_missing_gradients_leave_a_parameter_alone() -> None:
     name = "layers.0.attention.wq.weight"
-    fast, plain = (trained(SHAPES, steps=3, skip=name, **one) for one in ({"fused": True}, {"foreach": True}))
+    shapes = {one: SHAPES[one] for one in (name, "tok_embeddings.weight", "norm.weight")}
+    fast, plain = (trained(shapes, steps=3, skip=name, **one) for one in ({"fused": True}, {"foreach": True}))
     assert float(fast[1].state[fast[0][name]]["step"]) == 2
     assert_close(fast, plain, 1e-6)
 
@@ -188,7 +201,7 @@ def test_291_tensors_take_as_many_launches_as_3(monkeypatch: pytest.MonkeyPatch)
 
 def test_transposed_tensors_have_lines_of_their_own() -> None:
     """Columns that are blocks, one by one and in heads; a gradient that lies in memory as its parameter does not."""
-    shapes = {"h.0.attn.c_attn.weight": (70, 3 * 80), "h.0.mlp.c_fc.weight": (70, 130), "w.weight": (70, 90)}
+    shapes = {"h.0.attn.c_attn.weight": (70, 3 * 25), "h.0.mlp.c_fc.weight": (70, 66), "w.weight": (5, 90)}
     roles = {"*c_attn*": "query_key.T", "*c_fc*": "neuron.T", "w*": "neuron"}
     partition = Partition.transformer(n_heads=15, roles=roles)
 
@@ -210,7 +223,8 @@ def test_transposed_tensors_have_lines_of_their_own() -> None:
 
 def test_a_replaced_local_tensor_and_new_gradients_are_found() -> None:
     """FSDP2 puts another tensor in the place of an uneven shard's; every backward pass brings new gradients."""
-    fast, plain = (parameters(SHAPES, torch.float32) for _ in range(2))
+    shapes = {name: shape for name, shape in SHAPES.items() if "w1" not in name}
+    fast, plain = (parameters(shapes, torch.float32) for _ in range(2))
     optimizers = [
         AdamMini(list(params.items()), n_heads=5, n_kv_heads=2, lr=1e-2, **{flag: True})
         for params, flag in ((fast, "fused"), (plain, "foreach"))
@@ -241,17 +255,17 @@ def test_the_storage_of_a_wrapper_is_updated() -> None:
     assert not inner.eq(1).any()
 
 
-def test_nothing_grows_over_a_hundred_steps() -> None:
+def test_nothing_grows_from_step_to_step() -> None:
     params = parameters({"w1.weight": (2, 96), "norm.weight": (8,)}, torch.float32)
     optimizer = AdamMini(list(params.items()), fused=True)
     tensors = []
-    for step in range(100):
+    for step in range(16):
         for param in params.values():
             param.grad = torch.randn_like(param) if step % 3 or param.ndim == 2 else None
         optimizer.step()
         for param in params.values():
             param.grad = None
-        if step in (10, 99):
+        if step in (6, 15):
             gc.collect()
             tensors.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
     assert tensors[1] <= tensors[0], "gradients, tables or copies are kept"
@@ -264,15 +278,16 @@ LAYOUTS = {
     "fused": BlockLayout.of((9, 96), [(2, 3), (3, 1)], None),
     "experts": BlockLayout.of((4, 2, 130), 1, 1, None),
     "bias": BlockLayout.of((33,), 1),
-    "columns": BlockLayout.of((40, 70), None, 1),
-    "experts by columns": BlockLayout.of((4, 9, 70), 1, None, 1),
-    "factored": BlockLayout.of((40, 70), 1, None),
-    "factored experts": BlockLayout.of((4, 9, 70), 1, 1, None),
+    "columns": BlockLayout.of((40, 30), None, 1),
+    "experts by columns": BlockLayout.of((2, 5, 70), 1, None, 1),
+    "factored": BlockLayout.of((5, 70), 1, None),
+    "factored experts": BlockLayout.of((3, 5, 30), 1, 1, None),
 }
 
 
+@pytest.mark.parametrize("ranks", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_number_of_ranks_gives_the_bits_of_one(name: str) -> None:
+def test_any_number_of_ranks_gives_the_bits_of_one(name: str, ranks: int) -> None:
     """Ranks played one after the other, their sums added by hand, gradients at odd addresses."""
     layout = LAYOUTS[name]
     random = torch.Generator().manual_seed(3)
@@ -280,9 +295,8 @@ def test_any_number_of_ranks_gives_the_bits_of_one(name: str) -> None:
     grads = [torch.randn(layout.shape, generator=random) for _ in range(2)]
     factored = name.startswith("factored")
     want = played(layout, 1, start, grads, factored)
-    for ranks in (2, 3, 5):
-        got = played(layout, ranks, start, grads, factored)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), ranks
+    got = played(layout, ranks, start, grads, factored)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
@@ -293,7 +307,7 @@ def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
     def world(ranks: int) -> list[Played]:
         engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in range(ranks)]
         players = [Played(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)]
-        for number in range(3):
+        for number in range(2):
             for one in players:
                 one.give(gradients(layouts, number, torch.float32))
             one_step(players)
@@ -334,7 +348,7 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
         rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
         part = start[own].clone().to(DEVICE)
         works.append(
-            Work(
+            ParamStep(
                 name="w",
                 plan=plan,
                 param=part,

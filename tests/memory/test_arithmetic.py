@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_adam_mini.checkpoint.check import mixes_up
 from titan_adam_mini.layout import BlockLayout
-from titan_adam_mini.memory.holdings import (
+from titan_adam_mini.offline.holdings import (
     ROUNDING,
     Bytes,
     Kind,

@@ -1,12 +1,18 @@
 """The command `estimate`: what it prints and writes, and where it refuses."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from titan_adam_mini.cli import main
 from titan_adam_mini.memory import estimate
+
+pytest.importorskip("torchtitan", reason="simulations run torchtitan's models")
+
+from titan_adam_mini.memory.simulate import Peak, Simulated
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "train_configs" / "debug_model.toml")
 SMALL = ["--training.seq_len", "128", "--training.local_batch_size", "2"]
@@ -27,7 +33,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return error
 
 
-def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_json_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated: list[Any] = []
+    largest = estimate._largest
+    monkeypatch.setattr(estimate, "_largest", lambda *args: simulated.append(largest(*args)) or simulated[-1])
     file, picture = tmp_path / "a.json", tmp_path / "a.png"
     shown = told(capsys, *SHALLOW, "--ngpu", "2,4", "--json", str(file), "--plot", str(picture))
     found = json.loads(file.read_text())
@@ -46,16 +57,51 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert two["parameters"] < mini < 1.02 * two["parameters"]
     assert "llama3 shallow, 2 ranks (dp_shard 2), rank 0: local batch 2" in shown
     assert "AdamMini float32 *" in shown and "not validated on a GPU" in shown
-
-
-def test_json_alone_is_all_of_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    # JSON alone is all of standard output.
+    monkeypatch.setattr(estimate, "_largest", lambda *args: simulated[0])
     main(["estimate", CONFIG, "--ngpu", "2", "--json", *SHALLOW, *SMALL])
-    (run,) = json.loads(capfd.readouterr().out)["runs"]
-    assert run["ngpu"] == 2 and set(run["optimizers"]) >= {"AdamW", "AdamMini", "AdamMini int8"}
+    assert json.loads(capsys.readouterr().out)["runs"] == found["runs"][:1]
 
 
-@pytest.mark.slow
-def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def invented(call: Any, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *_: Any) -> Simulated:
+    """In place of a simulation: parameters of 80 MiB on all ranks, AdamW's state of 160 and AdamMini's of 80, and
+    activations of 1, 2 or 4 MiB per sequence."""
+    flags = dict(pairwise(arguments))  # the last of a name counts
+    batch, mode = int(flags["--training.local_batch_size"]), flags.get("--activation_checkpoint.mode", "none")
+    activations = batch * {"full": 1, "selective": 2, "none": 4}[mode] << 20
+    peaks = {
+        name: [Peak("forward and backward", {"parameters": (80 + state << 20) // ngpu, "activations": activations})]
+        for name, state in {"AdamW": 160, "AdamMini": 80, "AdamMini float32": 80}.items()
+    }
+    sizes = {"batch": batch, "passes": 1, "seq_len": 128, "seq_divisor": 1, "batch_unit": 1, "parameters": 20 << 20}
+    words = {"model": "invented", "checkpointing": mode, "configured": "AdamMini float32"}
+    mesh = {"dp_shard": ngpu}
+    return Simulated(**words, **sizes, mesh=mesh, ngpu=ngpu, rank=0, dtypes=("", ""), peaks=peaks, refused={})
+
+
+def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ranks with AdamW have 120 MiB besides activations, with AdamMini 80, and may fill 200."""
+    monkeypatch.setattr(estimate, "_largest", invented)
+    words = ("--ngpu", "2", "--fit", "206MiB", "--reserve", "6MiB", "--vary", "local batch,GPUs")
+    shown = told(capsys, *words, "--json", str(tmp_path / "fit.json"))
+    assert "largest local batch" in shown and "fewest GPUs" in shown and "6MiB of it left free" in shown
+    found: dict[str, dict[tuple[str, str], Any]] = {"local batch": {}, "GPUs": {}}
+    for one in json.loads((tmp_path / "fit.json").read_text())["fit"]:
+        found[one["question"]][one["checkpointing"], one["optimizer"]] = one["found"]
+        assert one["found"]["peak"] <= 200 << 20 and (one["found"]["beyond"] or 201 << 20) > 200 << 20
+    assert {key: one["value"] for key, one in found["local batch"].items()} == {
+        ("none", "AdamW"): 20,
+        ("selective", "AdamW"): 40,
+        ("full", "AdamW"): 80,
+        ("none", "AdamMini"): 30,
+        ("selective", "AdamMini"): 60,
+        ("full", "AdamMini"): 120,
+    }
+    assert {key[1]: one["value"] for key, one in found["GPUs"].items()} == {"AdamW": 2, "AdamMini": 1}
+
+
+@pytest.mark.nightly
+def test_fit_with_simulations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "fit.json"
     words = ("--ngpu", "2", "--fit", "0.04GiB", "--reserve", "0B", "--vary", "local batch,GPUs", "--json", str(file))
     shown = told(capsys, *words)
@@ -92,17 +138,17 @@ def _wrong_plan() -> None:
     """The plan's arithmetic forgets `step`; the two ways must then disagree."""
     from unittest.mock import patch
 
-    from titan_adam_mini.memory.agree import simulate_checked
+    from titan_adam_mini.memory.peaks import _simulate_checked
 
-    with patch("titan_adam_mini.memory.holdings.STEP", 0):
-        simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
+    with patch("titan_adam_mini.offline.holdings.STEP", 0):
+        _simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
 
 
 def test_plan_and_simulation_must_agree() -> None:
-    from titan_adam_mini.child import in_child
+    from titan_adam_mini.tools.isolated_process import in_isolated_process
 
     with pytest.raises(ValueError, match=r"records [\d,]+ bytes of AdamW's state, and the plan counts"):
-        in_child(_wrong_plan)
+        in_isolated_process(_wrong_plan)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from real_memory import CONFIG
 
-from titan_adam_mini.child import in_child
 from titan_adam_mini.cli import main
 from titan_adam_mini.memory import facts as facts_file
 from titan_adam_mini.memory.facts import facts
-from titan_adam_mini.memory.holdings import Run
 from titan_adam_mini.memory.plan import _read_run
+from titan_adam_mini.offline.holdings import Run
+from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 LARGE = Path(__file__).resolve().parents[2] / "train_configs" / "llama3_8b.toml"
 KINDS = {"adamw", "adam_mini_float32", "adam_mini_bfloat16", "adam_mini_int8"}
@@ -94,7 +94,7 @@ def test_an_adamw_configuration_is_planned_for_adam_mini(capfd: pytest.CaptureFi
 
 
 def large(ngpu: int, *words: str) -> Run:
-    run: Run = in_child(_read_run, ["--job.config_file", str(LARGE), *words], ngpu)
+    run: Run = in_isolated_process(_read_run, ["--job.config_file", str(LARGE), *words], ngpu)
     return run
 
 

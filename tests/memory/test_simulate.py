@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from measured_step import measured
 
-from titan_adam_mini.child import in_child
 from titan_adam_mini.memory.peaks import _simulate
+from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "train_configs" / "debug_model.toml")
@@ -38,13 +38,18 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+REPEATED = ("FSDP2", "FSDP2, operators recomputed")
+"""Whose parts are in other cases."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in REPEATED else pytest.mark.slow) for name in CASES]
+)
 def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
     ngpu, flags = CASES[name]
     arguments = [*SMALL, *flags]
-    one = in_child(_simulate, arguments, ngpu, ngpu - 1, ("AdamW", "AdamMini"), None)
-    real = in_child(measured, arguments, ngpu, ngpu - 1)
+    one = in_isolated_process(_simulate, arguments, ngpu, ngpu - 1, ("AdamW", "AdamMini"), None)
+    real = in_isolated_process(measured, arguments, ngpu, ngpu - 1)
     print(name, real, {key: [peak.total for peak in peaks] for key, peaks in one.peaks.items()})
     for optimizer in ("AdamW", "AdamMini"):
         training, step = one.peaks[optimizer]
@@ -54,9 +59,9 @@ def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
         assert step.total == pytest.approx(real[optimizer]["step"], abs=HELD_BY_FAKES)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_gpu_peaked_where_the_simulation_does() -> None:
-    """What `titan-adam-mini check` recorded on one H100: 3.6 billion parameters, compiled there, eager here. The peak
+    """What the GPU check recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak
     is parameters, gradients and state, so this says little of activations."""
     stages = json.loads((ROOT / "benchmarks" / "h100" / "gpu_check.json").read_text())["stages"]
     (recorded,) = (stage["numbers"] for stage in stages if stage["name"] == "train")
@@ -64,7 +69,7 @@ def test_a_gpu_peaked_where_the_simulation_does() -> None:
     words += ["--training.seq_len", str(recorded["seq_len"]), "--training.local_batch_size", "1"]
     config = str(ROOT / "train_configs" / "llama3_8b.toml")
     names = ("AdamW", "AdamMini")
-    one = in_child(_simulate, ["--job.config_file", config, *words], 1, 0, names, None)
+    one = in_isolated_process(_simulate, ["--job.config_file", config, *words], 1, 0, names, None)
     for name in names:
         simulated, measured_there = one.peak(name).total / 2**30, recorded[name]["peak_active_gib"]
         print(f"{name}: {simulated:.2f} GiB simulated, {measured_there:.2f} GiB active on the GPU")

@@ -70,7 +70,7 @@ def play(operations: list[tuple[str, Any, Any]]) -> Allocator:
     return books
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(OPERATIONS, st.none() | st.integers(0, 60))
 def test_what_is_found_is_what_the_books_have(operations: list[tuple[str, Any, Any]], kept: int | None) -> None:
     books = play([("alloc", 1000, "weight"), *operations])

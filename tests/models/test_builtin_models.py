@@ -35,7 +35,7 @@ from titan_adam_mini.layout import BlockLayout
 pytest.importorskip("torchtitan", reason="needs torchtitan's models: pip install -e '.[titan]'")
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH, TOKENS = 10, 2, 16
+STEPS, BATCH, TOKENS = 5, 2, 16
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-8}
 LIMIT = 1e-12
 
@@ -226,7 +226,7 @@ def train(rank: int, world: int, name: str, flavour: str) -> dict[str, Any]:
     ("name", "flavour", "world"),
     [(*key, 2) for key in SMALL] + [("llama3", "debugmodel", 3), ("deepseek_v3", "debugmodel", 3)],
 )
-def test_ten_steps_equal_the_oracle(name: str, flavour: str, world: int) -> None:
+def test_some_steps_equal_the_oracle(name: str, flavour: str, world: int) -> None:
     if name == "flux":
         pytest.importorskip("transformers", reason="torchtitan's flux imports transformers")
         pytest.importorskip("einops", reason="torchtitan's flux imports einops")

@@ -69,12 +69,14 @@ def the_bits_of_one_device(name: str, ranks: list[dict[str, Any]]) -> bool:
     return all(torch.equal(got[kind][key], value) for kind in kinds for key, value in want[kind].items())
 
 
-@pytest.mark.parametrize("name", ["one rank", "FSDP2 3", "HSDP 2x2"])
+@pytest.mark.parametrize("name", ["HSDP 2x2", pytest.param("one rank", marks=pytest.mark.slow)])
 def test_a_file_per_rank(name: str, tmp_path: Path) -> None:
     assert the_bits_of_one_device(name, run(a_file_per_rank, CATALOGUE[name].world, name, str(tmp_path)))
 
 
-@pytest.mark.parametrize(("saved_on", "loaded_on"), [("HSDP 2x2", "FSDP2 3"), ("FSDP2 7", "one rank")])
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"), [("HSDP 2x2", "FSDP2 3"), pytest.param("FSDP2 7", "one rank", marks=pytest.mark.slow)]
+)
 def test_whole_tensors(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
     file = str(tmp_path / "whole.pt")
     run(gathered, CATALOGUE[saved_on].world, saved_on, file)

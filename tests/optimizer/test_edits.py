@@ -156,6 +156,17 @@ def test_a_pattern_may_match_what_is_frozen_or_comes_later_but_something_it_must
     assert params["w1.bias"] not in optimizer.state
 
 
+def test_what_is_frozen_from_the_start_needs_no_role_until_it_thaws() -> None:
+    params = parameters()
+    odd = nn.Parameter(torch.zeros(3, 2), requires_grad=False)
+    optimizer = make({**params, "packed.mystery": odd})
+    step(optimizer, params)
+    assert len(optimizer.state_dict()["state"]) == 4
+    odd.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"packed\.mystery"):
+        optimizer.step()
+
+
 def test_planning_happens_once_where_a_parameter_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     optimizer = make(params)
@@ -196,6 +207,7 @@ def test_state_of_frozen_parameters_is_saved_and_loaded() -> None:
     twin["w1.weight"].requires_grad_(False)
     other = make(twin)
     other.load_state_dict(saved)
+    assert len(other.state) == 4
     for each in (params, twin):
         each["w1.weight"].requires_grad_(True)
     step(optimizer, params, 2)

@@ -36,7 +36,7 @@ def trained(names: Iterable[str], **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("foreach", [None, True])
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("threads", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_threads_runs_or_order(threads: int, foreach: bool | None) -> None:
     before = torch.get_num_threads()
     try:

@@ -36,9 +36,8 @@ class Model(nn.Module):
         self.output = nn.Linear(dim, 19, bias=False)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
-def test_equals_upstream_over_20_steps(foreach: bool, betas: tuple[float, float], capsys: Any) -> None:
+@pytest.mark.parametrize(("foreach", "betas"), [(True, (0.9, 0.999)), (False, (0.8, 0.95))])
+def test_equals_upstream_over_10_steps(foreach: bool, betas: tuple[float, float], capsys: Any) -> None:
     adam_mini = pytest.importorskip("adam_mini", reason="upstream is installed with the test extra")
     torch.manual_seed(0)
     ours = Model().double()
@@ -50,7 +49,7 @@ def test_equals_upstream_over_20_steps(foreach: bool, betas: tuple[float, float]
         theirs.named_parameters(), lr=3e-3, betas=betas, eps=1e-8, weight_decay=0.1, dim=24, n_heads=4
     )
     upstream.world_size = 1  # it counts GPUs here, and would ask for a process group on a machine with several
-    for step in range(20):
+    for step in range(10):
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             mine.grad = torch.randn_like(mine) * (1 + step)
             other.grad = mine.grad.clone()

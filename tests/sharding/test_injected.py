@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -42,14 +43,22 @@ COLLECTIVES = {
 }
 BITS = [name for name, mesh in CATALOGUE.items() if mesh.sizes == DENSE and {*mesh.axes} <= {"rep", "dp"}]
 FAST = {
-    *("FSDP2 5", "FSDP2 7", "FSDP2 2, CPU offload", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"),
-    *("FSDP2 x TP 2x2, norms on dp", "FSDP2 3, experts Shard(1)", "PP x FSDP2 2x2"),
+    *("FSDP2 7", "FSDP2 2, CPU offload", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"),
+    *("FSDP2 3, experts Shard(1)", "PP x FSDP2 2x2"),
+}
+ONE_OF_EACH = {
+    *("one rank", "FSDP2 5", "FSDP2 2, CPU offload", "HSDP 3x2", "TP 3", "TP 2, plain norms", "FSDP2 x TP 3x2"),
+    *("FSDP2 x TP 2x2, norms on dp", "FSDP2 3, experts Shard(1)", "FSDP2 x EP 2x2, experts Shard(1)", "PP x FSDP2 2x2"),
 }
 
 
-def marked(fast: set[str]) -> list[Any]:
-    """The catalogue; what is not in `fast` is slow."""
-    return [pytest.param(name, id=name, marks=() if name in fast else pytest.mark.slow) for name in CATALOGUE]
+def marked(fast: set[str], slow: Collection[str] = CATALOGUE) -> list[Any]:
+    """The catalogue; what is neither in `fast` nor in `slow` is for the night."""
+
+    def marks(name: str) -> Any:
+        return () if name in fast else pytest.mark.slow if name in slow else pytest.mark.nightly
+
+    return [pytest.param(name, id=name, marks=marks(name)) for name in CATALOGUE]
 
 
 @pytest.mark.parametrize("name", marked(FAST))
@@ -75,7 +84,9 @@ FACTORED = {
 """The same where every matrix is factored."""
 
 
-@pytest.mark.parametrize("name", marked(FAST))
+@pytest.mark.parametrize(
+    "name", marked({"HSDP 2x3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2, experts Shard(1)"}, ONE_OF_EACH)
+)
 def test_factored_equals_the_oracle_too(name: str) -> None:
     got, ranks = on_mesh(name, second_moment="factored")
     worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="factored"))
@@ -86,7 +97,7 @@ def test_factored_equals_the_oracle_too(name: str) -> None:
         assert all(step == steps[1] for step in steps[2:]), "every step asks for the same"
 
 
-@pytest.mark.parametrize("name", marked(FAST))
+@pytest.mark.parametrize("name", marked({"FSDP2 5", "TP 3", "FSDP2 x TP 2x3"}, ONE_OF_EACH))
 def test_channels_equal_the_oracle_too(name: str) -> None:
     got, ranks = on_mesh(name, second_moment="channels")
     worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="channels"))
@@ -97,22 +108,45 @@ def test_channels_equal_the_oracle_too(name: str) -> None:
         assert all(count <= 2 for count in Counter(one.ranks for one in steps[1]).values())
 
 
-@pytest.mark.parametrize("second_moment", ["channels", "factored"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_columns_have_the_bits_of_one_device_under_fsdp_and_hsdp(dtype: torch.dtype, second_moment: str) -> None:
+SLOW_BITS = ["FSDP2 2, CPU offload", "FSDP2 7", "FSDP2 8", "HSDP 3x2"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "second_moment", "names"),
+    [
+        (torch.float32, "factored", ["HSDP 2x3"]),
+        (torch.bfloat16, "channels", ["FSDP2 3"]),
+        pytest.param(torch.float32, "factored", SLOW_BITS, marks=pytest.mark.slow),
+        pytest.param(torch.float32, "channels", SLOW_BITS, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "factored", ["HSDP 2x3"], marks=pytest.mark.slow),
+        pytest.param(torch.float32, "factored", BITS, marks=pytest.mark.nightly),
+        pytest.param(torch.float32, "channels", BITS, marks=pytest.mark.nightly),
+    ],
+)
+def test_columns_have_the_bits_of_one_device_under_fsdp_and_hsdp(
+    dtype: torch.dtype, second_moment: str, names: list[str]
+) -> None:
     want = on_one_device(DENSE, dtype=dtype, steps=6, second_moment=second_moment)
-    for name in BITS if dtype == torch.float32 else ["FSDP2 3", "HSDP 2x3"]:
+    for name in names:
         got, _ = on_mesh(name, dtype=dtype, steps=6, second_moment=second_moment)
         for kind in ("params", "exp_avg", *SECOND_MOMENTS):
             for key, value in want[kind].items():
                 assert got[kind][key].dtype == value.dtype and torch.equal(got[kind][key], value), (name, kind, key)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_fsdp_and_hsdp_of_any_size_have_the_bits_of_one_device(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [
+        (torch.float32, ["FSDP2 8"]),
+        (torch.bfloat16, ["HSDP 2x3"]),
+        pytest.param(torch.float32, BITS, marks=pytest.mark.slow),
+        pytest.param(torch.float64, ["FSDP2 3", "HSDP 2x3"], marks=pytest.mark.slow),
+    ],
+)
+def test_fsdp_and_hsdp_of_any_size_have_the_bits_of_one_device(dtype: torch.dtype, names: list[str]) -> None:
     want = on_one_device(DENSE, dtype=dtype, steps=6)
     assert want["exp_avg_sq"]["norm.weight"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name in BITS if dtype == torch.float32 else ["FSDP2 3", "HSDP 2x3"]:
+    for name in names:
         got, _ = on_mesh(name, dtype=dtype, steps=6)
         for kind in ("params", "exp_avg", "exp_avg_sq"):
             for key, value in want[kind].items():
@@ -120,7 +154,12 @@ def test_fsdp_and_hsdp_of_any_size_have_the_bits_of_one_device(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    "options", [{"foreach": False}, {"foreach": True}, {"momentum_dtype": torch.bfloat16}, {"maximize": True}]
+    "options",
+    [
+        {"momentum_dtype": torch.bfloat16, "maximize": True},
+        pytest.param({"foreach": True}, marks=pytest.mark.slow),
+        pytest.param({"foreach": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_options_do_not_change_that(options: dict[str, object]) -> None:
     want, default = (on_one_device(DENSE, dtype=torch.float32, steps=6, **given) for given in (options, {}))
@@ -135,7 +174,7 @@ def test_options_do_not_change_that(options: dict[str, object]) -> None:
         assert not same, "the option matters"
 
 
-@pytest.mark.parametrize("name", ["FSDP2 3", "HSDP 2x3", "TP 2", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"])
+@pytest.mark.parametrize("name", ["FSDP2 x EP 2x2", pytest.param("FSDP2 x TP 3x2", marks=pytest.mark.slow)])
 def test_the_test_bed_with_adamw_as_a_control(name: str) -> None:
     """torch's AdamW gives the same on every mesh and on one device: places, gradients and gathering are right."""
     got, _ = on_mesh(name, "AdamW", steps=4)

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from titan_adam_mini.titan.build import built, configured
+from titan_adam_mini.offline.build import built, configured
 from titan_adam_mini.titan.builder import optimizer_of
 
 

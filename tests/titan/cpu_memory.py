@@ -42,9 +42,9 @@ class LiveTensors:
 
 
 def give_memory(rank: int, out: str) -> None:
-    import titan_adam_mini.titan  # noqa: F401
-    from titan_adam_mini.titan import device
+    from titan_adam_mini.titan import device, enable
 
+    enable("cpu", "named_snapshots")
     device._cpu.memory = LiveTensors()  # type: ignore[union-attr]
     count_at_the_end(rank, out)
 

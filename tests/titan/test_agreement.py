@@ -32,7 +32,7 @@ class Ranks:
             time.sleep(pace.random() * 2e-3)
             with self.moved:  # the collectives of a step, which the host may be ahead of
                 assert self.moved.wait_for(lambda step=step: min(self.at) >= step - self.ahead, 20.0)
-            why = agreement.leaves(step, number if step >= asks else 0)
+            why = agreement.exits(step, number if step >= asks else 0)
             with self.moved:
                 self.at[rank] = step
                 self.moved.notify_all()
@@ -80,9 +80,9 @@ def alone(**options: Any) -> Agreement:
 
 def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever() -> None:
     agreement = alone(patience=0.2)
-    assert agreement.leaves(1, 0) == 0
+    assert agreement.exits(1, 0) == 0
     with pytest.raises(TimeoutError, match=r"asked to leave at step 2, and not all ranks answered within 0\.2 seconds"):
-        agreement.leaves(2, 15)
+        agreement.exits(2, 15)
     agreement.meet()
     agreement.close()
     assert not agreement._thread.is_alive()

@@ -128,13 +128,13 @@ def test_a_rank_that_is_to_end_waits_for_nobody() -> None:
 
 def manager(kind: str, folder: str) -> Any:
     """Our checkpointer around the decoder and its optimizer, as the trainer makes it."""
+    from torchtitan.components.checkpoint import CheckpointManager
     from torchtitan.components.lr_scheduler import LRSchedulersContainer
     from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import Checkpoint
 
     from titan_adam_mini import AdamMini
     from titan_adam_mini.titan.builder import AdamMiniContainer
-    from titan_adam_mini.titan.checkpoint import AdamMiniCheckpointManager
     from titan_adam_mini.titan.knobs import Knobs
 
     mesh = MESHES[MESH]
@@ -146,7 +146,7 @@ def manager(kind: str, folder: str) -> Any:
         heads = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "head_dim": sizes.head_dim}
         optimizer = AdamMini(list(placed.module.named_parameters()), lr=1e-2, **heads)
         container = AdamMiniContainer([placed.module], [optimizer], Knobs(load_adamw_state=True))
-    return AdamMiniCheckpointManager(
+    return CheckpointManager(
         dataloader=None,
         model_parts=[placed.module],
         optimizers=container,
@@ -185,7 +185,7 @@ def elsewhere(path: Any, real: Any = os.path.exists) -> bool:
     return not str(path).endswith("checkpoint") and real(path)
 
 
-MANAGER = "titan_adam_mini.titan.checkpoint.AdamMiniCheckpointManager"
+MANAGER = "torchtitan.components.checkpoint.CheckpointManager"
 SCHEDULER = "torchtitan.components.lr_scheduler.LRSchedulersContainer"
 FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "unreadable": (
@@ -195,7 +195,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "early": (f"{MANAGER}._find_load_step", stale, "look for checkpoints: OSError: .*Stale file handle"),
     "late": (f"{SCHEDULER}.load_state_dict", no_key, "load a checkpoint: KeyError: 'last_epoch'"),
-    "settled": (f"{MANAGER}._settle", no_key, "load a checkpoint: KeyError"),
+    "settled": ("titan_adam_mini.titan.checkpoint._settle", no_key, "load a checkpoint: KeyError"),
     "converted": ("titan_adam_mini.titan.builder.as_expected", no_key, "convert the optimizer state that was loaded"),
     "collected": (f"{SCHEDULER}.state_dict", no_key, r"collect what goes into \S*step-4: KeyError"),
     "full": ("torch.distributed.checkpoint.filesystem._write_item", full, "save step 4: OSError: .*No space left"),

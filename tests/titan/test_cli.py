@@ -50,9 +50,9 @@ def test_a_conversion_goes_by_the_configurations_type_of_momentum() -> None:
     """In a process of its own, as the command asks for it."""
     import torch
 
-    from titan_adam_mini.checkpoint.command import _target
-    from titan_adam_mini.child import in_child
+    from titan_adam_mini.convert.command import _target
+    from titan_adam_mini.tools.isolated_process import in_isolated_process
 
     words = ["--job.config_file", str(CONFIG), *SMALL, "--optimizer.adam_mini.momentum_dtype", "int8"]
-    blocks, group, momentum_dtype = in_child(_target, words, "adam_mini")
+    blocks, group, momentum_dtype = in_isolated_process(_target, words, "adam_mini")
     assert momentum_dtype == torch.int8 and "tok_embeddings.weight" in blocks and "betas" in group

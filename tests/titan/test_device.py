@@ -28,7 +28,7 @@ def uncured(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_copy_of_the_names_is_replaced(uncured: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_get_available_device_type", lambda: None)
+    monkeypatch.setattr(device, "has_accelerator", lambda: False)
     import torchtitan.distributed.utils as dist_utils
 
     device.install()
@@ -39,7 +39,7 @@ def test_every_copy_of_the_names_is_replaced(uncured: ModuleType, monkeypatch: p
 
 def test_tokens_per_expert_are_counted_from_integers(uncured: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the routers of torchtitan's mixtures of experts call it; the CPU's own histc takes floats only."""
-    monkeypatch.setattr(device, "_get_available_device_type", lambda: None)
+    monkeypatch.setattr(device, "has_accelerator", lambda: False)
     device.install()
     experts = torch.tensor([0, 3, 3, 1, 3])
     assert torch.histc(experts, bins=5, min=0, max=5).tolist() == [1, 1, 0, 3, 0]
@@ -50,7 +50,7 @@ def test_tokens_per_expert_are_counted_from_integers(uncured: ModuleType, monkey
 def test_nothing_happens_where_an_accelerator_is(
     uncured: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(device, "_get_available_device_type", lambda: "cuda")
+    monkeypatch.setattr(device, "has_accelerator", lambda: True)
     with caplog.at_level("INFO"):
         device.install()
     assert uncured.device_type == titan_utils.device_type == "cuda"
@@ -67,7 +67,7 @@ def test_nothing_happens_where_an_accelerator_is(
 def test_installed_and_logged_once(
     uncured: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(device, "_get_available_device_type", lambda: None)
+    monkeypatch.setattr(device, "has_accelerator", lambda: False)
     with caplog.at_level("INFO"):
         device.install()
         first = device._cpu

@@ -15,7 +15,7 @@ import pytest
 from forked import SEQ_LEN, STEPS, Trainer
 from moments import ITEM, METADATA, READ, SAVE, SCHEDULE, Moment, when
 
-from titan_adam_mini.titan.interruption import LEFT, STUCK
+from titan_adam_mini.titan.interruption import SAVED, STUCK
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def ended(code: int, trainer: Trainer, name: str, *acts: tuple[str, int, Moment]
 
 def left(trainer: Trainer, name: str, *acts: tuple[str, int, Moment], **more: Any) -> tuple[Any, int]:
     """A run that left, as :func:`ended`, and after which step."""
-    run = ended(LEFT, trainer, name, *acts, **more)
+    run = ended(SAVED, trainer, name, *acts, **more)
     step = max(run.losses)
     assert whole(trainer, name, step)
     return run, step
@@ -82,7 +82,7 @@ def whole(trainer: Trainer, name: str, step: int) -> bool:
 
 def said(run: Any) -> list[str]:
     """The line of a run that leaves."""
-    return [line for line in run.lines if f"Exit code {LEFT}" in line]
+    return [line for line in run.lines if f"Exit code {SAVED}" in line]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_asked_before_the_first_step_and_in_the_middle(
     start = {"data": 2, **SAVING}
     folder = trainer.out / "asked" / "checkpoint"
 
-    run = ended(LEFT, trainer, "asked", ("send", USR1, Moment(1, BUILD, after=True)), **start)
+    run = ended(SAVED, trainer, "asked", ("send", USR1, Moment(1, BUILD, after=True)), **start)
     assert re.search(r"SIGUSR1: .* the next start goes on from the beginning\.", said(run)[0])
     assert run.losses == {} and not folder.exists() and progress() == (0, 0, None)
 
@@ -124,7 +124,7 @@ def test_asked_before_the_first_step_and_in_the_middle(
     assert progress() == (0, step, step)
     losses = run.losses
 
-    run = ended(LEFT, trainer, "asked", ("send", TERM, Moment(0, READ)), **start)
+    run = ended(SAVED, trainer, "asked", ("send", TERM, Moment(0, READ)), **start)
     assert re.search(rf"SIGTERM: .* the next start goes on from the checkpoint of step {step}\.", said(run)[0])
     assert run.losses == {} and progress() == (step, step, step)
 

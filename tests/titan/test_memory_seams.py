@@ -1,6 +1,5 @@
 """What a run says of its memory: metrics to the byte, and snapshots that know its tensors by their addresses."""
 
-import contextlib
 import json
 import pickle
 import re
@@ -134,19 +133,3 @@ def test_without_a_gpu_snapshots_are_refused_in_a_sentence(trainer: Trainer) -> 
         RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, and this run is on 'cpu'"
     ):
         trainer("no_gpu", ranks=1, **SNAPSHOTS)
-
-
-def test_the_device_module_comes_back() -> None:
-    import torchtitan.tools.profiling as titan_profiling
-
-    from titan_adam_mini.titan import snapshots
-
-    before = titan_profiling.device_module
-    off = SimpleNamespace(enable_memory_snapshot=False)
-    with titan_profiling.maybe_enable_memory_snapshot(off) as profiler:
-        assert profiler is None and titan_profiling.device_module is before
-    on = SimpleNamespace(enable_memory_snapshot=True)
-    with contextlib.suppress(ValueError), titan_profiling.maybe_enable_memory_snapshot(on):
-        pass
-    assert titan_profiling.device_module is before
-    assert titan_profiling.maybe_enable_memory_snapshot is snapshots.maybe_enable_memory_snapshot

@@ -46,12 +46,12 @@ def said_here() -> Iterator[list[str]]:
 
 def manager(placed: Placed, kind: str, sizes: Any, folder: str, load_adamw_state: bool = False) -> Any:
     """torchtitan's checkpointer, ours, around the decoder and its optimizer, as the trainer makes it."""
+    from torchtitan.components.checkpoint import CheckpointManager
     from torchtitan.components.lr_scheduler import LRSchedulersContainer
     from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import Checkpoint
 
     from titan_adam_mini.titan.builder import AdamMiniContainer
-    from titan_adam_mini.titan.checkpoint import AdamMiniCheckpointManager
     from titan_adam_mini.titan.knobs import Knobs
 
     if kind == "AdamW":
@@ -64,7 +64,7 @@ def manager(placed: Placed, kind: str, sizes: Any, folder: str, load_adamw_state
         named = list(placed.module.named_parameters())
         optimizer = AdamMini(named, lr=1e-2, betas=(0.9, 0.95), momentum_dtype=DTYPES[kind], **heads)
         container = AdamMiniContainer([placed.module], [optimizer], Knobs(load_adamw_state=load_adamw_state))
-    return AdamMiniCheckpointManager(
+    return CheckpointManager(
         dataloader=None,
         model_parts=[placed.module],
         optimizers=container,

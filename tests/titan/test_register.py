@@ -1,8 +1,8 @@
 """Where the name "AdamMini" enters torchtitan: known, and every other name as before."""
 
+import dataclasses
 import importlib
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torchtitan.protocols import train_spec
 import titan_adam_mini.titan
 from titan_adam_mini import AdamMini
 from titan_adam_mini.titan import register
+from titan_adam_mini.titan.replaced import original_of
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,9 @@ def settings(name: str, **more: Any) -> OptimizerConfig:
     return OptimizerConfig(name=name, implementation="foreach", **more)
 
 
-def test_every_place_that_holds_the_function_has_ours() -> None:
-    assert titan_optimizer.build_optimizers is register.build_optimizers
-    assert titan_adam_mini.titan.build_optimizers is register.build_optimizers
-    assert train_spec.get_train_spec("llama3").build_optimizers_fn is register.build_optimizers
+def test_a_spec_has_our_function() -> None:
+    assert train_spec.get_train_spec("llama3").build_optimizers_fn is titan_optimizer.build_optimizers
+    assert titan_optimizer.build_optimizers is not original_of(titan_optimizer, "build_optimizers")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW)])
@@ -40,7 +40,7 @@ def test_other_names_are_as_before(
     name: str, kind: type, dense: torch.nn.Module, parallel_dims: SimpleNamespace
 ) -> None:
     ours = register.build_optimizers([dense], settings(name, weight_decay=0.3), parallel_dims)
-    theirs = register._original([dense], settings(name, weight_decay=0.3), parallel_dims)
+    theirs = original_of(titan_optimizer, "build_optimizers")([dense], settings(name, weight_decay=0.3), parallel_dims)
     assert type(ours) is type(theirs) is titan_optimizer.OptimizersContainer
     (one,), (two,) = ours, theirs
     assert type(one) is type(two) is kind
@@ -59,37 +59,23 @@ def test_adam_mini_is_built(dense: torch.nn.Module, parallel_dims: SimpleNamespa
     assert [type(one) for one in container] == [AdamMini]
 
 
-def test_registering_twice_changes_nothing() -> None:
-    register.enable()
-    register.enable()
-    assert titan_optimizer.build_optimizers is register.build_optimizers
-    assert not hasattr(register._original, register._MARK)
+def test_a_second_import_changes_nothing() -> None:
+    before = titan_optimizer.build_optimizers
+    importlib.reload(register)
+    importlib.reload(titan_adam_mini.titan)
+    assert titan_optimizer.build_optimizers is before
     assert llama3.llama3_args["adam_mini_debug"].n_heads == 5
 
 
-def test_a_reload_does_not_wrap_the_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = register._original
-    before = register.build_optimizers
-    again = importlib.reload(register)
-    try:
-        again.enable()
-        assert again._original is original
-        assert titan_optimizer.build_optimizers is again.build_optimizers is not before
-        assert train_spec.get_train_spec("llama3").build_optimizers_fn is again.build_optimizers
-    finally:
-        # Modules imported before the reload, this one among them, go on with what they have.
-        register._replace_everywhere((before,), again.build_optimizers)
-
-
-def test_names_copied_by_other_modules_and_specs_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = ModuleType("a_users_module")
-    copied.build_optimizers = register._original  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, copied.__name__, copied)
-    spec = SimpleNamespace(build_optimizers_fn=register._original)
-    monkeypatch.setitem(train_spec._extra_train_specs, "a_users_model", spec)
-    register.enable()
-    assert copied.build_optimizers is titan_optimizer.build_optimizers  # type: ignore[attr-defined]
-    assert spec.build_optimizers_fn is titan_optimizer.build_optimizers
+def test_whoever_took_torchtitans_function_before_has_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchtitans = original_of(titan_optimizer, "build_optimizers")
+    early = dataclasses.replace(llama3.get_train_spec(), build_optimizers_fn=torchtitans)
+    own = dataclasses.replace(early, build_optimizers_fn=lambda *_: None)
+    monkeypatch.setitem(train_spec._extra_train_specs, "early", early)
+    monkeypatch.setitem(train_spec._extra_train_specs, "own", own)
+    assert train_spec.get_train_spec("early").build_optimizers_fn is titan_optimizer.build_optimizers
+    assert early.build_optimizers_fn is torchtitans, "the user's own object is as it was"
+    assert train_spec.get_train_spec("own") is own
 
 
 def test_the_load_balancing_hook_of_experts_stays(parallel_dims: SimpleNamespace) -> None:

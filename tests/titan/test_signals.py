@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torchtitan.distributed.utils as titan_distributed
 
-from titan_adam_mini.titan import interruption, register
+from titan_adam_mini.titan import exit_after_save, interruption
 from titan_adam_mini.titan.interruption import SIGNALS, STUCK, Interruption
 from titan_adam_mini.titan.watchdog import Watchdog
 
@@ -30,19 +30,19 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         signal.signal(one, handler)
 
 
-def test_signals_are_heard_from_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch, heard: list[int]) -> None:
-    monkeypatch.setattr(interruption, "original", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGUSR1) or 7)
-    assert interruption.init_distributed(SimpleNamespace(mode="default"), base_folder="") == 7
+def test_signals_are_heard_from_before_the_ranks_meet(heard: list[int]) -> None:
+    def torchtitans(*args: Any, **kwargs: Any) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 7
+
+    assert exit_after_save.listen_first(torchtitans, SimpleNamespace(mode="default"), base_folder="") == 7
     run = interruption.current()
-    assert run is not None and run.leaves(1, last_step=False) and heard == []
+    assert run is not None and run.exits(1, last_step=False) and heard == []
 
 
 @pytest.mark.parametrize("mode", ["fake_backend", "local_tensor"])
-def test_one_process_that_plays_many_ranks_is_left_alone(
-    mode: str, monkeypatch: pytest.MonkeyPatch, heard: list[int]
-) -> None:
-    monkeypatch.setattr(interruption, "original", lambda *args, **kwargs: 8)
-    assert interruption.init_distributed(SimpleNamespace(mode=mode)) == 8
+def test_one_process_that_plays_many_ranks_is_left_alone(mode: str, heard: list[int]) -> None:
+    assert exit_after_save.listen_first(lambda *args, **kwargs: 8, SimpleNamespace(mode=mode)) == 8
     os.kill(os.getpid(), signal.SIGTERM)
     assert interruption.current() is None and heard == [signal.SIGTERM]
 
@@ -68,16 +68,10 @@ def test_a_rank_that_ends_after_a_collective_keeps_its_exit_code(tmp_path: Path)
     script.write_text(SOON_GONE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "--local_addr=127.0.0.1", str(script)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "TITAN_ADAM_MINI_CPU": "1"}
     for _ in range(2):
         run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
-
-
-def test_torchtitans_function_is_replaced_once() -> None:
-    register.enable()
-    assert titan_distributed.init_distributed is interruption.init_distributed
-    assert not hasattr(interruption.original, interruption._MARK)
 
 
 def test_a_run_without_checkpoints_has_its_handlers_back(heard: list[int]) -> None:
@@ -88,7 +82,7 @@ def test_a_run_without_checkpoints_has_its_handlers_back(heard: list[int]) -> No
     assert heard == [signal.SIGTERM], "what was heard meanwhile counts"
     os.kill(os.getpid(), signal.SIGUSR1)
     assert heard == [signal.SIGTERM, signal.SIGUSR1]
-    assert not run.leaves(1, last_step=False)
+    assert not run.exits(1, last_step=False)
 
 
 def test_a_run_in_a_thread_has_no_handlers(heard: list[int]) -> None:
@@ -102,7 +96,7 @@ def test_a_run_in_a_thread_has_no_handlers(heard: list[int]) -> None:
 def test_in_its_last_step_and_after_a_run_hears_nothing(heard: list[int]) -> None:
     run = Interruption()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert not run.leaves(1, last_step=True)
+    assert not run.exits(1, last_step=True)
     assert all(signal.getsignal(one) is signal.SIG_IGN for one in SIGNALS) and heard == []
 
 

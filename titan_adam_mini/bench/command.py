@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..about import device_name, version
-from ..child import in_child
 from ..files import atomic_write
-from ..flags import ConfigFile, check_config, check_file, number_of_ranks
+from ..tools.flags import ConfigFile, check_config, check_file, number_of_ranks
+from ..tools.isolated_process import in_isolated_process
+from ..tools.versions import device_name, version
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class Bench:
 
         device = self._device()
         dtype = ["--training.dtype", self.dtype] if self.dtype else []
-        part: Part = in_child(_read_part, [*arguments, *dtype], ngpu, self.rank, self.layers)
+        part: Part = in_isolated_process(_read_part, [*arguments, *dtype], ngpu, self.rank, self.layers)
         competitors = chosen(self.only, part)
         self._fits(part, device)
         before = torch.get_num_threads()
@@ -162,6 +162,6 @@ class Bench:
 
 
 def _read_part(*args: Any) -> Any:
-    from ..titan.shards import read_part
+    from .shards import read_part
 
     return read_part(*args)

@@ -1,6 +1,6 @@
 """What one rank of a run holds, as data that travels between processes, and the tensors made from it.
 
-torchtitan builds the model in a child process (`titan/shards.py`); here its parameters are made again without the
+torchtitan builds the model in a child process (`bench/shards.py`); here its parameters are made again without the
 model: plain local tensors, and the same tensors as DTensors of the right global shape, mesh and placements.
 """
 
@@ -109,7 +109,7 @@ def allocated(part: Part, ngpu: int, rank: int, device: torch.device) -> Iterato
     While the context lasts a process group of `ngpu` ranks exists whose collectives return at once and move nothing.
     """
     if part.sharded:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from ..private import FakeStore
 
         dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from ..kernels import Engine, Factor, Work, int8, reference, rounding, vectorized
+from ..kernels import Engine, Factor, ParamStep, int8, reference, rounding, vectorized
 from ..kernels.compiled import Compiled
 from ..kernels.cpu import CpuEngine
 from ..kernels.tensorwise import Tensorwise
@@ -27,10 +27,10 @@ GROUP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ma
 LAYOUTS = {
     "scalar": BlockLayout.of(()),
     "norm": BlockLayout.of((5003,), None),
-    "bias": BlockLayout.of((333,), 1),
+    "bias": BlockLayout.of((133,), 1),
     "rows": BlockLayout.of((37, 129), 1, None),
     "one row": BlockLayout.of((1, 517), 1, None),
-    "one column": BlockLayout.of((517, 1), 1, None),
+    "one column": BlockLayout.of((131, 1), 1, None),
     "long rows": BlockLayout.of((3, 100_003), 1, None),
     "no rows": BlockLayout.of((0, 5), 1, None),
     "no columns": BlockLayout.of((5, 0), 1, None),
@@ -39,7 +39,7 @@ LAYOUTS = {
     "whole": BlockLayout.of((33, 65), None, None),
     "columns": BlockLayout.of((1300, 33), None, 1),
     "heads of columns": BlockLayout.of((33, 40), None, 8),
-    "elements": BlockLayout.of((17, 128), 1, 1),
+    "elements": BlockLayout.of((3, 128), 1, 1),
     "fused": BlockLayout.of((24, 128), [(4, 4), (8, 1)], None),
     "fused columns": BlockLayout.of((20, 24), None, [(4, 4), (8, 1)]),
     "experts": BlockLayout.of((3, 5, 128), 1, 1, None),
@@ -121,7 +121,7 @@ class Played:
                 wanted = torch.float32
             precision = torch.float64 if dtype == torch.float64 else torch.float32
             scale = self._zeros(int8.scale_shape(param.shape)) if wanted == torch.int8 else None
-            work = Work(
+            work = ParamStep(
                 name=name,
                 plan=plan,
                 param=param,
@@ -153,11 +153,11 @@ class Played:
             grad = grads[work.name]
             work.grad = None if grad is None else self.store(own(work.plan, grad).to(self.device))
 
-    def named(self, name: str) -> Work:
+    def named(self, name: str) -> ParamStep:
         return next(work for work in self.works if work.name == name)
 
 
-def _grids(work: Work) -> tuple[Work | Factor, ...]:
+def _grids(work: ParamStep) -> tuple[ParamStep | Factor, ...]:
     """A parameter's grids of second moments: its own, and those of its columns and of the whole."""
     return (work, *work.factors)
 
@@ -214,7 +214,7 @@ def whole(players: list[Played], index: int, kind: str) -> Tensor:
     return torch.cat(parts)
 
 
-def reach_of(grid: Work | Factor, whole: Tensor) -> Tensor:
+def reach_of(grid: ParamStep | Factor, whole: Tensor) -> Tensor:
     """The part of a whole grid that a rank keeps."""
     plan = grid.plan
     assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)
@@ -276,7 +276,7 @@ def _apart(one: Tensor, two: Tensor, relative: float = 0.0, absolute: float = 0.
     return int((~near).sum())
 
 
-def _momentum(work: Work) -> Tensor:
+def _momentum(work: ParamStep) -> Tensor:
     """In float32; of int8, value times scale."""
     values = work.exp_avg.float()
     return values if work.exp_avg_scale is None else values * work.exp_avg_scale.repeat_interleave(int8.RUN, -1)

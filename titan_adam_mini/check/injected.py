@@ -20,6 +20,9 @@ from .meshes import Mesh, Placed, draw, factors, full_shapes, layouts, norms_alo
 from .oracle import Oracle
 
 STEPS = 20
+"""Of the schedule of the learning rate."""
+SOME = 8
+"""That are taken: past the warm-up, with every size of gradients twice."""
 EPS = 1e-8
 MATRICES: dict[str, Any] = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 VECTORS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.01}
@@ -90,7 +93,7 @@ def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
 
 
 @lru_cache
-def oracle(sizes: Sizes, steps: int = STEPS, *, second_moment: str = "blocks") -> Oracle:
+def oracle(sizes: Sizes, steps: int = SOME, *, second_moment: str = "blocks") -> Oracle:
     """The oracle after so many steps."""
     shapes = full_shapes(sizes)
     one = Oracle(values(shapes), layouts(sizes, second_moment), factors(sizes) if second_moment == "factored" else None)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what one holds, whether it fits, and how AdamW's becomes AdamMini's and back."""
+"""Checkpoints on disk: what one holds, whether it fits, and what momentum and second moments become."""
 
 from typing import TYPE_CHECKING
 

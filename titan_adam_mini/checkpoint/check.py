@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
+from ..private import _compute_local_shape_and_global_offset, flatten_state_dict
 from ..sharding import Shard, box_shape, shard_of
 from ..state import AUTHORS, CONVERT, SECOND_MOMENTS
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored

@@ -6,11 +6,11 @@ import pickle
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.serialization import _get_layout
 
 from ..pickles import unpickle
+from ..private import _MEM_FORMAT_ENCODING, _get_layout, _StorageInfo
 
 
 def read_metadata(content: bytes) -> Metadata:
@@ -47,8 +47,8 @@ _ALLOWED: dict[str, Any] = {
         metadata.TensorStorageMetadata,
         metadata.ChunkStorageMetadata,
         metadata.TensorProperties,
-        metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
+        _MEM_FORMAT_ENCODING,
+        _StorageInfo,
     ),
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": _get_layout,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..about import device_name, made_with
-from ..child import child
-from ..drawing import require_matplotlib
-from ..flags import ConfigFile, check_config, ranks_of_a_run
+from ..tools.figures import require_matplotlib
+from ..tools.flags import ConfigFile, check_config, ranks_of_a_run
+from ..tools.isolated_process import isolated_process
+from ..tools.versions import device_name, made_with
 from .plan import Plan
 from .report import Report
 from .settled import alone, settle
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..titan.compared import Compared
+    from .configurations import Compared
 
 
 @dataclass
@@ -169,12 +169,12 @@ class Compare:
 
 def _configurations(variants: list[Variant], words: list[str], ranks: int) -> dict[str, Compared]:
     """Name -> what torchtitan makes of a variant's words; ValueError if it does not take them."""
-    with child() as call:
+    with isolated_process() as call:
         return {one.name: call(_read, [*words, *one.arguments], ranks) for one in variants}
 
 
 def _read(*args: Any) -> Any:
-    from ..titan.compared import read_compared
+    from .configurations import read_compared
 
     return read_compared(*args)
 

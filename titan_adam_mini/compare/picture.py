@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..drawing import COLOURS, bare, figure, save, wrapped
+from ..tools.figures import COLOURS, bare, figure, save, wrapped
 from .record import Record
 
 LOSS, VALIDATION, RATES, NORM = "loss.png", "validation.png", "lr.png", "grad_norm.png"

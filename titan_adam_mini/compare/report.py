@@ -18,7 +18,7 @@ from .tables import perplexity, write_runs, write_steps
 from .variants import Variant
 
 if TYPE_CHECKING:
-    from ..titan.compared import Compared
+    from .configurations import Compared
 
 
 @dataclass(frozen=True)

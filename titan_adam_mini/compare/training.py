@@ -19,10 +19,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..flags import trainer
+from ..tools.flags import trainer
 
 LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
 """Names in a run's folder. The lock's content is the trainer's process id and the variables it was given, as JSON."""
+
+FEATURES = {f"TITAN_ADAM_MINI_{name}": "1" for name in ("CPU", "SIGNALS", "ONE_CURVE", "SAME_VALIDATION")}
+"""Changes to torchtitan that the runs need, as environment variables: docs/torchtitan.md."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(?<!validate )step:\s*(\d+)\s+loss:\s*([-+\w.]+)")
@@ -72,8 +75,7 @@ class Training:
             return
         self.goes_on_from = _prepare(folder, known)
         self._begin = self._read = (folder / LOG).stat().st_size if (folder / LOG).exists() else 0
-        environment = {**os.environ, **variables, "LOG_RANK": str(shown), "TITAN_ADAM_MINI_ONE_CURVE": "1"}
-        environment |= {"TITAN_ADAM_MINI_SAME_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **variables, "LOG_RANK": str(shown), "PYTHONUNBUFFERED": "1", **FEATURES}
         module = trainer()
         command = [sys.executable, "-m"]
         if ranks == 1:

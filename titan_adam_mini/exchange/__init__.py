@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import Engine, Work
+from ..kernels import NOTHING, Engine, Factor, ParamStep, rounding
+from ..partition import clean_name
 from ..plan import BufferPlan, Group, bytes_in, grids_of, plan_buffers
 from ..sharding import local
 from .buffer import Buffer
@@ -90,7 +92,43 @@ class Exchange:
 
     # Sums of squares
 
-    def places(self, index: int) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
+    def param_steps(
+        self, groups: Mapping[int, Mapping[str, Any]], decay: Mapping[str, bool], seed: int | None
+    ) -> list[ParamStep]:
+        """What the engine is to know of every parameter, without the tensors of a step.
+
+        Args:
+            groups: id of a parameter -> its group.
+            decay: name -> does weight decay apply?
+            seed: of random rounding; None rounds to nearest.
+        """
+        works = []
+        for index, item in enumerate(self.items):
+            ((own, complete), *others), present = self._places(index)
+            plan, *more = item.plans
+            works.append(
+                ParamStep(
+                    name=item.name,
+                    plan=plan,
+                    param=NOTHING,
+                    grad=None,
+                    exp_avg=NOTHING,
+                    exp_avg_scale=None,
+                    exp_avg_sq=NOTHING,
+                    step=NOTHING,
+                    group=groups[id(item.param)],
+                    decay=decay[item.name],
+                    seed=None if seed is None else rounding.seed_of(seed, clean_name(item.name)),
+                    own_sums=own,
+                    sums=complete,
+                    present=present,
+                    spec=item.spec,
+                    factors=tuple(Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)),
+                )
+            )
+        return works
+
+    def _places(self, index: int) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
         """Where one parameter's numbers are in the buffers, which stay where they are: per grid, this rank's own sums
         before the exchange and all ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks
         that have a gradient, 0-d. None for what is not exchanged.
@@ -112,7 +150,7 @@ class Exchange:
             sums.append((own, complete))
         return sums, present
 
-    def start(self, works: Sequence[Work], engine: Engine) -> None:
+    def start(self, works: Sequence[ParamStep], engine: Engine) -> None:
         """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
         for buffer in self._buffers:
             buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 
 from ..kernels import Spec
 from ..plan import BlockPlan, Group, ordered_groups
+from ..private import active_fake_mode
 from ..sharding import Axis, axes_of, local
 
 

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..child import in_child
-from ..drawing import require_matplotlib
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, check_folder, ranks_of_a_run, write_json
-from .short_run import check_out, short_run
+from ..tools.figures import require_matplotlib
+from ..tools.flags import (
+    STDOUT,
+    ConfigFile,
+    JsonFile,
+    check_config,
+    check_file,
+    check_folder,
+    ranks_of_a_run,
+    write_json,
+)
+from ..tools.isolated_process import in_isolated_process
+from .short_run import check_out, settings_of, short_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,14 +65,14 @@ class Inspect:
         from ..checkpoint.stored import Stored
 
         stored = None if self.checkpoint is None else Stored(self.checkpoint)
-        found = in_child(_read_partition, arguments)  # before a run that may take hours
+        *found, settings = in_isolated_process(_read, arguments, self.steps)  # before a run that may take hours
         if self.out is not None:
             self.out.mkdir(exist_ok=True)
         if stored is not None:
             self._inspect(stored, str(self.checkpoint), console, *found)
             return
         assert self.steps is not None
-        with short_run(arguments, self.steps, ranks_of_a_run(self.ngpu), self.out, console) as path:
+        with short_run([*arguments, *settings], self.steps, ranks_of_a_run(self.ngpu), self.out, console) as path:
             source = str(path) if self.out else f"a run of {self.steps} steps"
             self._inspect(Stored(path), source, console, *found)
 
@@ -112,10 +121,13 @@ class Inspect:
                 console.print(f"Heat map: {self.out / PICTURE}", soft_wrap=True, highlight=False)
 
 
-def _read_partition(*args: Any) -> Any:
-    from ..titan.target import read_partition
+def _read(arguments: list[str], steps: int | None) -> Any:
+    """Model, partition, shapes, and what a short run of `steps` does in another way than the configuration."""
+    from ..offline.build import configured
+    from ..offline.whole_model import partition_of
 
-    return read_partition(*args)
+    config = configured(arguments, ngpu=1)
+    return *partition_of(config), [] if steps is None else settings_of(config, steps)
 
 
 @contextmanager

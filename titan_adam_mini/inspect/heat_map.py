@@ -7,7 +7,7 @@ from math import ceil, inf, log10
 from pathlib import Path
 from typing import Any
 
-from ..drawing import figure, save
+from ..tools.figures import figure, save
 from .findings import THRESHOLD, Inspection
 from .measure import Loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,11 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.appearing import ending_in_order
-from ..child import in_child
-from ..flags import trainer
+from ..tools.flags import trainer
+from ..tools.signals import ending_in_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
     """The checkpoint after the first `steps` steps of a configuration with AdamW, the schedule as in the whole run.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` among it.
+        arguments: torchtitan's command line, `--job.config_file X` and what `settings_of` gives among it.
         steps: how many; if more than the configuration has, the schedule is longer too.
         ranks: number of them.
         out: a folder for the run and its log, which stay; if None they are removed once the context ends.
@@ -43,14 +43,13 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
     Raises:
         ValueError: the run failed, with its reason and the log, which then stays.
     """
-    own = in_child(_settings, arguments, steps)
     with ending_in_order():
         folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / RUN
         if out is not None:
             folder.mkdir()  # no other's: it is removed if the run is stopped
         try:
             with console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
-                _train([*arguments, *own, "--job.dump_folder", str(folder)], ranks, folder / "log")
+                _train([*arguments, "--job.dump_folder", str(folder)], ranks, folder / "log")
         except (KeyboardInterrupt, SystemExit):
             shutil.rmtree(folder)
             raise
@@ -61,18 +60,15 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
                 shutil.rmtree(folder)
 
 
-def _settings(arguments: list[str], steps: int) -> list[str]:
-    """What the short run does in another way than the configuration."""
-    from ..titan.build import configured
-
-    config = configured(arguments, ngpu=1)
+def settings_of(config: Any, steps: int) -> list[str]:
+    """What the short run does in another way than torchtitan's job configuration `config`."""
     settings = ["--optimizer.name", "AdamW", "--training.steps", str(steps), "--validation.no-enable"]
     # Past the end of its decay a linear schedule goes on below zero.
     total = max(steps, config.lr_scheduler.total_steps or config.training.steps)
     settings += ["--lr_scheduler.total_steps", str(total)]
     settings += ["--checkpoint.enable", "--checkpoint.folder", "checkpoint", "--checkpoint.interval", str(steps)]
     settings += ["--checkpoint.no-last_save_model_only", "--checkpoint.no-last_save_in_hf", "--checkpoint.no-load_only"]
-    if not config.experimental.custom_import:  # without an accelerator torchtitan needs it
+    if not config.experimental.custom_import:  # without an accelerator torchtitan needs it, and TITAN_ADAM_MINI_CPU=1
         settings += ["--experimental.custom_import", "titan_adam_mini.titan"]
     return settings
 
@@ -86,6 +82,7 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, *torchrun, *arguments],
+            env={**os.environ, "TITAN_ADAM_MINI_CPU": "1"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -57,7 +57,7 @@ class Spec:
 
 @dataclass
 class Factor:
-    """A further grid of a factored second moment, of its columns or of the whole; see the same names of `Work`."""
+    """A further grid of a factored second moment, of its columns or of the whole; see the same names of `ParamStep`."""
 
     plan: BlockPlan
     exp_avg_sq: Tensor
@@ -66,7 +66,7 @@ class Factor:
 
 
 @dataclass
-class Work:
+class ParamStep:
     """One parameter in one step: plain tensors with this rank's data.
 
     Attributes:
@@ -153,17 +153,17 @@ class Engine(Protocol):
     def fallback(self, spec: Spec) -> str | None:
         """Why a parameter is left to a slower engine; None if it is not. Known before the first step, and for good."""
 
-    def check(self, works: Sequence[Work]) -> None:
+    def check(self, works: Sequence[ParamStep]) -> None:
         """Compare all tensors of a step with what was planned, before anything is changed.
 
         Raises ValueError, naming parameter and tensor, for one that has another shape, dtype or device, or whose
         memory was released.
         """
 
-    def square_sums(self, works: Sequence[Work]) -> None:
+    def square_sums(self, works: Sequence[ParamStep]) -> None:
         """Write this rank's sums of squares into every work's zeroed `own_sums`, those of its factors too."""
 
-    def update(self, works: Sequence[Work]) -> None:
+    def update(self, works: Sequence[ParamStep]) -> None:
         """One step of Adam-mini for every work (arXiv 2406.16793, Algorithm 1), everything in place."""
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import box_shape
-from . import Spec, Work, int8
+from . import ParamStep, Spec, int8
 
 LOW = 1 << 40
 """A tensor without memory has its offset for an address: all below are looked at closely, those of real memory too."""
@@ -26,7 +26,7 @@ class Note:
     """What the tensors of a parameter were when they were last looked at closely.
 
     Attributes:
-        facts: identities, addresses, shape and strides of the parameter and its state; see `_facts`.
+        facts: identities, addresses, shape and strides of the parameter and its state; see `check`.
         grad: shape, strides, dtype and device of the gradient; None if there is none.
         kind: device and dtypes, what decides who is served together.
         copied: of what compiled code reads a copy; an engine's to fill in.
@@ -38,10 +38,29 @@ class Note:
     copied: tuple[str, ...] | None = None
 
 
-def check(works: Sequence[Work], step_on_device: bool) -> None:
+def check(works: Sequence[ParamStep], step_on_device: bool) -> None:
     """See `Engine.check`."""
     for work in works:
-        facts, grad, note = _facts(work), work.grad, work.note
+        param, grad, exp_avg, scale = work.param, work.grad, work.exp_avg, work.exp_avg_scale
+        moments, step, note = work.exp_avg_sq, work.step, work.note
+        # The first five are the addresses at the beginning of a row of a `Table`.
+        facts: tuple[Any, ...] = (
+            param.data_ptr(),
+            exp_avg.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            moments.data_ptr(),
+            step.data_ptr(),
+            id(param),
+            id(exp_avg),
+            id(scale),
+            id(moments),
+            id(step),
+            param.shape,
+            param.stride(),
+            exp_avg.stride(),
+        )
+        for factor in work.factors:
+            facts += (factor.exp_avg_sq.data_ptr(), id(factor.exp_avg_sq))
         seen = None if grad is None else (grad.shape, grad.stride(), grad.dtype, grad.device)
         low = grad is not None and grad.data_ptr() < LOW and grad.numel()
         if note is None or low or facts != note.facts or seen != note.grad:
@@ -50,30 +69,7 @@ def check(works: Sequence[Work], step_on_device: bool) -> None:
         work.checked = True
 
 
-def _facts(work: Work) -> tuple[Any, ...]:
-    """What changes if a tensor does. The first five are the addresses at the beginning of a row of a `Table`."""
-    param, exp_avg, scale, moments, step = work.param, work.exp_avg, work.exp_avg_scale, work.exp_avg_sq, work.step
-    facts: tuple[Any, ...] = (
-        param.data_ptr(),
-        exp_avg.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        moments.data_ptr(),
-        step.data_ptr(),
-        id(param),
-        id(exp_avg),
-        id(scale),
-        id(moments),
-        id(step),
-        param.shape,
-        param.stride(),
-        exp_avg.stride(),
-    )
-    for factor in work.factors:
-        facts += (factor.exp_avg_sq.data_ptr(), id(factor.exp_avg_sq))
-    return facts
-
-
-def _kind(work: Work) -> tuple[Any, ...]:
+def _kind(work: ParamStep) -> tuple[Any, ...]:
     assert work.spec is not None
     param, grad = work.param, None if work.grad is None else work.grad.dtype
     return param.device, work.exp_avg_sq.dtype, param.dtype, grad, work.exp_avg.dtype, rounds(work.spec)
@@ -87,7 +83,7 @@ def rounds(spec: Spec) -> bool:
 # A close look
 
 
-def look_at(work: Work, step_on_device: bool | None) -> None:
+def look_at(work: ParamStep, step_on_device: bool | None) -> None:
     """`check` for one parameter, everything compared.
 
     Args:
@@ -107,6 +103,8 @@ def look_at(work: Work, step_on_device: bool | None) -> None:
             "planned; move or convert the model before the optimizer is made, or make a new one and load the old one's "
             "state_dict() into it"
         )
+    if (spec.exp_avg == torch.int8) != (work.exp_avg_scale is not None):
+        raise ValueError(f"the state of {name!r} has int8 momentum without its scales (exp_avg_scale), or scales alone")
     tensors = list(_expected(work, spec, shape))
     for key, tensor, want, dtype in tensors:
         if tuple(tensor.shape) != want or (dtype is not None and tensor.dtype != dtype):
@@ -139,7 +137,7 @@ def look_at(work: Work, step_on_device: bool | None) -> None:
 
 
 def _expected(
-    work: Work, spec: Spec, shape: tuple[int, ...]
+    work: ParamStep, spec: Spec, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]]:
     """All tensors beside the parameter: what they are called, and the shape and dtype that they must have."""
     if work.grad is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Factor, Work, vectorized
+from . import Factor, ParamStep, vectorized
 
 BITS = 36
 LEAST_BETA2 = 0.5
@@ -27,24 +27,24 @@ ROWS, COLUMNS, WHOLE = range(3)
 """What a grid of second moments is of."""
 
 
-def grids(work: Work) -> list[tuple[int, Work | Factor]]:
+def grids(work: ParamStep) -> list[tuple[int, ParamStep | Factor]]:
     """The grids of a work whose columns have second moments, and what each is of."""
     return list(enumerate((work, *work.factors))) if work.factors else [(COLUMNS, work)]
 
 
-def column_grid(work: Work) -> Work | Factor:
+def column_grid(work: ParamStep) -> ParamStep | Factor:
     """The grid of a work's columns."""
     return work.factors[0] if work.factors else work
 
 
-def take_squares(work: Work, square_sums: Callable[..., Tensor]) -> None:
+def take_squares(work: ParamStep, square_sums: Callable[..., Tensor]) -> None:
     """Put the sums of squares of this rank's rows and columns into `work.squares`.
 
     Args:
         square_sums: that of an `Arithmetic`, for the rows.
     """
     assert work.grad is not None
-    around = magic(work)
+    offset = rounding_offset(work)
     found = []
     for view, (tiles, _, _), (_, _, blocks) in zip(
         work.plan.shard.views(work.grad), work.plan.parts, column_grid(work).plan.parts, strict=True
@@ -52,23 +52,23 @@ def take_squares(work: Work, square_sums: Callable[..., Tensor]) -> None:
         rows = view.new_zeros((*view.shape[:-1], 1), dtype=work.exp_avg_sq.dtype)
         if work.factors and view.numel():
             rows = square_sums(view, tiles, view.ndim - 2, rows.dtype)
-        found.append((rows, column_sums(view, None if around is None else around[blocks])))
+        found.append((rows, column_sums(view, None if offset is None else offset[blocks])))
     work.squares = found
 
 
-def column_sums(view: Tensor, around: Tensor | None) -> Tensor:
-    """Sums of squares over the rows of a matrix, or of each of a stack, float64; see `magic`."""
+def column_sums(view: Tensor, offset: Tensor | None) -> Tensor:
+    """Sums of squares over the rows of a matrix, or of each of a stack, float64; see `rounding_offset`."""
     sums = view.new_zeros((*view.shape[:-2], 1, view.shape[-1]), dtype=torch.float64)
     for rows in vectorized.chunks(view):
         squares = view[rows].to(torch.float64).square()
-        if around is not None:
-            here = around[rows if around.shape[0] > 1 else ...]
+        if offset is not None:
+            here = offset[rows if offset.shape[0] > 1 else ...]
             squares.add_(here).sub_(here)
         sums[rows if sums.shape[0] > 1 else ...] += squares.sum(-2, keepdim=True)
     return sums
 
 
-def magic(work: Work) -> Tensor | None:
+def rounding_offset(work: ParamStep) -> Tensor | None:
     """What to add to a square and take away again, to round it to multiples of its column's quantum: float64, of the
     shape of the columns' grid, 0 where nothing is known. None where nothing is rounded: for float64 parameters, and
     where the state is forgotten so fast that it says nothing of what is lost beside it."""
@@ -84,7 +84,7 @@ def magic(work: Work) -> Tensor | None:
     return torch.where((expected > 0) & (step >= 1), quanta, 0.0)
 
 
-def share(works: Sequence[Work]) -> None:
+def share(works: Sequence[ParamStep]) -> None:
     """Add this rank's sums to what is exchanged."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for work in works:
@@ -94,7 +94,7 @@ def share(works: Sequence[Work]) -> None:
         torch._foreach_add_([target for target, _ in pairs], [part for _, part in pairs])
 
 
-def gathered(work: Work, kind: int, grid: Work | Factor) -> Tensor:
+def gathered(work: ParamStep, kind: int, grid: ParamStep | Factor) -> Tensor:
     """The sums of a grid, complete: from the exchange, or this rank's where nobody else has any."""
     dtype = torch.float64 if kind == COLUMNS else work.exp_avg_sq.dtype
     if grid.sums is not None:
@@ -106,7 +106,7 @@ def gathered(work: Work, kind: int, grid: Work | Factor) -> Tensor:
     return sums
 
 
-def _pairs(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(work: ParamStep, kind: int, grid: ParamStep | Factor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Where to add this rank's part of a grid in `sums`, of its plan's `sums_shape`, and what."""
     assert work.squares is not None
     for (rows, columns), (tiles, place, _) in zip(work.squares, grid.plan.parts, strict=True):
@@ -121,7 +121,7 @@ def _pairs(work: Work, kind: int, grid: Work | Factor, sums: Tensor) -> Iterator
         yield sums[place], part.to(sums.dtype)
 
 
-def roots(work: Work, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def roots(work: ParamStep, correction: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Per owned box, of its rows and of its columns, what multiplied is the root of an element's second moment.
 
     Args:

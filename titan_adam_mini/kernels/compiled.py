@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Factor, Spec, Work, columns, log
+from . import Factor, ParamStep, Spec, columns, log
 from .check import check, rounds
 from .lines import Lines, grouped, lines_of, not_lines, numbered
 from .table import Table
@@ -44,19 +44,19 @@ class Compiled:
         self._left: dict[str, str] = {}
         self._copied: dict[str, str] = {}
 
-    def run_sums(self, table: Table, works: Sequence[Work]) -> None:
+    def run_sums(self, table: Table, works: Sequence[ParamStep]) -> None:
         """The sums of squares of `works`, all of one dtype combination, into their `own_sums`."""
         raise NotImplementedError
 
-    def run_update(self, table: Table, works: Sequence[Work]) -> None:
+    def run_update(self, table: Table, works: Sequence[ParamStep]) -> None:
         """One step of `works`, all of one dtype combination, with a gradient or all without, by columns all or none."""
         raise NotImplementedError
 
-    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+    def run_squares(self, table: Table, works: Sequence[ParamStep]) -> None:
         """Sums of squares of columns to `table.squares`, and of lines if `table.factored`."""
         raise NotImplementedError
 
-    def run_moments(self, table: Table, works: Sequence[Work]) -> None:
+    def run_moments(self, table: Table, works: Sequence[ParamStep]) -> None:
         """Advance the second moments of works by columns, and leave their roots in `table.roots`."""
         for work, (of_rows, of_columns) in zip(works, table.roots, strict=True):
             self.plain.advance(work)
@@ -67,22 +67,22 @@ class Compiled:
             of_rows.copy_(rows)
             of_columns.copy_(here)
 
-    def check(self, works: Sequence[Work]) -> None:
+    def check(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.check`."""
         check(works, self.step_on_device)
 
-    def square_sums(self, works: Sequence[Work]) -> None:
+    def square_sums(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.square_sums`."""
         mine, rest = self._divided(works)
         self.plain.square_sums(rest)
         for batch in self._batches(mine):
-            self._square_sums([here for _, here in batch])
-            for work, here in batch:
-                work.squares = here.squares
-                if work.own_sums is not None and here.own_sums is not None and here.own_sums is not work.own_sums:
-                    work.own_sums.copy_(here.own_sums)
+            self._square_sums([copy for _, copy in batch])
+            for work, copy in batch:
+                work.squares = copy.squares
+                if work.own_sums is not None and copy.own_sums is not work.own_sums:
+                    work.own_sums.copy_(copy.own_sums)
 
-    def _square_sums(self, works: Sequence[Work]) -> None:
+    def _square_sums(self, works: Sequence[ParamStep]) -> None:
         self.plain.square_sums([work for work in works if not (work.by_columns or self._line(work).summable)])
         matrices = [work for work in works if work.by_columns]
         self._take_squares(matrices)
@@ -91,7 +91,7 @@ class Compiled:
         for table, members in self._by_dtypes("sums", alone):
             self.run_sums(table, members)
 
-    def update(self, works: Sequence[Work]) -> None:
+    def update(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.update`."""
         mine, rest = self._divided(works)
         # What this rank alone holds, or columns, with a gradient elsewhere but not here: rare, and no matter for speed.
@@ -104,36 +104,37 @@ class Compiled:
             for table, members in self._by_dtypes("update", [work for work in here if not work.by_columns]):
                 self.run_update(table, members)
             for work, copy in batch:
-                _copy_back(work, copy)
+                if copy is not work:
+                    _copy_back(work, copy)
         for work in works:
             work.checked = False
 
-    def _take_squares(self, works: Sequence[Work]) -> None:
+    def _take_squares(self, works: Sequence[ParamStep]) -> None:
         """`columns.take_squares` of all works."""
         for table, members in self._by_columns(works):
             for work, squares in zip(members, table.squares, strict=True):
                 work.squares = [squares]
             self.run_squares(table, members)
 
-    def _update_by_columns(self, works: Sequence[Work]) -> None:
+    def _update_by_columns(self, works: Sequence[ParamStep]) -> None:
         self._take_squares([work for work in works if work.squares is None])
         for table, members in self._by_columns(works):
             self.run_moments(table, members)
             self.run_update(table, members)
 
-    def _by_columns(self, works: Sequence[Work]) -> Iterable[tuple[Table, list[Work]]]:
+    def _by_columns(self, works: Sequence[ParamStep]) -> Iterable[tuple[Table, list[ParamStep]]]:
         for kind, factored in (("columns", False), ("factored", True)):
             yield from self._by_dtypes(kind, [work for work in works if bool(work.factors) == factored])
 
-    def _line(self, work: Work) -> Lines:
+    def _line(self, work: ParamStep) -> Lines:
         return self._lines[work.name]
 
-    def _divided(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+    def _divided(self, works: Sequence[ParamStep]) -> tuple[list[ParamStep], list[ParamStep]]:
         """Works for compiled code, and those left to torch's operations; all are checked, and their notes complete."""
         if unchecked := [work for work in works if not work.checked]:
             self.check(unchecked)
-        mine: list[Work] = []
-        rest: list[Work] = []
+        mine: list[ParamStep] = []
+        rest: list[ParamStep] = []
         left: dict[str, str] = {}
         copied: dict[str, str] = {}
         for work in works:
@@ -189,7 +190,7 @@ class Compiled:
 
     # Copies of what compiled code cannot read as it lies in memory
 
-    def _unreadable(self, work: Work, lines: Lines) -> dict[str, str]:
+    def _unreadable(self, work: ParamStep, lines: Lines) -> dict[str, str]:
         """What compiled code cannot read of a work, and why."""
         reasons = {}
         tensors = {"param": work.param, "grad": work.grad, "exp_avg": work.exp_avg}
@@ -204,7 +205,7 @@ class Compiled:
             reasons["exp_avg_scale"] = "is not contiguous"
         if work.grad is not None and work.grad.dtype not in self.dtypes:
             reasons["grad"] = f"is {work.grad.dtype}"
-        grids: list[Work | Factor] = [work, *work.factors]
+        grids: list[ParamStep | Factor] = [work, *work.factors]
         if not all(grid.exp_avg_sq.is_contiguous() for grid in grids):
             reasons["exp_avg_sq"] = "is not contiguous"
         sums = [grid.sums for grid in grids if not grid.plan.of_columns]  # those of columns are float64
@@ -212,7 +213,7 @@ class Compiled:
             reasons["sums"] = f"travel as {wide[0]}"
         return reasons
 
-    def _batches(self, works: Sequence[Work]) -> Iterator[list[tuple[Work, Work]]]:
+    def _batches(self, works: Sequence[ParamStep]) -> Iterator[list[tuple[ParamStep, ParamStep]]]:
         """All works, a few at a time, and what compiled code takes in the place of each: itself, or a copy."""
         direct = [(work, work) for work in works if work.note is not None and not work.note.copied]
         if direct:
@@ -228,7 +229,7 @@ class Compiled:
         if batch:
             yield batch
 
-    def _readable(self, work: Work, copied: Sequence[str]) -> Work:
+    def _readable(self, work: ParamStep, copied: Sequence[str]) -> ParamStep:
         """A work with readable copies of the tensors named."""
         kind = work.exp_avg_sq.dtype
         new: dict[str, Any] = {key: _contiguous(getattr(work, key)) for key in copied if key not in ("grad", "sums")}
@@ -253,9 +254,9 @@ class Compiled:
         copy.note.copied = ()
         return copy
 
-    def _by_dtypes(self, kind: str, works: Sequence[Work]) -> Iterable[tuple[Table, list[Work]]]:
+    def _by_dtypes(self, kind: str, works: Sequence[ParamStep]) -> Iterable[tuple[Table, list[ParamStep]]]:
         """The works with their tables, one per device and combination of dtypes; addresses are up to date."""
-        alike: dict[tuple[Any, ...], list[Work]] = {}
+        alike: dict[tuple[Any, ...], list[ParamStep]] = {}
         for work in works:
             assert work.note is not None
             alike.setdefault(work.note.kind, []).append(work)
@@ -276,7 +277,7 @@ def _contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _copy_back(work: Work, copy: Work) -> None:
+def _copy_back(work: ParamStep, copy: ParamStep) -> None:
     """Put what an update has changed from a copy into the tensors it was made of."""
     pairs = [(work.param, copy.param), (work.exp_avg, copy.exp_avg), (work.exp_avg_scale, copy.exp_avg_scale)]
     pairs.append((work.exp_avg_sq, copy.exp_avg_sq))

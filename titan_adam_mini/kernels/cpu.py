@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Spec, Work, columns, log, loops, tiles
+from . import ParamStep, Spec, columns, log, loops, tiles
 from .compiled import Compiled
 from .lines import Lines
-from .table import COLUMNS, MAGIC, PARTIALS, Table, hyper_parameters
+from .table import COLUMNS, PARTIALS, ROUNDING_OFFSET, Table, hyper_parameters
 from .tensorwise import Tensorwise
 
 UNIT = 1 << 16
@@ -69,7 +69,7 @@ class CpuEngine(Compiled):
         self._phases: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
         self._strips: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
 
-    def run_sums(self, table: Table, works: Sequence[Work]) -> None:
+    def run_sums(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_sums`."""
         if table not in self._phases:
             parts = [_lines(row, loops.SUM, one) for row, one in enumerate(table.lines)]
@@ -77,14 +77,14 @@ class CpuEngine(Compiled):
         for phase in self._phases[table]:
             _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
 
-    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+    def run_squares(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_squares`."""
         pieces = [-(-one.sizes[2] // tiles.PIECE) for one in table.lines]
         numbers = [one.number * each if table.factored else 0 for one, each in zip(table.lines, pieces, strict=True)]
         partials = [torch.empty(number, dtype=torch.float64) for number in numbers]
-        around = [None if (one := columns.magic(work)) is None else one.contiguous() for work in works]
+        offset = [None if (one := columns.rounding_offset(work)) is None else one.contiguous() for work in works]
         table.place(PARTIALS, partials)
-        table.place(MAGIC, around)
+        table.place(ROUNDING_OFFSET, offset)
         if table not in self._strips:
             strips, lines = [], []
             for row, (one, each) in enumerate(zip(table.lines, pieces, strict=True)):
@@ -95,7 +95,7 @@ class CpuEngine(Compiled):
         for phase in self._strips[table]:
             _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
 
-    def run_update(self, table: Table, works: Sequence[Work]) -> None:
+    def run_update(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_update`."""
         if table not in self._phases:
             self._phases[table] = _phases(table, works)
@@ -150,7 +150,7 @@ def _units(row: int, kind: int, number: int, elements: int) -> Phase:
     return units, number * elements
 
 
-def _phases(table: Table, works: Sequence[Work]) -> list[Phase]:
+def _phases(table: Table, works: Sequence[ParamStep]) -> list[Phase]:
     """The phases of an update."""
     sums, folds, updates = [], [], []
     for row, (work, one) in enumerate(zip(works, table.lines, strict=True)):
@@ -180,8 +180,8 @@ def _joined(phases: Sequence[Sequence[Phase]]) -> list[Phase]:
 # Threads
 
 
-def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: Work) -> None:
-    """Work through one phase, with as many threads as torch would use; the calling thread is one of them."""
+def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: ParamStep) -> None:
+    """ParamStep through one phase, with as many threads as torch would use; the calling thread is one of them."""
     units, elements = phase
     kinds = np.asarray([KINDS[one.dtype] if one is not None else 0 for one in (work.param, work.grad, work.exp_avg)])
     dtype = work.exp_avg_sq.dtype

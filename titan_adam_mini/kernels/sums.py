@@ -72,11 +72,11 @@ def sum_lines(row: Any, first: int, number: int, target: int, kind: int, native:
 
 
 @inlined
-def _add_columns(values: Any, sums: Any, around: Any, number: int) -> None:
-    """Add squares, rounded as `columns.magic` has it."""
+def _add_columns(values: Any, sums: Any, offset: Any, number: int) -> None:
+    """Add squares, rounded as `columns.rounding_offset` has it."""
     for at in range(number):
         value = np.float64(values[at])
-        sums[at] += (value * value + around[at]) - around[at]
+        sums[at] += (value * value + offset[at]) - offset[at]
 
 
 @compiled
@@ -94,9 +94,9 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
         sums = pointer(row[t.COLUMN_SUMS] + 8 * (outer * width + at), np.float64)
         for column in range(size):
             sums[column] = 0.0
-        around = nothing
-        if row[t.MAGIC] != 0:
-            around = pointer(row[t.MAGIC] + 8 * (outer * width + at), np.float64)
+        offset = nothing
+        if row[t.ROUNDING_OFFSET] != 0:
+            offset = pointer(row[t.ROUNDING_OFFSET] + 8 * (outer * width + at), np.float64)
         else:
             for column in range(size):
                 nothing[column] = 0.0
@@ -110,7 +110,7 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
             values = pointer(place, like)
             if row[t.PARTIALS] != 0:
                 partials[(outer * inner + line) * pieces + piece] = squares(values, size, like)
-            _add_columns(values, sums, around, size)
+            _add_columns(values, sums, offset, size)
 
 
 @compiled

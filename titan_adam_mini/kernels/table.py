@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Work, columns
+from . import ParamStep, columns
 from .check import Note
 from .lines import Lines
 
@@ -33,7 +33,7 @@ from .lines import Lines
     COUNTS,  # int64, elements per block, where COUNT is 0
     COLUMN,  # 0, or where `by_columns` the roots of its columns; those of its lines are SCALE
     COLUMN_SUMS,  # float64, one per outer index and column
-    MAGIC,  # as COLUMN_SUMS, see `columns.magic`; 0 where nothing is rounded
+    ROUNDING_OFFSET,  # as COLUMN_SUMS, see `columns.rounding_offset`; 0 where nothing is rounded
     PARTIALS,  # float64, one per line and piece of it
     COLUMN_SQ,  # second moments of columns, as COLUMN; their sums, complete, float64
     COLUMN_TOTALS,
@@ -82,13 +82,13 @@ class Table:
         lines: of every work.
         by_columns: are the works? Then all are.
         factored: are the works' second moments?
-        squares: where by columns, per work, where the sums of squares of its lines and of its columns go; see `Work`.
+        squares: where by columns, per work, where the sums of squares of its lines and its columns go; see `ParamStep`.
         roots: there too, what `columns.roots` says of them.
         one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
         scratch: room for the sums and scales of all others.
     """
 
-    def __init__(self, works: Sequence[Work], lines: Sequence[Lines]) -> None:
+    def __init__(self, works: Sequence[ParamStep], lines: Sequence[Lines]) -> None:
         self.lines = list(lines)
         self.by_columns, self.factored = works[0].by_columns, bool(works[0].factors)
         self.one_line = [
@@ -127,10 +127,10 @@ class Table:
         self.squares: list[tuple[Tensor, Tensor]] = []
         self.roots: list[tuple[Tensor, Tensor]] = []
         if self.by_columns:
-            self._take_rooms(works)
+            self._allocate(works)
         self.refresh(works)
 
-    def _take_rooms(self, works: Sequence[Work]) -> None:
+    def _allocate(self, works: Sequence[ParamStep]) -> None:
         """Rooms for sums and roots, which stay where they are."""
         device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
         shapes = [((*stack, lines, 1), (*stack, 1, width)) for *stack, lines, width in (w.param.shape for w in works)]
@@ -164,7 +164,7 @@ class Table:
         """Put the addresses of tensors, one per work, into a column."""
         self.rows[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def refresh(self, works: Sequence[Work]) -> None:
+    def refresh(self, works: Sequence[ParamStep]) -> None:
         """Take addresses and strides anew: all of what has another note than last time, else the gradient's."""
         for number, work in enumerate(works):
             if self._notes[number] is not work.note:
@@ -183,7 +183,7 @@ class Table:
         if self.by_columns:
             self._refresh_columns(works)
 
-    def _refresh_columns(self, works: Sequence[Work]) -> None:
+    def _refresh_columns(self, works: Sequence[ParamStep]) -> None:
         """Second moments of columns and of the whole, and what is averaged into them.
 
         What this rank has summed may be in another table's rooms: that of the works which had to be exchanged.
@@ -201,7 +201,7 @@ class Table:
             self.place(WHOLE_SQ, [grid.exp_avg_sq for grid in wholes])
             self.place(WHOLE_TOTALS, [_or(grid.sums, own) for grid, own in zip(wholes, of_rows, strict=True)])
 
-    def _take(self, row: np.ndarray, work: Work, lines: Lines) -> None:
+    def _take(self, row: np.ndarray, work: ParamStep, lines: Lines) -> None:
         """The addresses of the parameter and its state, and the strides along its lines."""
         assert work.note is not None
         row[PARAM:GRAD] = work.note.facts[:GRAD]
@@ -215,7 +215,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def hyper_parameters(works: Sequence[Work]) -> np.ndarray:
+def hyper_parameters(works: Sequence[ParamStep]) -> np.ndarray:
     """The groups' hyper-parameters, float64 [groups, 8], in the order of Table's GROUP; an lr on a device reads 0."""
     values = []
     for group in {id(work.group): work.group for work in works}.values():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Tiles
 from ..plan import BlockPlan
-from . import Spec, Work, columns, int8, rounding, vectorized
+from . import ParamStep, Spec, columns, int8, rounding, vectorized
 from .check import look_at
 
 
@@ -63,12 +63,12 @@ class Tensorwise:
         """See `Engine.fallback`: there is none."""
         return None
 
-    def check(self, works: Sequence[Work]) -> None:
+    def check(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.check`."""
         for work in works:
             look_at(work, None)
 
-    def square_sums(self, works: Sequence[Work]) -> None:
+    def square_sums(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.square_sums`."""
         for work in works:
             assert work.grad is not None
@@ -94,7 +94,7 @@ class Tensorwise:
                 sums = sums / _lengths(tiles, sums.dtype, sums.device).view(-1, *[1] * (sums.ndim - dim - 1))
         return sums / math.prod(tiles.uniform or 1 for tiles in plan.reach_tiles)
 
-    def block_means(self, work: Work) -> list[Tensor]:
+    def block_means(self, work: ParamStep) -> list[Tensor]:
         """Mean square of the gradient over every block of this rank's reach, for each of its grids; a missing gradient
         counts as zeros."""
         dtype = work.exp_avg_sq.dtype
@@ -111,20 +111,20 @@ class Tensorwise:
                 self.add_sums(work.plan, work.grad, sums)
         return [self.means(work.plan, sums.to(dtype))]
 
-    def advance(self, work: Work) -> None:
+    def advance(self, work: ParamStep) -> None:
         """Move all second moments of a work on by one step; its `step` is not moved."""
         beta2 = work.group["betas"][1]
         moments = [work.exp_avg_sq, *(factor.exp_avg_sq for factor in work.factors)]
         for grid, mean in zip(moments, self.block_means(work), strict=True):
             grid.mul_(beta2).add_(mean * (1 - beta2))
 
-    def update(self, works: Sequence[Work]) -> None:
+    def update(self, works: Sequence[ParamStep]) -> None:
         """See `Engine.update`."""
         for work in works:
             if work.grad is not None or (work.present is not None and work.present.item() > 0):
                 self._update(work)
 
-    def _update(self, work: Work) -> None:
+    def _update(self, work: ParamStep) -> None:
         plan, grad, group = work.plan, work.grad, work.group
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])

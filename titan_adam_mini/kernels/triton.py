@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Work, table, triton_columns, triton_kernels
+from . import ParamStep, table, triton_columns, triton_kernels
 from .compiled import Compiled
 from .table import Table, hyper_parameters
 from .tensorwise import Tensorwise
@@ -121,13 +121,13 @@ class TritonEngine(Compiled):
         self._programs: WeakKeyDictionary[Table, _Programs] = WeakKeyDictionary()
         self._kept: list[Tensor] = []
 
-    def run_sums(self, table: Table, works: Sequence[Work]) -> None:
+    def run_sums(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_sums`."""
         here = self._here(table, works)
         for name in ("one_line", "many"):
             self._line_sums(here, name, works)
 
-    def run_update(self, table: Table, works: Sequence[Work]) -> None:
+    def run_update(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_update`."""
         here, first = self._here(table, works), works[0]
         if not table.by_columns:
@@ -143,7 +143,7 @@ class TritonEngine(Compiled):
         self._launch(triton_kernels.fold, here, "fold", here.scalars)
         self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, BY_COLUMNS=table.by_columns)
 
-    def _prepare(self, here: _Programs, works: Sequence[Work]) -> None:
+    def _prepare(self, here: _Programs, works: Sequence[ParamStep]) -> None:
         self._load_hyper(here, works)
         self.launches += 1
         with _device(here.rows.device):
@@ -151,7 +151,7 @@ class TritonEngine(Compiled):
                 here.rows, here.hyper, here.scalars, here.number, BLOCK=128
             )
 
-    def run_squares(self, table: Table, works: Sequence[Work]) -> None:
+    def run_squares(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_squares`."""
         here = self._here(table, works)
         self._load_hyper(here, works)
@@ -160,7 +160,7 @@ class TritonEngine(Compiled):
         assert works[0].grad is not None
         self._launch(triton_columns.column_sums, here, "strips", here.hyper, G=_TYPES[works[0].grad.dtype])
 
-    def run_moments(self, table: Table, works: Sequence[Work]) -> None:
+    def run_moments(self, table: Table, works: Sequence[ParamStep]) -> None:
         """See `Compiled.run_moments`."""
         here = self._here(table, works)
         self._prepare(here, works)
@@ -168,7 +168,7 @@ class TritonEngine(Compiled):
         self._launch(triton_columns.whole_moments, here, "wholes", here.scalars)
         self._launch(triton_columns.row_moments, here, "rows", here.scalars)
 
-    def _line_sums(self, here: _Programs, name: str, works: Sequence[Work]) -> None:
+    def _line_sums(self, here: _Programs, name: str, works: Sequence[ParamStep]) -> None:
         assert works[0].grad is not None
         types = {"G": _TYPES[works[0].grad.dtype], "M": _TYPES[works[0].exp_avg.dtype]}
         self._launch(triton_kernels.line_sums, here, name, **types)
@@ -186,7 +186,7 @@ class TritonEngine(Compiled):
                     here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
                 )
 
-    def _here(self, table: Table, works: Sequence[Work]) -> _Programs:
+    def _here(self, table: Table, works: Sequence[ParamStep]) -> _Programs:
         """The table's copy on the device, brought up to date if an address has changed."""
         here, rows = self._programs.get(table), table.rows
         if here is not None and np.array_equal(here.values, rows):
@@ -197,7 +197,7 @@ class TritonEngine(Compiled):
         self._copy(here.values, here.rows)
         return here
 
-    def _load_hyper(self, here: _Programs, works: Sequence[Work]) -> None:
+    def _load_hyper(self, here: _Programs, works: Sequence[ParamStep]) -> None:
         """Bring the hyper-parameters to the device if they have changed; a learning rate that is there stays there."""
         values = hyper_parameters(works)
         if not np.array_equal(values, here.hyper_values):

@@ -39,8 +39,8 @@ _STRIP, _TALL = tl.constexpr(STRIP), tl.constexpr(32)
 
 
 @triton.jit
-def _around(row, hyper, place, live):
-    """What rounds the squares of columns to their quanta, float64: see `columns.magic`."""
+def _rounding_offset(row, hyper, place, live):
+    """What rounds the squares of columns to their quanta, float64: see `columns.rounding_offset`."""
     group = hyper + tl.load(row + _GROUP) * 8
     step = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
     correction = 1.0 - tl.exp(step * tl.load(group + _LOG_BETA2))
@@ -57,18 +57,18 @@ def _around(row, hyper, place, live):
 
 @triton.jit
 def column_sums(rows, hyper, programs, G: tl.constexpr, UNIT: tl.constexpr):
-    """Sums of squares of columns, float64, each square rounded as `columns.magic` has it; the first line of a program
-    is a column here."""
+    """Sums of squares of columns, float64, each square rounded as `columns.rounding_offset` has it; the first line of a
+    program is a column here."""
     row, _, outer, first = _place(rows, programs)
     inner, width = tl.load(row + _INNER), tl.load(row + _WIDTH)
     at = first + tl.arange(0, _STRIP)
     live, place = at < width, outer * width + at
-    around = _around(row, hyper, place, live)
+    offset = _rounding_offset(row, hyper, place, live)
     total = tl.zeros([_STRIP], tl.float64)
     for start in range(0, inner, _TALL):
         line = start + tl.arange(0, _TALL).to(tl.int64)
         g = _gradient(row, outer, line, line < inner, at, width, G, UNIT).to(tl.float64)
-        total += tl.sum((g * g + around[None, :]) - around[None, :], 0)
+        total += tl.sum((g * g + offset[None, :]) - offset[None, :], 0)
     tl.store(tl.load(row + _COLUMN_SUMS).to(tl.pointer_type(tl.float64)) + place, total, live)
 
 

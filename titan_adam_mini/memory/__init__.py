@@ -1,10 +1,7 @@
 """Where memory goes in a training run: known before it, simulated, and read from what it recorded.
 
-holdings     pure arithmetic: what any rank holds of parameters, gradients and optimizer state, to the byte
-checks       pure: what cannot run, or be saved, on its mesh
 facts        from a run to everything the plan says of it, with the verdict
 plan         the command `plan`, and what it prints (plan_tables)
-stages       torchtitan's configuration -> one rank of every pipeline stage, as data (imports torchtitan)
 activations  an estimate of what one more sequence takes (imports torchtitan)
 simulate     a training step on fake tensors (imports torchtitan), with torch's trackers (tracker) and operators that
              stand in for a GPU's (standins)

@@ -18,16 +18,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims, activation_checkpoint
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import set_default_dtype
 
 from titan_adam_mini.memory.standins import as_on_a_gpu
+from titan_adam_mini.offline.build import a_rank, spec_and_args
+from titan_adam_mini.private import TorchDispatchMode, tree_map_only
 from titan_adam_mini.sharding import local
-from titan_adam_mini.titan.build import a_rank, spec_and_args
 
 
 def sequence_bytes(config: Any, *, mixed: bool) -> int | str:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..about import version
-from ..child import child
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, write_json
+from ..tools.flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, write_json
+from ..tools.isolated_process import isolated_process
+from ..tools.versions import version
 from .fit import LIMITS
 from .picture import GIB
 
@@ -60,7 +60,7 @@ class Estimate:
         from .peaks import fits, simulated
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress, child() as call:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress, isolated_process() as call:
             runs = []
             for ngpu in numbers:
                 task = progress.add_task(f"simulating {ngpu:,} ranks", total=None)

@@ -49,29 +49,13 @@ from typing import Any
 
 import torch
 
-from ..momentum import TYPES
+from ..offline.checks import check, refusal
+from ..offline.holdings import ADAMW, Held, Kind, Optimizer, Param, Run, optimizers_of
 from ..partition import summarize
 from ..plan import BlockPlan, bytes_in, grids_of, plan_buffers
-from .checks import check_checkpoints, check_matrices, refusal
-from .holdings import Held, Kind, Optimizer, Param, Run
 
 WORTH = 2**30
 """Bytes per GPU: less than this, of the tens of GiB that a GPU has, changes no setting."""
-ADAMW = "adamw"
-
-
-def optimizers_of(run: Run) -> tuple[dict[str, Optimizer], str]:
-    """The optimizers that are compared, and the key of the configured AdamMini."""
-    optimizers = {ADAMW: Optimizer("AdamW", mini=False, step_on_device=run.fused)}
-    for name, dtype in TYPES.items():
-        optimizers[f"adam_mini_{name}"] = Optimizer(f"AdamMini, {name} momentum", True, dtype, run.fused)
-    own = {param.kind.dtype for param in run.params.values() if param.blocks}
-    asked = run.momentum or (own.pop() if len(own) == 1 else None)
-    for key, one in optimizers.items():
-        if one.mini and one.momentum == asked:
-            return optimizers, key
-    key = "adam_mini_own"
-    return {**optimizers, key: Optimizer("AdamMini, momentum as the parameters", True, run.momentum, run.fused)}, key
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -81,18 +65,14 @@ def facts(run: Run) -> dict[str, Any]:
         ValueError: the configured momentum, checkpoints, or the model itself are not possible on this mesh.
     """
     optimizers, configured = optimizers_of(run)
+    check(run, optimizers[configured])
     reasons = {key: refusal(run, one) for key, one in optimizers.items()}
     refused = {key: why for key, why in reasons.items() if why}
-    if configured in refused:
-        raise ValueError(refused[configured])
-    check_matrices(run)
-    if run.checkpoints:
-        check_checkpoints(run)
     counted = {key: one for key, one in optimizers.items() if key not in refused}
     ranks, all_ranks = _ranks(run, counted)
     trained = [param for param in run.params.values() if param.blocks]
-    total = sum(prod(param.kind.shape) for param in run.params.values())
-    checkpoint = _checkpoint(run, counted)
+    total = run.parameters
+    checkpoint = {key: run.checkpoint_bytes(one) for key, one in counted.items()}
     told: dict[str, Any] = {
         "model": run.model,
         "ngpu": run.ngpu,
@@ -150,11 +130,6 @@ def _told(run: Run, held: Held, optimizers: Mapping[str, Optimizer]) -> dict[str
         **{name: asdict(getattr(held, name)) for name in ("parameters", "gradients", "buffers")},
         "state": {key: asdict(held.state[key]) if key in held.state else None for key in optimizers},
     }
-
-
-def _checkpoint(run: Run, optimizers: Mapping[str, Optimizer]) -> dict[str, int]:
-    kinds = Counter(param.kind for param in run.params.values())
-    return {key: sum(one.whole(kind) * n for kind, n in kinds.items()) for key, one in optimizers.items()}
 
 
 # Patterns

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from ..child import Child, child, in_child
 from ..momentum import TYPES
+from ..tools.isolated_process import IsolatedProcess, in_isolated_process, isolated_process
 from .fit import BATCH, GPUS, LIMITS, SEQUENCE, Found, fewest, largest
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MODES = ("none", "selective", "full")
 """Activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
 
 
-def simulated(call: Child, arguments: list[str], ngpu: int, rank: int | None) -> Simulated:
+def simulated(call: IsolatedProcess, arguments: list[str], ngpu: int, rank: int | None) -> Simulated:
     """The run as configured, with AdamW and AdamMini with every type of momentum; checked against the plan.
 
     Args:
@@ -47,7 +48,10 @@ def fits(
     """What fits into `room` bytes, for every mode of checkpointing, each searched in a process of its own."""
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(len(MODES)))
-        searches = [_Search(stack.enter_context(child()), run, arguments, mode, room, rank, progress) for mode in MODES]
+        searches = [
+            _Search(stack.enter_context(isolated_process()), run, arguments, mode, room, rank, progress)
+            for mode in MODES
+        ]
         found = list(threads.map(lambda search: [search.answer(question) for question in questions], searches))
     return [fit for fits in found for answers in fits for fit in answers]
 
@@ -73,7 +77,7 @@ class Fit:
 class _Search:
     """Simulations with one mode of checkpointing; none is made twice."""
 
-    call: Child
+    call: IsolatedProcess
     run: Simulated
     arguments: list[str]
     mode: str
@@ -125,18 +129,21 @@ class _Search:
         return self.seen[question, value]
 
 
-def _simulate_checked(*args: Any) -> Any:
+def _simulate_checked(arguments: list[str], ngpu: int, *args: Any) -> Any:
     _quiet()
-    from .agree import simulate_checked
+    from ..offline.build import configured
+    from .simulate import simulate_checked
 
-    return simulate_checked(*args)
+    os.dup2(2, 1)  # torchtitan's output is none of the command's
+    return simulate_checked(configured(arguments, ngpu), ngpu, *args)
 
 
-def _simulate(*args: Any) -> Any:
+def _simulate(arguments: list[str], ngpu: int, *args: Any) -> Any:
     _quiet()
+    from ..offline.build import configured
     from .simulate import simulate
 
-    return simulate(*args)
+    return simulate(configured(arguments, ngpu), ngpu, *args)
 
 
 def _quiet() -> None:
@@ -145,7 +152,9 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _largest(call: Child, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *more: Any) -> Simulated:
+def _largest(
+    call: IsolatedProcess, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *more: Any
+) -> Simulated:
     """A simulation of one rank, or, if `rank` is None, that of the pipeline stage whose first rank holds most.
 
     Stages but the first have a process each: torch keeps what it derives from a mesh, and would give one rank another's
@@ -154,5 +163,5 @@ def _largest(call: Child, simulate: Any, arguments: list[str], ngpu: int, rank: 
     first = call(simulate, arguments, ngpu, rank or 0, *more)
     stages = first.mesh.get("pp", 1) if rank is None else 1
     ranks = [stage * ngpu // stages for stage in range(1, stages)]
-    others = [in_child(simulate, arguments, ngpu, one, *more) for one in ranks]
+    others = [in_isolated_process(simulate, arguments, ngpu, one, *more) for one in ranks]
     return max([first, *others], key=lambda run: run.peak(PAIR[0]).total)

@@ -7,7 +7,7 @@ from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from ..drawing import bare, figure, save, wrapped
+from ..tools.figures import bare, figure, save, wrapped
 
 GIB = 1 << 30
 

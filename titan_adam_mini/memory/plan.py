@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ..child import in_child
-from ..flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, number_of_ranks, write_json
+from ..tools.flags import STDOUT, ConfigFile, JsonFile, check_config, check_file, number_of_ranks, write_json
+from ..tools.isolated_process import in_isolated_process
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .holdings import Run
+    from ..offline.holdings import Run
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Plan:
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         ngpu = self._checked()
-        run: Run = in_child(_read_run, arguments, ngpu)
+        run: Run = in_isolated_process(_read_run, arguments, ngpu)
         from .facts import facts
         from .plan_tables import show
 
@@ -53,7 +54,19 @@ class Plan:
         return number_of_ranks(self.ngpu)
 
 
-def _read_run(*args: Any) -> Any:
-    from .stages import read_run
+def _read_run(arguments: list[str], ngpu: int, sequence: bool = True) -> Run:
+    """What a run holds, with an estimate of what one more `sequence` takes, which is most of the time.
 
-    return read_run(*args)
+    Takes the whole process. Nothing is written to standard output.
+    """
+    from ..offline.build import configured
+    from ..offline.stages import run_of
+    from .activations import sequence_bytes
+
+    os.dup2(2, 1)
+    config = configured(arguments, ngpu)
+    run = run_of(config, ngpu)
+    if not sequence:
+        return run
+    mixed = ngpu == 1 or run.meshes["dense"]["fsdp"] > 1
+    return replace(run, sequence=sequence_bytes(config, mixed=mixed))

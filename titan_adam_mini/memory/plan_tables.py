@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..offline.holdings import ROUNDING
 from .facts import size
-from .holdings import ROUNDING
 
 WIDTH = 200
 

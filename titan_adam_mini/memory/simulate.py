@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
@@ -25,7 +24,10 @@ from titan_adam_mini import AdamMini
 from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
 from titan_adam_mini.memory.tracker import state_of, tracker_of
 from titan_adam_mini.momentum import TYPES
-from titan_adam_mini.titan.build import Built, built, configured
+from titan_adam_mini.offline.build import Built, built
+from titan_adam_mini.offline.holdings import Optimizer
+from titan_adam_mini.offline.stages import run_of
+from titan_adam_mini.private import FakeTensorMode
 from titan_adam_mini.titan.builder import optimizer_of
 from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
@@ -95,23 +97,21 @@ class Simulated:
         return max(self.peaks[optimizer], key=lambda peak: peak.total)
 
 
-def simulate(
-    arguments: list[str], ngpu: int, rank: int, optimizers: Sequence[str], passes: int | None = None
-) -> Simulated:
+def simulate(config: Any, ngpu: int, rank: int, optimizers: Sequence[str], passes: int | None = None) -> Simulated:
     """Simulate one training step of rank `rank` of `ngpu`, for every optimizer.
 
     Forward and backward are simulated once, because no optimizer takes part in them; its state, which is there all the
     time, is added to what they hold.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` among it.
+        config: torchtitan's job configuration, from `configured`.
         optimizers: "AdamW", "AdamMini" (momentum as configured), "AdamMini float32", "... bfloat16", "... int8".
         passes: forward passes per step (gradient accumulation); what the configuration's batch sizes give if None.
 
     Raises:
         ValueError: the configuration cannot be built, or not be simulated, in words.
     """
-    with _ready(configured(arguments, ngpu), ngpu, rank) as (model, tracker):
+    with _ready(config, ngpu, rank) as (model, tracker):
         config = model.config
         with tracker:
             passes = _told(_train, model, passes)
@@ -143,6 +143,34 @@ def simulate(
             peaks,
             refused,
         )
+
+
+def simulate_checked(config: Any, ngpu: int, rank: int, optimizers: Sequence[str]) -> Simulated:
+    """`simulate`, held against the plan: a run that could not start is refused before, and every optimizer's state must
+    have the bytes that the plan's arithmetic gives it.
+
+    Raises:
+        ValueError: the run could not start, or the two disagree.
+    """
+    plan = run_of(config, ngpu)
+    run = simulate(config, ngpu, rank, optimizers)
+    counted = {name: _counted(name, plan.momentum) for name in run.peaks}
+    held = plan.stage_of(rank).held(rank, counted).state
+    for name, peaks in run.peaks.items():
+        for peak in peaks:
+            if peak.held["optimizer state"] != held[name].bytes:
+                raise ValueError(
+                    f"the simulation of rank {rank} records {peak.held['optimizer state']:,} bytes of {name}'s state, "
+                    f"and the plan counts {held[name].bytes:,}: one of them is wrong, so neither is shown. Please "
+                    "report it with the configuration"
+                )
+    return run
+
+
+def _counted(name: str, configured: torch.dtype | None) -> Optimizer:
+    """An optimizer of the simulation as the plan counts it."""
+    mini, _, momentum = name.partition(" ")
+    return Optimizer(name, mini=mini == "AdamMini", momentum=TYPES.get(momentum, configured))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..files import atomic_write
-from ..flags import check_file
+from ..tools.flags import check_file
 from .picture import CATEGORIES, stacked_bars
 from .snapshot import KEPT, Snapshot, Summary, read, summarize
 
@@ -106,8 +106,8 @@ def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summa
         if not snapshot.held:
             lines.append(
                 "  It does not say which tensors are parameters, gradients and optimizer state (snapshots of runs "
-                "with the custom import titan_adam_mini.titan do): told by stacks alone, FSDP's gradients count as "
-                "reduce-scatter."
+                "with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 do, docs/torchtitan.md): told by stacks alone, FSDP's "
+                "gradients count as reduce-scatter."
             )
         if one.peak.without_frames or one.end.without_frames:
             lines.append(

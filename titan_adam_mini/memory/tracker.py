@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-from torch.distributed._tools.mem_tracker import _TOTAL_KEY, MemTracker, _MemRefType
 from torch.distributed.fsdp import FSDPModule
+
+from ..private import _TOTAL_KEY, FSDPMemTracker, MemTracker, _FSDPRefType, _MemRefType
 
 CATEGORIES = {
     _FSDPRefType.SHARDED_PARAM: "parameters",

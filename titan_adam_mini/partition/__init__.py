@@ -121,8 +121,8 @@ class Partition:
             raise ValueError(f"second_moment must be one of {', '.join(SECOND_MOMENTS)}, not {self.second_moment!r}")
         if self.second_moment == _roles.CHANNELS and self.value_blocks != "neuron":
             raise ValueError(
-                f"second_moment='channels' keeps one second moment per row of values, and value_blocks="
-                f"{self.value_blocks!r} asks for other blocks: leave one of them out"
+                f"second_moment='channels' keeps one per row of values, and value_blocks={self.value_blocks!r} asks "
+                "for other blocks: leave one of them out"
             )
         for rule in self.rules:
             _roles.find(rule.role)

@@ -24,7 +24,7 @@ class Agreement:
     Args:
         store: a connection to the ranks' store, for this object alone.
         rank, ranks: this one, and their number.
-        step: the last step boundary before the first call of :meth:`leaves`, the same on all ranks.
+        step: the last step boundary before the first call of :meth:`exits`, the same on all ranks.
         patience: seconds for the other ranks' answers.
         every: seconds between two questions.
     """
@@ -40,7 +40,7 @@ class Agreement:
         self._thread.start()
         atexit.register(self.close)  # a thread inside the store would abort the process as the interpreter ends
 
-    def leaves(self, step: int, number: int) -> int:
+    def exits(self, step: int, number: int) -> int:
         """Whether all ranks leave at this step boundary, which each of them passes once and in order.
 
         Args:

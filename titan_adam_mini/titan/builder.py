@@ -11,6 +11,7 @@ from titan_adam_mini.checkpoint.kinds import as_expected, as_stored
 from titan_adam_mini.checkpoint.stored import EXP_AVG_SQ, GROUPS, STATE, Kind
 from titan_adam_mini.momentum import Conversions, log_conversions
 from titan_adam_mini.partition import clean_name
+from titan_adam_mini.titan import metrics
 from titan_adam_mini.titan.all_ranks import failing_together
 from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
@@ -29,14 +30,14 @@ class AdamMiniContainer(OptimizersContainer):
             `log_memory`.
 
     Attributes:
-        holds: parameter -> its kind in the checkpoint that the next load is from: state dicts have room for that, and
-            what is loaded is converted.
+        checkpoint_layout: parameter -> its kind in the checkpoint that the next load is from: state dicts have room for
+            that, and what is loaded is converted.
     """
 
     def __init__(self, model_parts: list[Any], optimizers: list[AdamMini], knobs: Knobs) -> None:
         self.load_adamw_state, self.hyper_parameters = knobs.load_adamw_state, knobs.hyper_parameters
         self.log_memory = knobs.log_memory
-        self.holds: dict[str, Kind] = {}
+        self.checkpoint_layout: dict[str, Kind] = {}
         self.model_parts = model_parts
         self.optimizers = optimizers
         self._validate_length(len(model_parts))
@@ -50,12 +51,12 @@ class AdamMiniContainer(OptimizersContainer):
         """As torchtitan's; before a load with room for the checkpoint's kind of momentum, and for AdamW's moments."""
         # torch writes the list of all names beside each of them; a name is in its own key already.
         state = {key: value for key, value in super().state_dict().items() if not key.endswith(_PARAM_NAMES)}
-        return as_stored(state, self.holds) if self.holds else state
+        return as_stored(state, self.checkpoint_layout) if self.checkpoint_layout else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torchtitan's; what `holds` says is of another kind is converted first, which is collective for AdamW's
-        second moments: they are averaged over the blocks."""
-        if self.holds:
+        """As torchtitan's; what is of another kind in `checkpoint_layout` is converted first, which is collective for
+        AdamW's second moments: they are averaged over the blocks."""
+        if self.checkpoint_layout:
             conversions: Conversions = Counter()
             averaged = []
             with failing_together("convert the optimizer state that was loaded"):
@@ -64,7 +65,7 @@ class AdamMiniContainer(OptimizersContainer):
                     names = {param: name for name, param in named if param in optimizer.state}
                     own = {name: optimizer.state[param] for param, name in names.items()}
                     state_dict = as_expected(state_dict, own, conversions)
-                    if any(self.holds[name].elementwise for name in own):
+                    if any(self.checkpoint_layout[name].elementwise for name in own):
                         second = {param: state_dict[STATE + name + EXP_AVG_SQ] for param, name in names.items()}
                         averaged.append((optimizer, names, second))
             for optimizer, names, second in averaged:
@@ -98,6 +99,8 @@ def build_adam_mini(
         check_settings(optimizer_config, fault_tolerant=ft_manager is not None and ft_manager.enabled)
         optimizers = [optimizer_of(part, optimizer_config, parallel_dims, partition) for part in model_parts]
         knobs = read_knobs(optimizer_config)
+        if knobs.log_memory:
+            metrics.install()
     return AdamMiniContainer(model_parts, optimizers, knobs)
 
 

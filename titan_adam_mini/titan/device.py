@@ -1,10 +1,9 @@
-"""torchtitan on a machine without an accelerator: the CPU as its device, gloo as its backend.
+"""The feature "cpu": torchtitan on a machine without an accelerator, the CPU as its device, gloo as its backend.
 
 torchtitan 0.2 falls back to "cuda" when it finds no device, and asks that device for its name and its memory. Here it
 gets a device module that answers from this process. Where there is an accelerator, nothing in this file does anything.
 """
 
-import functools
 import logging
 import os
 import resource
@@ -15,8 +14,11 @@ from typing import Any
 
 import torch
 import torchtitan.tools.utils as titan_utils
-from torch._utils import _get_available_device_type
 from torch.distributed.fsdp import FSDPModule
+
+from titan_adam_mini.private import _get_available_device_type
+from titan_adam_mini.titan.gloo import keep_exit_code
+from titan_adam_mini.titan.replaced import replace
 
 logger = logging.getLogger("titan_adam_mini")
 
@@ -31,6 +33,11 @@ class CpuDevice:
     __name__ = "titan_adam_mini.titan.device.CpuDevice"
 
     def __getattr__(self, name: str) -> Any:
+        if name == "memory":
+            raise ValueError(
+                "[profiling] enable_memory_snapshot records the allocator of a GPU, and this run is on the CPU: set it "
+                "to false"
+            )
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
@@ -64,13 +71,18 @@ class CpuDevice:
 _cpu: CpuDevice | None = None
 
 
+def has_accelerator() -> bool:
+    """Whether torchtitan finds a device other than the CPU."""
+    return _get_available_device_type() is not None
+
+
 def install() -> None:
     """Make torchtitan use the CPU where there is no accelerator; once, and logged once."""
     global _cpu
-    if _cpu is not None or _get_available_device_type() is not None:
+    if _cpu is not None or has_accelerator():
         return
-    _cpu = CpuDevice()
     old_type, old_module = titan_utils.device_type, titan_utils.device_module
+    _cpu = CpuDevice()
     for name, module in list(sys.modules.items()):
         # torchtitan's modules copy the two names when they are imported, and `python -m torchtitan.train` is __main__.
         if name != "__main__" and name.split(".")[0] != "torchtitan":
@@ -80,20 +92,16 @@ def install() -> None:
             setattr(module, "device_module", _cpu)  # noqa: B010
         if names.get("device_type") == old_type:
             setattr(module, "device_type", "cpu")  # noqa: B010
-    torch.histc = _histc_of_integers_too(torch.histc)
+    replace(torch, "histc", histc_of_integers)
+    keep_exit_code()
     logger.info("No accelerator found: torchtitan runs on the CPU with gloo, memory figures are this process's.")
 
 
-def _histc_of_integers_too(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.histc` that takes integers on the CPU, as it does on CUDA: torchtitan's routers count tokens with it."""
-
-    @functools.wraps(histc)
-    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if x.is_floating_point() or x.device.type != "cpu":
-            return histc(x, *args, **kwargs)
-        return histc(x.double(), *args, **kwargs).to(x.dtype)
-
-    return counted
+def histc_of_integers(original: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Around `torch.histc`: takes integers on the CPU too, as on CUDA. torchtitan's routers count tokens with it."""
+    if x.is_floating_point() or x.device.type != "cpu":
+        return original(x, *args, **kwargs)
+    return original(x.double(), *args, **kwargs).to(x.dtype)
 
 
 def prepare_model_parts(model_parts: list[Any]) -> None:

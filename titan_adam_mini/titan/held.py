@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+SNAPSHOT_KEY = "titan_adam_mini"
+"""The key of a memory snapshot under which snapshots.py adds what is held; `titan-adam-mini snapshot` reads it."""
+
 
 class Held(NamedTuple):
     """A storage, once, under the first tensor that has it.

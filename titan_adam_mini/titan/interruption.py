@@ -1,8 +1,8 @@
-"""A run that is asked to end saves everything, at one step on all ranks, and leaves with an exit code of its own.
+"""What a run with the feature "signals" has heard, when all its ranks leave, and what it writes down about itself.
 
-SIGTERM and SIGUSR1, on any rank, ask for it; runs with every optimizer answer. The run ends with exit code 75
-(``LEFT``), and the same command goes on from there. A signal in the last step changes nothing. Environment variables,
-read as the trainer starts:
+SIGTERM and SIGUSR1, on any rank, ask a run to end. It saves everything, at one step on all ranks, and ends with exit
+code 75 (``SAVED``); the same command goes on from there. A signal in the last step changes nothing. Environment
+variables, read as the trainer starts:
 
     TITAN_ADAM_MINI_LEAD_SECONDS    seconds between the signal and the end that the launcher allows: a save that takes
                                     more than half of it is warned of. Unset: nobody knows, no warning.
@@ -16,8 +16,6 @@ read as the trainer starts:
                                     at the end, and every five seconds.
 """
 
-import atexit
-import functools
 import json
 import logging
 import math
@@ -30,32 +28,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-import torchtitan.distributed.utils as titan_distributed
-from torch.distributed.distributed_c10d import _get_default_store
 
 from titan_adam_mini.files import atomic_write
+from titan_adam_mini.private import _get_default_store
 from titan_adam_mini.titan.agreement import Agreement
 from titan_adam_mini.titan.all_ranks import failing_together, gathered
-from titan_adam_mini.titan.log import say
+from titan_adam_mini.titan.log import log_on_rank_0
 from titan_adam_mini.titan.watchdog import STUCK, Watchdog
 
-__all__ = ["LEFT", "STUCK", "Interruption", "current", "init_distributed", "original"]
+__all__ = ["SAVED", "STUCK", "VARIABLES", "Interruption", "current", "start"]
 
-LEFT = 75
+SAVED = 75
 """Exit code of a run that left on a signal with everything saved (EX_TEMPFAIL: start again to go on)."""
-
-LETTING_GO = 0.5
-"""Seconds at the end of a process: gloo's threads let go of the last collective's tensors in them, and one that does so
-without an interpreter aborts the process, whatever its exit code was to be (pytorch's pull request 179291). torchtitan
-has rank 0 wait for the others two seconds long."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_LEAD, _HANG, _PROGRESS = (f"TITAN_ADAM_MINI_{name}" for name in ("LEAD_SECONDS", "HANG_SECONDS", "PROGRESS"))
-
-_MARK = "titan_adam_mini_wraps"
-_found = titan_distributed.init_distributed
-original = getattr(_found, _MARK, _found)
+VARIABLES = tuple(f"TITAN_ADAM_MINI_{name}" for name in ("LEAD_SECONDS", "HANG_SECONDS", "PROGRESS"))
+_LEAD, _HANG, _PROGRESS = VARIABLES
 
 _current: "Interruption | None" = None
 
@@ -65,21 +54,10 @@ def current() -> "Interruption | None":
     return _current
 
 
-@functools.wraps(original)
-def init_distributed(comm_config: Any, *args: Any, **kwargs: Any) -> int:
-    """torchtitan's, which a trainer calls first of all: from here on signals are heard and hangs noticed.
-
-    Raises ValueError for an environment variable that is no number of seconds.
-    """
+def start() -> None:
+    """Listen from here on. Raises ValueError for an environment variable that is no number of seconds."""
     global _current
-    # The other modes play many ranks in one process.
-    if comm_config.mode == "default":
-        _current = Interruption()
-        atexit.register(time.sleep, LETTING_GO)
-    return original(comm_config, *args, **kwargs)
-
-
-setattr(init_distributed, _MARK, original)
+    _current = Interruption()
 
 
 class Interruption:
@@ -94,7 +72,7 @@ class Interruption:
         self._agreement: Agreement | None = None
         self._heard = 0
         self._warned = 0.0
-        self._told = ""
+        self._reason = ""
         self._former: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python hears signals in no other
             for one in SIGNALS:
@@ -109,7 +87,9 @@ class Interruption:
         for one, former in self._former.items():
             signal.signal(one, signal.SIG_DFL if former is None else former)
         self._former = {}
-        say(logging.INFO, "This run saves no checkpoints: SIGTERM and SIGUSR1 end it as ever, with nothing saved.")
+        log_on_rank_0(
+            logging.INFO, "This run saves no checkpoints: SIGTERM and SIGUSR1 end it as ever, with nothing saved."
+        )
         if self._heard:
             signal.raise_signal(self._heard)
 
@@ -136,14 +116,14 @@ class Interruption:
         heard = gathered(self._heard)
         if len(heard) > 1 and not any(heard):
             with failing_together("listen for signals on other ranks"):
-                store = dist.PrefixStore(_MARK, _get_default_store()).clone()
+                store = dist.PrefixStore("titan_adam_mini", _get_default_store()).clone()
                 self._agreement = Agreement(store, dist.get_rank(), len(heard), step)
         if any(heard):
             start = "from the beginning" if saved is None else f"from the checkpoint of step {saved}"
-            self._leaves(max(heard), f"before the first step, with nothing new to save: the next start goes on {start}")
+            self._decide(max(heard), f"before the first step, with nothing new to save: the next start goes on {start}")
         return any(heard)
 
-    def leaves(self, step: int, last_step: bool) -> bool:
+    def exits(self, step: int, last_step: bool) -> bool:
         """As a step ends: whether all ranks are to save and leave after it."""
         self.alive(step)
         if not self._former:
@@ -151,9 +131,9 @@ class Interruption:
         if last_step:  # the run ends by itself: nothing is to disturb that
             self._ignore()
             return False
-        heard = self._heard if self._agreement is None else self._agreement.leaves(step, self._heard)
+        heard = self._heard if self._agreement is None else self._agreement.exits(step, self._heard)
         if heard:
-            self._leaves(heard, f"after step {step}, with everything saved")
+            self._decide(heard, f"after step {step}, with everything saved")
         return heard != 0
 
     def saved(self, step: int, seconds: float) -> None:
@@ -163,11 +143,11 @@ class Interruption:
         if self._lead is None or self._lead >= 2 * seconds or seconds <= self._warned:
             return
         self._warned = seconds
-        say(
+        log_on_rank_0(
             logging.WARNING,
             f"Saving step {step} took {seconds:.1f} seconds, and {self._lead:g} pass between a signal and the end "
             f"({_LEAD}), less than twice as many: ask for the signal {math.ceil(2 * seconds)} seconds or more before "
-            "the end (Slurm: --signal), and tell this variable.",
+            "the end (Slurm: --signal), and set this variable to it.",
         )
 
     def passed(self, step: int, last_step: bool) -> None:
@@ -176,7 +156,7 @@ class Interruption:
             self._progress.finished(step, last_step)
         self.alive(step)
 
-    def leave(self, trainer: Any, seconds: float = 0.0) -> NoReturn:
+    def exit(self, trainer: Any, seconds: float = 0.0) -> NoReturn:
         """Close the trainer and raise SystemExit; on all ranks at once.
 
         Args:
@@ -184,18 +164,20 @@ class Interruption:
             seconds: how long saving everything took; 0 if there was nothing to save.
         """
         took = f" ({seconds:.1f} seconds)" if seconds else ""
-        say(logging.WARNING, f"{self._told}{took}. Exit code {LEFT}: start again with the same command to go on.")
+        log_on_rank_0(
+            logging.WARNING, f"{self._reason}{took}. Exit code {SAVED}: start again with the same command to go on."
+        )
         trainer.close()
         if self._agreement is not None:
             # The first rank that is gone has the launcher end the others, whatever they are closing.
             self._agreement.meet()
             self._agreement.close()
         dist.destroy_process_group()
-        raise SystemExit(LEFT)
+        raise SystemExit(SAVED)
 
-    def _leaves(self, number: int, how: str) -> None:
+    def _decide(self, number: int, how: str) -> None:
         self._ignore()
-        self._told = f"{signal.Signals(number).name}: leaving {how}"
+        self._reason = f"{signal.Signals(number).name}: leaving {how}"
 
     def _ignore(self) -> None:
         # Handlers are gone before the interpreter is; this stays.
@@ -234,23 +216,23 @@ class _Progress:
 
     def write(self) -> None:
         with self._lock:
-            told = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
+            content = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
             self._written = time.monotonic()
             try:
-                atomic_write(self._file, json.dumps(told) + "\n", sync=False)  # every few seconds, between two steps
+                atomic_write(self._file, json.dumps(content) + "\n", sync=False)  # every few seconds, between two steps
             except OSError as error:  # a run is worth more than its progress file
-                say(logging.WARNING, f"{_PROGRESS}: {error}")
+                log_on_rank_0(logging.WARNING, f"{_PROGRESS}: {error}")
 
 
 def _seconds(name: str) -> float | None:
     """An environment variable; None if it is not set. Raises ValueError."""
-    told = os.environ.get(name, "")
-    if not told:
+    value = os.environ.get(name, "")
+    if not value:
         return None
     try:
-        seconds = float(told)
+        seconds = float(value)
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{name} = {told!r} is no number of seconds: use 0 or more, or leave it unset")
+        raise ValueError(f"{name} = {value!r} is no number of seconds: use 0 or more, or leave it unset")
     return seconds

@@ -1,4 +1,4 @@
-"""A line of log that a run says once, not on every rank."""
+"""A line of log from a run once, not from every rank."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 _logger = logging.getLogger("titan_adam_mini")
 
 
-def say(level: int, line: str) -> None:
-    """Log a line on rank 0, or on the one process there is."""
+def log_on_rank_0(level: int, message: str) -> None:
+    """Log a message on rank 0, or in the one process there is."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _logger.log(level, line)
+        _logger.log(level, message)

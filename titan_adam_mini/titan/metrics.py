@@ -1,6 +1,6 @@
 """torchtitan's metrics with what AdamMini holds beside torchtitan's own memory figures, for `log_memory = true`.
 
-Runs with other optimizers, and without that knob, go through torchtitan's own code.
+The first optimizer that is built with that setting puts it there; other runs go through torchtitan's own code.
 """
 
 import logging
@@ -10,38 +10,39 @@ from typing import Any
 import torchtitan.components.metrics as titan_metrics
 from torchtitan.components.metrics import MetricsProcessor
 
-from titan_adam_mini.titan.builder import AdamMiniContainer
 from titan_adam_mini.titan.held import held
-from titan_adam_mini.titan.log import say
+from titan_adam_mini.titan.log import log_on_rank_0
+from titan_adam_mini.titan.replaced import replace
 
 GIB = 1 << 30
 
 
-class AdamMiniMetricsProcessor(MetricsProcessor):
-    """torchtitan's MetricsProcessor, with a few figures more."""
-
-    _told = False
-
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
-        """As torchtitan's; one line in the log says the sizes in bytes, the first time."""
-        if isinstance(self.optimizers, AdamMiniContainer) and self.optimizers.log_memory:
-            sizes = bytes_held(self.optimizers)
-            extra_metrics = {**(extra_metrics or {}), **_figures(sizes)}
-            if not self._told:
-                told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-                say(logging.INFO, f"AdamMini: bytes held by this rank: {told}.")
-            self._told = True
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+def install() -> None:
+    """Have torchtitan's MetricsProcessor log the bytes of optimizers with `log_memory`."""
+    replace(MetricsProcessor, "log", log_with_memory)
 
 
-def bytes_held(container: AdamMiniContainer) -> dict[str, int]:
+def log_with_memory(
+    original: Any,
+    processor: Any,
+    step: int,
+    global_avg_loss: float,
+    global_max_loss: float,
+    grad_norm: float,
+    extra_metrics: dict[str, Any] | None = None,
+) -> None:
+    """Around torchtitan's: a few figures more; one line in the log says the sizes in bytes, the first time."""
+    if getattr(processor.optimizers, "log_memory", False):
+        sizes = bytes_held(processor.optimizers)
+        extra_metrics = {**(extra_metrics or {}), **_figures(sizes)}
+        if not getattr(processor, "_logged_memory", False):
+            message = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            log_on_rank_0(logging.INFO, f"AdamMini: bytes held by this rank: {message}.")
+        processor._logged_memory = True
+    original(processor, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+
+
+def bytes_held(container: Any) -> dict[str, int]:
     """Bytes of this rank's storages: optimizer_state and, after it, its parts; parameters; gradients."""
     sizes: Counter[str] = Counter()
     for one in held(container):

@@ -1,23 +1,38 @@
-"""Where the name "AdamMini" enters torchtitan: its ``build_optimizers`` wrapped once, in every place that holds it."""
+"""Where the name "AdamMini" enters torchtitan, with checkpoints that are checked for it; and nothing else.
 
-import sys
+docs/torchtitan.md lists what is replaced.
+"""
+
+import dataclasses
+import logging
+import os
 from typing import Any
 
 import torchtitan.components.optimizer as titan_optimizer
-from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.protocols import train_spec
 
-from titan_adam_mini.titan import checkpoint, curve, device, flavor, interruption, metrics, snapshots, validation
+from titan_adam_mini.titan import checkpoint, device, features, flavor, interruption, snapshots
 from titan_adam_mini.titan.builder import NAME, build_adam_mini
+from titan_adam_mini.titan.log import log_on_rank_0
+from titan_adam_mini.titan.replaced import original_of, replace
 
-_MARK = "titan_adam_mini_wraps"
-_KEEPERS = (__name__, *(one.__name__ for one in (checkpoint, curve, interruption, metrics, snapshots, validation)))
-"""Modules that need what they replace."""
 
-# A reload of this module finds its own older wrapper there, and must not wrap it a second time.
-_found = titan_optimizer.build_optimizers
-_original = getattr(_found, _MARK, _found)
+def enable(*names: str) -> None:
+    """Make the optimizer name "AdamMini" known to torchtitan, and switch features on; a second call changes nothing.
+
+    Args:
+        names: keys of ``features.FEATURES``, beside those whose environment variable is 1.
+
+    Raises:
+        ValueError: there is no such feature, or a variable is neither 1 nor 0 nor empty.
+        ImportError: this torchtitan lacks what is replaced.
+    """
+    asked = [*names, *features.from_environment()]
+    replace(titan_optimizer, "build_optimizers", build_with_adam_mini)
+    replace(train_spec, "get_train_spec", get_train_spec_with_adam_mini)
+    checkpoint.install()
+    flavor.add()
+    features.install(*asked)
 
 
 def build_optimizers(
@@ -46,50 +61,50 @@ def build_optimizers(
         ValueError: a setting that AdamMini cannot serve, in words.
         NotImplementedError: from torchtitan, for a name it does not know.
     """
-    device.prepare_model_parts(model_parts)
-    if optimizer_config.name == NAME:
-        return snapshots.watch(build_adam_mini(model_parts, optimizer_config, parallel_dims, ft_manager, **options))
-    return snapshots.watch(_original(model_parts, optimizer_config, parallel_dims, ft_manager))
-
-
-setattr(build_optimizers, _MARK, _original)
-
-
-def enable() -> None:
-    """Put :func:`build_optimizers` in the place of torchtitan's, and cure torchtitan on a machine without accelerator.
-
-    A second call changes nothing. torchtitan's MoE builder looks the function up in its module each time, so models
-    with load-balanced experts keep their hook.
-    """
-    device.install()
-    _replace_everywhere(
-        {
-            _found: build_optimizers,
-            _original: build_optimizers,
-            CheckpointManager: checkpoint.AdamMiniCheckpointManager,
-            MetricsProcessor: metrics.AdamMiniMetricsProcessor,
-            curve.original: curve.TensorBoardLogger,
-            validation.original: validation.Validator,
-            snapshots.original: snapshots.maybe_enable_memory_snapshot,
-            interruption.original: interruption.init_distributed,
-        }
+    torchtitans = original_of(titan_optimizer, "build_optimizers")
+    return build_with_adam_mini(
+        torchtitans, model_parts, optimizer_config, parallel_dims, ft_manager=ft_manager, **options
     )
-    flavor.add()
 
 
-def _replace_everywhere(replacements: dict[Any, Any]) -> None:
-    """Rebind every module attribute and every registered TrainSpec that is a key of ``replacements``.
+def build_with_adam_mini(
+    original: Any,
+    model_parts: list[Any],
+    optimizer_config: Any,
+    parallel_dims: Any,
+    ft_manager: Any = None,
+    **options: Any,
+) -> Any:
+    """Around torchtitan's `build_optimizers`, which knows "Adam" and "AdamW": also "AdamMini".
 
-    Names travel by ``from ... import``, so the defining module is not enough; a user's own ``custom_import`` module may
-    hold the name too, hence all loaded modules and not only torchtitan's: once, since there are 100,000 attributes.
+    torchtitan's builder for load-balanced experts looks the function up in its module each time, so their hook stays.
     """
-    by_id = {id(old): new for old, new in replacements.items()}
-    for name, module in list(sys.modules.items()):
-        if name in _KEEPERS or module is None:
-            continue
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if id(value) in by_id:
-                setattr(module, attribute, by_id[id(value)])
-    for spec in train_spec._extra_train_specs.values():
-        if id(spec.build_optimizers_fn) in by_id:
-            spec.build_optimizers_fn = by_id[id(spec.build_optimizers_fn)]
+    device.prepare_model_parts(model_parts)
+    _warn_of_unused_variables()
+    if optimizer_config.name == NAME:
+        container = build_adam_mini(model_parts, optimizer_config, parallel_dims, ft_manager, **options)
+    else:
+        container = original(model_parts, optimizer_config, parallel_dims, ft_manager)
+    snapshots.watch(container)
+    return container
+
+
+def get_train_spec_with_adam_mini(get_train_spec: Any, name: str) -> Any:
+    """Around torchtitan's `get_train_spec`: a spec that took `build_optimizers` before it was replaced has ours.
+
+    Whoever was imported first: torchtitan's models and registered specs hold a copy of the name.
+    """
+    spec = get_train_spec(name)
+    if spec.build_optimizers_fn is original_of(titan_optimizer, "build_optimizers"):
+        return dataclasses.replace(spec, build_optimizers_fn=titan_optimizer.build_optimizers)
+    return spec
+
+
+def _warn_of_unused_variables() -> None:
+    """Log the variables of the feature "signals" that have no effect without it."""
+    unused = [name for name in interruption.VARIABLES if os.environ.get(name)]
+    if unused and not features.is_installed("signals"):
+        log_on_rank_0(
+            logging.WARNING,
+            f"Without {features.Feature.variable('signals')}=1 these variables have no effect: {', '.join(unused)}.",
+        )

@@ -43,12 +43,12 @@ class Watchdog:
         while (left := self._last + self._seconds - time.monotonic()) > 0:
             time.sleep(left)
         try:
-            told = (
+            message = (
                 f"rank {os.environ.get('RANK', '0')}: no step boundary was passed for {self._seconds:g} seconds "
                 f"(TITAN_ADAM_MINI_HANG_SECONDS), the last one was that of step {self._step}: exit code {STUCK}. "
                 "Where every thread is:\n"
             )
-            os.write(2, told.encode())
+            os.write(2, message.encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
             self._dump_flight_recorder()
         finally:

@@ -1,6 +1,6 @@
 """Runs that could not start, take their first step or save on their mesh: pure, for all ranks at once.
 
-Settings that need no mesh to be seen are `titan/refusals.py`'s.
+Settings that need no mesh to be seen are `refusals.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,15 @@ import torch
 from ..checkpoint.check import MIXED_UP, mixes_up, some
 from ..momentum import cut_run, dtype_of
 from .holdings import Kind, Optimizer, Run
+
+
+def check(run: Run, configured: Optimizer) -> None:
+    """Raise ValueError if the configured optimizer, the run's checkpoints or the model itself are not possible here."""
+    if told := refusal(run, configured):
+        raise ValueError(told)
+    check_matrices(run)
+    if run.checkpoints:
+        check_checkpoints(run)
 
 
 def refusal(run: Run, optimizer: Optimizer) -> str:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Placement
 
 from ..kernels import int8
 from ..layout import BlockLayout
-from ..momentum import dtype_of
+from ..momentum import TYPES, dtype_of
 from ..partition import Blocks
 from ..plan import BlockPlan
 from ..sharding import Axis, Shard, box_shape
@@ -33,6 +33,8 @@ ROUNDING = 512
 """Bytes: every tensor on a CUDA device takes a multiple of them."""
 STEP = 4
 """Bytes of `step`: one float32 per parameter, on every rank, with every optimizer."""
+ADAMW = "adamw"
+"""Its key among `optimizers_of`."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,7 @@ def _gradient(kind: Kind, seen: Counts) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run, as far as its memory goes: what the child process that has torchtitan tells.
+    """A whole run, as far as its memory goes: which pickles: torchtitan is imported in another process.
 
     Attributes:
         model: name and flavor.
@@ -334,7 +336,7 @@ class Run:
     checkpoints: bool
     batch: int
     seq_len: int
-    sequence: int | str
+    sequence: int | str = "it was not asked for"
     notes: tuple[str, ...] = ()
 
     def stage_of(self, rank: int) -> Stage:
@@ -345,3 +347,27 @@ class Run:
     def params(self) -> dict[str, Param]:
         """All parameters of the model by name."""
         return {param.name: param for stage in self.stages for param in stage.params}
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(prod(param.kind.shape) for param in self.params.values())
+
+    def checkpoint_bytes(self, optimizer: Optimizer) -> int:
+        """Of an optimizer's state in a checkpoint: every tensor once, whole."""
+        kinds = Counter(param.kind for param in self.params.values())
+        return sum(optimizer.whole(kind) * number for kind, number in kinds.items())
+
+
+def optimizers_of(run: Run) -> tuple[dict[str, Optimizer], str]:
+    """The optimizers that are compared, and the key of the configured AdamMini."""
+    optimizers = {ADAMW: Optimizer("AdamW", mini=False, step_on_device=run.fused)}
+    for name, dtype in TYPES.items():
+        optimizers[f"adam_mini_{name}"] = Optimizer(f"AdamMini, {name} momentum", True, dtype, run.fused)
+    own = {param.kind.dtype for param in run.params.values() if param.blocks}
+    asked = run.momentum or (own.pop() if len(own) == 1 else None)
+    for key, one in optimizers.items():
+        if one.mini and one.momentum == asked:
+            return optimizers, key
+    key = "adam_mini_own"
+    return {**optimizers, key: Optimizer("AdamMini, momentum as the parameters", True, run.momentum, run.fused)}, key

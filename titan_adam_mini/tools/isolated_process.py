@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from typing import Any, Protocol
 
 
-class Child(Protocol):
+class IsolatedProcess(Protocol):
     """Calls a function in another process, which keeps what it has imported from one call to the next."""
 
     def __call__(self, function: Any, *args: Any) -> Any:
@@ -18,7 +18,7 @@ class Child(Protocol):
 
 
 @contextmanager
-def child() -> Iterator[Child]:
+def isolated_process() -> Iterator[IsolatedProcess]:
     """A process for several calls; it ends with the context."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
 
@@ -35,7 +35,7 @@ def child() -> Iterator[Child]:
         yield call
 
 
-def in_child(function: Any, *args: Any) -> Any:
+def in_isolated_process(function: Any, *args: Any) -> Any:
     """What a function returns in a process of its own."""
-    with child() as call:
+    with isolated_process() as call:
         return call(function, *args)

@@ -2,7 +2,6 @@
 device, one after another, and told as data. The others of its stage differ in their coordinates only."""
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,34 +10,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 
-from titan_adam_mini.memory.activations import sequence_bytes
-from titan_adam_mini.memory.holdings import ALONE, Kind, Mesh, Param, Run, Stage
+from titan_adam_mini.offline.build import built, spec_and_args
+from titan_adam_mini.offline.holdings import ALONE, Kind, Mesh, Param, Run, Stage
+from titan_adam_mini.offline.refusals import check_run
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.sharding import local
-from titan_adam_mini.titan.build import built, configured, spec_and_args
 from titan_adam_mini.titan.builder import NAME, optimizer_of
 from titan_adam_mini.titan.knobs import read_knobs
-from titan_adam_mini.titan.refusals import check_run
 
 
-def read_run(arguments: list[str], ngpu: int, sequence: bool = True) -> Run:
-    """What a run of AdamMini with this configuration holds, whatever the configuration's optimizer. Takes the whole
-    process: see `child.py`. Nothing is written to standard output.
+def run_of(config: Any, ngpu: int) -> Run:
+    """What a run of AdamMini with this configuration holds, whatever the configuration's optimizer.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` among it.
+        config: torchtitan's job configuration, from `configured`.
         ngpu: number of ranks.
-        sequence: estimate what one more sequence takes, which is most of the time.
 
     Raises:
         ValueError: the run could not start, in words.
     """
-    os.dup2(2, 1)
-    return run_of(configured(arguments, ngpu), ngpu, sequence)
-
-
-def run_of(config: Any, ngpu: int, sequence: bool) -> Run:
-    """As `read_run`, of torchtitan's job configuration from `configured`."""
     spec, args = spec_and_args(config)
     check_run(config, spec, args, ngpu)
     pipelined = config.parallelism.pipeline_parallel_degree
@@ -64,7 +54,6 @@ def run_of(config: Any, ngpu: int, sequence: bool) -> Run:
         checkpoints=config.checkpoint.enable,
         batch=config.training.local_batch_size,
         seq_len=config.training.seq_len,
-        sequence=sequence_bytes(config, mixed=ngpu == 1 or dims.fsdp_enabled) if sequence else "it was not asked for",
         notes=tuple(_notes(config, dims)),
     )
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from titan_adam_mini.memory.facts import ADAMW, facts
-from titan_adam_mini.memory.stages import run_of
-from titan_adam_mini.titan.build import configured
-from titan_adam_mini.titan.builder import NAME
-from titan_adam_mini.titan.refusals import data_ranks
+from ..offline.build import configured
+from ..offline.checks import check
+from ..offline.holdings import ADAMW, optimizers_of
+from ..offline.refusals import data_ranks
+from ..offline.stages import run_of
+from ..titan.builder import NAME
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Compared:
 
 
 def read_compared(arguments: list[str], ngpu: int) -> Compared:
-    """Takes the whole process: see `child.py`.
+    """What a variant is, if its run could start. Takes the whole process: see `tools/isolated_process.py`.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.
@@ -42,16 +43,17 @@ def read_compared(arguments: list[str], ngpu: int) -> Compared:
         ValueError: the run could not start, in words.
     """
     config = configured(arguments, ngpu)
-    told = facts(run_of(config, ngpu, sequence=False))
-    states, key = told["checkpoint"]["optimizer"], told["configured"] if config.optimizer.name == NAME else ADAMW
+    run = run_of(config, ngpu)
+    optimizers, mini = optimizers_of(run)
+    check(run, optimizers[mini])
     degrees = config.parallelism
     stages = degrees.pipeline_parallel_degree
     last = degrees.pipeline_parallel_schedule != "ZBVZeroBubble"
     return Compared(
         config=config.to_dict(),
-        model=told["model"],
-        parameters=told["parameters"],
-        state_bytes=states[key],
+        model=run.model,
+        parameters=run.parameters,
+        state_bytes=run.checkpoint_bytes(optimizers[mini if config.optimizer.name == NAME else ADAMW]),
         shown=ngpu // stages * (stages - 1) if last else 0,
         data_ranks=data_ranks(degrees, ngpu),
     )

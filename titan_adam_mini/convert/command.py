@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..child import in_child
+from ..tools.isolated_process import in_isolated_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,11 +54,11 @@ class Convert:
         )
         from rich.table import Table
 
+        from ..checkpoint.stored import Stored
         from .convert import Conversion, convert
-        from .stored import Stored
 
         stored = Stored(self.source)
-        blocks, group, momentum_dtype = in_child(_target, arguments, self.to)
+        blocks, group, momentum_dtype = in_isolated_process(_target, arguments, self.to)
         conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
         seconds = sum(one.second_moments for one in blocks.values())
         total = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
@@ -90,6 +90,7 @@ class Convert:
 
 
 def _target(arguments: list[str], to: str) -> Any:
-    from ..titan.target import read_target
+    from ..offline.build import configured
+    from ..offline.whole_model import target_of
 
-    return read_target(arguments, to)
+    return target_of(configured(arguments, ngpu=1), to)

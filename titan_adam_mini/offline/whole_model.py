@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from titan_adam_mini.offline.build import spec_and_args
 from titan_adam_mini.partition import Blocks, Partition, clean_name
-from titan_adam_mini.titan.build import configured, spec_and_args
 from titan_adam_mini.titan.builder import optimizer_of
 
 
@@ -15,20 +15,19 @@ class _Whole:
     pp_enabled = False
 
 
-def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[str, Any], torch.dtype | None]:
+def target_of(config: Any, to: str) -> tuple[dict[str, Blocks], dict[str, Any], torch.dtype | None]:
     """The blocks of every trainable parameter, the keys and values of a new optimizer's parameter group, and
     AdamMini's `momentum_dtype`.
 
     Builds the model on the meta device: it takes no memory.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` among it.
+        config: torchtitan's job configuration, from `configured`.
         to: "adam_mini" or "adamw".
 
     Raises:
         ValueError: the configuration cannot serve AdamMini, in words.
     """
-    config = configured(arguments, ngpu=1)
     model = model_on_meta(config)
     optimizer = optimizer_of(model, config.optimizer, _Whole())
     blocks = {one.name: one for one in optimizer.partition.assign(_shapes(model)).values()}
@@ -42,12 +41,11 @@ def read_target(arguments: list[str], to: str) -> tuple[dict[str, Blocks], dict[
     return blocks, group, optimizer.momentum_dtype
 
 
-def read_partition(arguments: list[str]) -> tuple[str, Partition, dict[str, tuple[int, ...]]]:
+def partition_of(config: Any) -> tuple[str, Partition, dict[str, tuple[int, ...]]]:
     """A model's name and flavor, AdamMini's partition of it, and the shapes of its trainable parameters.
 
-    Builds the model on the meta device: it takes no memory. `arguments` and errors are those of `read_target`.
+    Builds the model on the meta device: it takes no memory. `config` and errors are those of `target_of`.
     """
-    config = configured(arguments, ngpu=1)
     model = model_on_meta(config)
     partition = optimizer_of(model, config.optimizer, _Whole()).partition
     return f"{config.model.name} {config.model.flavor}", partition, _shapes(model)

@@ -6,13 +6,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from titan_adam_mini.bench.part import Held, Part
+from titan_adam_mini.offline.build import built, configured
 from titan_adam_mini.partition import clean_name
-from titan_adam_mini.titan.build import built, configured
 from titan_adam_mini.titan.builder import optimizer_of
 
 
 def read_part(arguments: list[str], ngpu: int, rank: int, layers: int | None) -> Part:
-    """What rank `rank` of `ngpu` holds, after torchtitan's own parallelisation. Takes the whole process: see `cli.py`.
+    """What rank `rank` of `ngpu` holds, after torchtitan's own parallelisation.
+
+    Takes the whole process: see `tools/isolated_process.py`.
 
     Args:
         arguments: torchtitan's command line, `--job.config_file X` among it.

@@ -9,11 +9,11 @@ from itertools import chain
 from typing import Any
 
 from torchtitan.hf_datasets import text_datasets
-from torchtitan.protocols import model_converter
 
 from titan_adam_mini.partition.geometry import Geometry
 from titan_adam_mini.titan.builder import check_settings
 from titan_adam_mini.titan.checkpoint import start_of
+from titan_adam_mini.titan.private import model_converters
 
 
 def check_run(config: Any, spec: Any, args: Any, ngpu: int) -> None:
@@ -87,7 +87,7 @@ def _model(config: Any, args: Any) -> Iterator[str]:
     experts = getattr(getattr(args, "moe_args", None), "num_experts", None)
     if experts is not None and experts % config.parallelism.expert_parallel_degree:
         yield f"expert_parallel_degree {config.parallelism.expert_parallel_degree} does not divide {experts} experts"
-    known = model_converter._registry_model_converter_cls
+    known = model_converters()
     for name in config.model.converters:
         if name not in known:
             yield f"model.converters has {name!r}, which torchtitan does not know: it has {', '.join(known) or 'none'}"

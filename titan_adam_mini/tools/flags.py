@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from .files import atomic_write
+from ..files import atomic_write
 
 ConfigFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
 """torchtitan's configuration, "" if none is given."""

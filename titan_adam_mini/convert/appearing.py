@@ -5,14 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ..files import beside, name_file, sync_folder
+from ..tools.signals import ending_in_order
 
 
 @contextmanager
@@ -81,20 +79,3 @@ def _refuse_others(target: Path, name: str) -> None:
         finally:
             os.close(handle)
         raise ValueError(f"{other} is what a killed conversion to {target} has left: remove it")
-
-
-@contextmanager
-def ending_in_order() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that its cleaning up happens."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

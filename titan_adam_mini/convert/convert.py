@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,14 +28,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ..checkpoint.check import check_parameters
+from ..checkpoint.moments import block_means, spread
+from ..checkpoint.stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 from ..kernels import int8
 from ..momentum import dtype_of
 from ..partition import Blocks
+from ..private import _StorageInfo
 from ..state import AUTHORS, SECOND_MOMENTS
 from .appearing import appearing
-from .check import check_parameters
-from .moments import block_means, spread
-from .stored import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, GROUPS, STATE, Stored
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
 _OPTIMIZER = "optimizer."

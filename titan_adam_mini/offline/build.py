@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
+from titan_adam_mini.private import FakeStore
 from titan_adam_mini.titan.register import enable
 
 
@@ -64,7 +64,7 @@ def configured(arguments: list[str], ngpu: int) -> Any:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(f"experimental.custom_import = {name!r} cannot be imported: {error}") from None
-    enable()
+    enable("cpu")
     return config
 
 

@@ -1,0 +1,60 @@
+"""What this package needs of torchtitan beyond its public names, and which torchtitan it can work with."""
+
+import re
+from importlib import import_module, metadata
+from typing import Any
+
+SUPPORTED = "0.2.2 or later, before 0.3"
+_FIRST, _BEYOND = (0, 2, 2), (0, 3, 0)
+
+ATTRIBUTES = {
+    "torchtitan.components.checkpoint:CheckpointManager._async_wait": "a save under way is waited for",
+    "torchtitan.components.checkpoint:CheckpointManager._find_load_step": "the step that a run goes on from",
+    "torchtitan.components.checkpoint:CheckpointManager._should_save": "whether a step is saved",
+    "torchtitan.components.optimizer:OptimizersContainer._post_init": "AdamMini in torchtitan's container",
+    "torchtitan.components.optimizer:OptimizersContainer._validate_length": "AdamMini in torchtitan's container",
+    "torchtitan.protocols.model_converter:_registry_model_converter_cls": "converters that a configuration may name",
+}
+"""Private names of torchtitan that this package calls: "module:name" -> what for."""
+
+
+def check_version() -> None:
+    """Raise ImportError if the installed torchtitan is not one that this package works with.
+
+    A checkout that was never installed has no version; whether it fits is then seen from its names.
+    """
+    version = _version()
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if numbers and not _FIRST <= tuple(int(one or 0) for one in numbers.groups()) < _BEYOND:
+        raise ImportError(f"torchtitan {version} is installed, and titan_adam_mini.titan supports {SUPPORTED}")
+
+
+def unsupported(missing: str) -> ImportError:
+    """The error for a torchtitan that lacks a name."""
+    return ImportError(
+        f"{missing}: torchtitan {_version() or 'of unknown version'} is installed, and titan_adam_mini.titan supports "
+        f"{SUPPORTED}"
+    )
+
+
+def attribute(owner: Any, name: str) -> Any:
+    """``owner.name`` of torchtitan. Raises ImportError, with the versions, if there is none."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise unsupported(f"{owner.__name__} has no {name}") from None
+
+
+def model_converters() -> dict[str, type]:
+    """The converters that torchtitan knows: name in ``[model] converters`` -> class."""
+    known: dict[str, type] = attribute(
+        import_module("torchtitan.protocols.model_converter"), "_registry_model_converter_cls"
+    )
+    return known
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchtitan")
+    except metadata.PackageNotFoundError:
+        return ""
