@@ -60,7 +60,7 @@ def test_a_simulated_step_has_the_peaks_of_a_real_one(name: str) -> None:
 
 
 @pytest.mark.nightly
-def test_a_gpu_peaked_where_the_simulation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_peaked_where_the_simulation_does() -> None:
     """What the GPU check recorded on one H100: 3.6 billion parameters, compiled there and eager here. The peak
     is parameters, gradients and state, so this says little of activations."""
     stages = json.loads((ROOT / "benchmarks" / "h100" / "gpu_check.json").read_text())["stages"]

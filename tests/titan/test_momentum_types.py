@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from forked import HALF, STEPS, WHOLE, Trainer, difference, said
-from injected import holdings, norms_along_tp, together
+from injected import holdings, together
 from meshes import MESHES
 from ranks import RankError, run
 from torch import Tensor
 
 from titan_adam_mini.check.injected import gradients, values
-from titan_adam_mini.check.meshes import Placed, full_shapes, layouts
+from titan_adam_mini.check.meshes import Placed, full_shapes, layouts, norms_along_tp
 from titan_adam_mini.check.oracle import blocks, error
 from titan_adam_mini.kernels import int8
 

@@ -285,9 +285,9 @@ def _momentum(work: ParamStep) -> Tensor:
 def world(
     engine: str,
     ranks: int,
-    layouts: dict[str, BlockLayout] = ROWS,
     steps: int = 3,
     without: int | None = None,
+    layouts: dict[str, BlockLayout] = ROWS,
     **options: Any,
 ) -> list[Played]:
     """All ranks after some steps; rank `without` has no gradients in the second of them."""

@@ -104,8 +104,8 @@ def against_one_rank(engine: str, layouts: Layouts, case: Case, device: torch.de
     """What has other bits on several ranks, played one after the other, than on one."""
     options: dict[str, Any] = {"dtype": case.param, "momentum": case.momentum, "seed": case.seed, "device": device}
     rows = {name: layout for name, layout in ROWS.items() if name in layouts}
-    (one,) = world(engine, 1, rows, **options)
-    found = {ranks: differing_bits(world(engine, ranks, rows, **options), one) for ranks in RANKS}
+    (one,) = world(engine, 1, layouts=rows, **options)
+    found = {ranks: differing_bits(world(engine, ranks, layouts=rows, **options), one) for ranks in RANKS}
     return [f"{ranks} ranks: {fault}" for ranks, faults in found.items() for fault in faults]
 
 
