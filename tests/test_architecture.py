@@ -48,7 +48,8 @@ LIBRARIES = {
     "kernels": ("torch", "numpy", "numba", "llvmlite", "triton"),
     "cli": ("tyro", "rich"),
     "tools": ("torch", "tyro", "matplotlib"),
-    **dict.fromkeys(("bench", "compare", "inspect", "convert"), ("torch", "tyro", "rich", "matplotlib")),
+    **dict.fromkeys(("bench", "inspect", "convert"), ("torch", "tyro", "rich", "matplotlib")),
+    "compare": ("torch", "tyro", "rich", "matplotlib", "tomli", "tensorboard"),
     "memory": ("torch", "torchtitan", "tyro", "rich", "matplotlib"),
 }
 """Component -> the libraries that it may import; any, where it is not named."""
