@@ -15,8 +15,8 @@ pytest.importorskip("torchtitan", reason="training needs the extra: pip install 
 from ranks import forkserver
 from slurm.jobs import ROOT, Jobs, arguments
 
-from titan_adam_mini import child
 from titan_adam_mini.cli import main
+from titan_adam_mini.tools import isolated_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 STEPS = 6
@@ -25,7 +25,7 @@ STEPS = 6
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Jobs, Path, str], str]:
     """What the command prints for AdamW and AdamMini with some learning rates; its children start fast."""
-    monkeypatch.setattr(child, "get_context", lambda _: forkserver())
+    monkeypatch.setattr(isolated_process, "get_context", lambda _: forkserver())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("NGPU", "1")
     monkeypatch.chdir(ROOT)

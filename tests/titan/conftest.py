@@ -16,7 +16,7 @@ pytest.importorskip("torchtitan", reason="the torchtitan adapter needs the extra
 
 from ranks import forkserver  # noqa: E402
 
-from titan_adam_mini import child  # noqa: E402
+from titan_adam_mini.tools import isolated_process  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def environment(work: Path) -> Iterator[None]:
     patch.setenv("PYTHON", sys.executable)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setattr(child, "get_context", lambda _: forkserver())
+    patch.setattr(isolated_process, "get_context", lambda _: forkserver())
     yield
     patch.undo()
 
