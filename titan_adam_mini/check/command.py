@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import atomic_write
-from ..flags import check_file, number_of_ranks
+from ..tools.flags import check_file, number_of_ranks
 from .runner import FAIL, Outcome, Stage, run
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...about import commit, version
+from ...tools.versions import commit, version
 from ..stage import Context, Result
 
 PACKAGES = ("triton", "torchtitan", "torchao", "torchdata", "datasets", "tokenizers", "tensorboard", "tyro", "numba")
