@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests: the fast tier; with --all also the slow one; with --slurm those that submit jobs to
-# a Slurm cluster of their own; with --nightly those that take long. Other arguments go to pytest:
+# a Slurm cluster of their own; with --nightly those that take long. The last two fail if they ran nothing. Other arguments go to pytest:
 #
 #   bash launch/test.sh --all
 #   bash launch/test.sh tests/titan -k config -x
@@ -17,13 +17,13 @@ for arg in "$@"; do
     case "$arg" in
     --all) marker=(-m "not nightly") ;;
     --slurm)
-        marker=(-m "slurm and not nightly")
+        marker=(-m "slurm and not nightly") && export TITAN_ADAM_MINI_TEST_TIER=--slurm
         type slurmctld slurmd sbatch >/dev/null 2>&1 ||
             fail "Slurm is not installed, so its tests cannot run." \
                 "Install it: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
         [ "$(id -u)" = 0 ] || fail "The Slurm tests start a cluster of their own, which needs root. Run them as root."
         ;;
-    --nightly) marker=(-m nightly) ;;
+    --nightly) marker=(-m nightly) && export TITAN_ADAM_MINI_TEST_TIER=--nightly ;;
     *) args+=("$arg") ;;
     esac
 done

@@ -1,4 +1,5 @@
-"""What all tests share: hypothesis without its deadline, Triton without a GPU, and which tests run side by side."""
+"""What all tests share: hypothesis without its deadline, Triton without a GPU, which tests run side by side, and that a
+tier which was asked for by name does not pass if it ran nothing."""
 
 import importlib
 import os
@@ -35,3 +36,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ranks" if folder in RANKS else folder
 
     return ByFolder(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """launch/test.sh names the tier in the environment."""
+    tier = os.environ.get("TITAN_ADAM_MINI_TEST_TIER")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if (
+        not tier
+        or reporter is None
+        or exitstatus != 0
+        or session.config.option.collectonly
+        or "passed" in reporter.stats
+    ):
+        return
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}
+    reporter.write_line(f"\nerror: {tier} ran no test: {'; '.join(sorted(reasons))}")

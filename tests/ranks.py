@@ -92,6 +92,7 @@ def forkserver() -> Any:
         "torch.distributed.checkpoint",
         "torch.nn.attention.varlen",
         "datasets",
+        "numba",
         "tyro",
         "tests.compiled_loops",  # from the folder that pytest runs in; from another one, every rank reads them itself
     ]

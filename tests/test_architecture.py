@@ -11,17 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "titan_adam_mini"
 
-CORE = ("layout", "sharding", "partition", "plan", "kernels", "exchange", "optimizer")
+CORE = ("private", "layout", "sharding", "partition", "plan", "kernels", "exchange", "optimizer")
 BELOW_COMMANDS = ("files", "tools", *CORE, "checkpoint", "titan", "offline")
 IMPORTS = {
     # The standard library alone.
     "files": (),
+    "private": (),
     "layout": (),
     # The optimizer, from the bottom up.
-    "sharding": (),
+    "sharding": ("private",),
     "partition": ("layout",),
     "plan": ("layout", "sharding"),
-    "kernels": ("layout", "sharding", "plan"),
+    "kernels": ("private", "layout", "sharding", "plan"),
     "exchange": CORE[:-2],
     "optimizer": ("files", *CORE[:-1]),
     # What stands on it. A framework imports no other framework.
@@ -44,11 +45,12 @@ MODULES = {
 
 LIBRARIES = {
     **dict.fromkeys(("files", "layout", "partition", "plan"), ()),
-    **dict.fromkeys(("sharding", "exchange", "optimizer", "checkpoint"), ("torch",)),
+    **dict.fromkeys(("private", "sharding", "exchange", "optimizer", "checkpoint"), ("torch",)),
     "kernels": ("torch", "numpy", "numba", "llvmlite", "triton"),
     "cli": ("tyro", "rich"),
     "tools": ("torch", "tyro", "matplotlib"),
-    **dict.fromkeys(("bench", "compare", "inspect", "convert"), ("torch", "tyro", "rich", "matplotlib")),
+    **dict.fromkeys(("bench", "inspect", "convert"), ("torch", "tyro", "rich", "matplotlib")),
+    "compare": ("torch", "tyro", "rich", "matplotlib", "tensorboard", "tomli"),
     "memory": ("torch", "torchtitan", "tyro", "rich", "matplotlib"),
 }
 """Component -> the libraries that it may import; any, where it is not named."""

@@ -30,6 +30,7 @@ MODULES = {
 """Name -> the module of torch that has it."""
 
 ATTRIBUTES = {
+    "torch:_disable_dynamo": "a step that is not traced",
     "torch:_foreach_add_": "sums of columns",
     "torch.cuda.memory:_record_memory_history": "memory snapshots, which torchtitan takes with it",
     "torch.cuda.memory:_snapshot": "names of tensors in memory snapshots",

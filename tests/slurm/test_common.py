@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,16 @@ def test_network_variables(shell: Any, tmp_path: Path) -> None:
     assert [line for line in example.splitlines() if line and not line.startswith("#")] == []
     (folder / "network.sh").write_text(re.sub("^#export", "export", example, flags=re.MULTILINE))
     assert shell(call, SLURM_SUBMIT_DIR="/", SLURM_JOB_ID="7") == "^mlx5_bond_0"
+
+
+@pytest.mark.parametrize(("tier", "status"), [("--slurm", 1), ("", 0)])
+def test_a_tier_that_was_asked_for_and_ran_nothing_fails(tmp_path: Path, tier: str, status: int) -> None:
+    """In a shell without Slurm's commands; launch/test.sh sets the variable."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "slurm and not nightly"]
+    command += [f"--basetemp={tmp_path / 'temporary'}", "tests/slurm/test_cluster.py", "-k", "two_nodes or killed"]
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TITAN_ADAM_MINI_TEST_TIER": tier}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == status, done.stdout
+    line = "not installed: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
+    assert (f"error: {tier} ran no test: slurmctld, " in done.stdout and line in done.stdout) == (status == 1)
+    assert "2 skipped" in done.stdout

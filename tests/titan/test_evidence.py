@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,21 @@ import pytest
 import torch
 from forked import ROOT, train
 from torchtitan.config import ConfigManager
-from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3 import Transformer, llama3_args
 
-from titan_adam_mini.titan import flavor
+from docs.evidence.flavors import SIZES as FLAVORS
 
 FOLDER = ROOT / "docs" / "evidence"
-SIZES = [name.removeprefix("evidence_") for name in flavor.FLAVORS if name.startswith("evidence_")]
+SIZES = list(FLAVORS)
 README = (FOLDER / "README.md").read_text()
+
+
+# Flavour -> parameters, neurons of the MLP, rows of a head, and of a key or value matrix.
+EVIDENCE = {
+    "evidence_1M": (1_066_112, 352, 32, 128),
+    "evidence_4M": (4_213_504, 704, 32, 128),
+    "evidence_12M": (11_802_240, 1024, 64, 128),
+}
 
 
 def parse(size: str, *further: str) -> Any:
@@ -43,10 +52,24 @@ def test_the_sizes_differ_in_size_and_learning_rate_alone() -> None:
         config = parse(size)
         assert config.model.flavor == f"evidence_{size}"
         with torch.device("meta"):
-            model = Transformer(flavor.model_args(config.model.flavor))
+            model = Transformer(deepcopy(llama3_args[config.model.flavor]))
         parameters = sum(param.numel() for param in model.parameters())
         assert f"of {parameters / 1e6:.3g}M parameters" in texts[SIZES.index(size)].split("\n")[0]
         assert re.search(rf"^\| `llama3_{size}.toml` \| {parameters:,} \|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_sizes(name: str) -> None:
+    parameters, hidden, head_dim, kv_rows = EVIDENCE[name]
+    args = deepcopy(llama3_args[name])
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert sum(param.numel() for param in model.parameters()) == parameters
+    assert round(parameters / 10**6) == int(name.removeprefix("evidence_").removesuffix("M"))
+    assert model.layers["0"].feed_forward.w1.weight.shape == (hidden, args.dim)
+    assert model.layers["0"].attention.wk.weight.shape == (kv_rows, args.dim)
+    assert args.dim == args.n_heads * head_dim and kv_rows == args.n_kv_heads * head_dim
+    assert model.output.weight.shape == model.tok_embeddings.weight.shape == (1024, args.dim)
 
 
 @pytest.mark.parametrize("corpus", ["stdlib", "english"])
@@ -68,21 +91,23 @@ def test_it_reads_what_the_pages_commands_build(corpus: str) -> None:
     assert validation.steps * validation.local_batch_size == int(options["--validation"])
 
 
+@pytest.mark.slow
 def test_the_smallest_trains(work: Path, corpus_dir: Path) -> None:
     """Shortened, on the corpus of these tests, whose 512 tokens are among the model's 1024."""
     settings = {
         "model.hf_assets_path": corpus_dir / "tokenizer",
         "debug.seed": 0,
         "training.dataset_path": corpus_dir / "train-1",
-        "training.steps": 20,
+        "training.local_batch_size": 4,
+        "training.steps": 8,
         "training.seq_len": 64,
         "lr_scheduler.warmup_steps": 2,
         "metrics.enable_tensorboard": False,
         "validation.dataset_path": corpus_dir / "validation",
         "validation.seq_len": 64,
-        "validation.freq": 10,
+        "validation.freq": 4,
         "validation.steps": 1,
     }
     run = train("evidence", settings, ranks=1, out=work, config=FOLDER / f"llama3_{SIZES[0]}.toml")
-    assert list(run.losses) == list(range(1, 21)) and list(run.validation) == [1, 10, 20]
-    assert run.validation[20] < run.validation[1] - 1
+    assert list(run.losses) == list(range(1, 9)) and list(run.validation) == [1, 4, 8]
+    assert run.validation[8] < run.validation[1] - 0.5

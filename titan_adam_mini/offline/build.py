@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ def configured(arguments: list[str], ngpu: int) -> Any:
     os.environ.update(CUDA_VISIBLE_DEVICES="", NGPU=str(ngpu), WORLD_SIZE=str(ngpu), RANK="0", LOCAL_RANK="0")
     # Patterns of tensor parallelism that belong to another pipeline stage.
     warnings.filterwarnings("ignore", message="Parallelize plan key")
+    # A module of the user's is found from the current folder, as by the trainer, which `python -m` starts.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     config = ConfigManager().parse_args(arguments)
     if name := config.experimental.custom_import:
         try:

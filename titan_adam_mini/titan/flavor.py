@@ -1,6 +1,5 @@
 """Flavours that torchtitan 0.2 lacks, under ``[model] name = "llama3"``: the Llama 2 sizes of the Adam-mini paper
-(arXiv 2406.16793), a small model for debugging whose heads are cut by two FSDP shards, and three sizes of Llama 3 that
-a CPU trains in minutes, for docs/evidence."""
+(arXiv 2406.16793), and a small model for debugging whose heads are cut by two FSDP shards."""
 
 from typing import Any
 
@@ -29,13 +28,6 @@ _LLAMA2_SIZES = {
     "13B": (5120, 40, 40),
 }
 
-# Name -> width, layers, heads, key and value heads, each counted with embedding and output of 1024 tokens.
-_EVIDENCE_SIZES = {
-    "1M": (128, 4, 4, 4),
-    "4M": (256, 5, 8, 4),
-    "12M": (384, 7, 6, 2),
-}
-
 FLAVORS: dict[str, dict[str, Any]] = {
     # 5 heads of 32 rows, so that 2, 4 or 8 shards cut heads, which they do not in torchtitan's own debug model.
     "adam_mini_debug": {
@@ -46,18 +38,6 @@ FLAVORS: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
         "multiple_of": 32,
         "rope_theta": 500000,
-    },
-    **{
-        f"evidence_{size}": {
-            "dim": dim,
-            "n_layers": layers,
-            "n_heads": heads,
-            "n_kv_heads": kv_heads,
-            "vocab_size": 1024,
-            "multiple_of": 32,
-            "rope_theta": 500000,
-        }
-        for size, (dim, layers, heads, kv_heads) in _EVIDENCE_SIZES.items()
     },
     **{
         f"llama2_{size}": {**_LLAMA2, "dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": heads}
