@@ -10,16 +10,14 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..tools.flags import trainer
+from ..tools.trainer import errors_in, plain, step_in, torchrun, without_torchrun
 
 LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
 """Names in a run's folder. The lock's content is the trainer's process id and the variables it was given, as JSON."""
@@ -27,9 +25,6 @@ LOCK, LOG, BOARD, CHECKPOINTS = "lock", "train.log", "tb", "checkpoint"
 FEATURES = {f"TITAN_ADAM_MINI_{name}": "1" for name in ("CPU", "SIGNALS", "ONE_CURVE", "SAME_VALIDATION")}
 """Changes to torchtitan that the runs need, as environment variables: docs/torchtitan.md."""
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_STEP = re.compile(r"(?<!validate )step:\s*(\d+)\s+loss:\s*([-+\w.]+)")
-_ERROR = re.compile(r"(?:\[\w+\]:\s*)*((?:[\w.]*(?:Error|Exception|Interrupt)|AssertionError)\b.*)")
 _PATIENCE, _LOOK = 45.0, 0.1
 """Seconds for a trainer to save and leave, and between two looks whether it has."""
 
@@ -76,17 +71,11 @@ class Training:
         self.goes_on_from = _prepare(folder, known)
         self._begin = self._read = (folder / LOG).stat().st_size if (folder / LOG).exists() else 0
         environment = {**os.environ, **variables, "LOG_RANK": str(shown), "PYTHONUNBUFFERED": "1", **FEATURES}
-        module = trainer()
-        command = [sys.executable, "-m"]
         if ranks == 1:
-            command += [module]
-            # The only process is the one that all others would ask: a port that nobody knows will do.
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            command, own = without_torchrun()
+            environment |= own
         else:
-            command += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
-            command += ["--rdzv_endpoint=localhost:0", f"--local-ranks-filter={shown}", "--role=rank", "--tee=3"]
-            command += ["-m", module]
+            command = torchrun(ranks, f"--local-ranks-filter={shown}", "--role=rank", "--tee=3")
         self._lock.truncate(0)  # before the trainer holds it too: it may not be taken for an earlier one
         with open(folder / LOG, "ab") as log:
             self._process = subprocess.Popen(
@@ -118,9 +107,8 @@ class Training:
         """What went wrong, "" if nothing did as far as this command can know; after the end."""
         if self._process is None or self._process.returncode == 0:
             return ""
-        lines = [_ANSI.sub("", line).strip() for line in self._log(self._begin).decode(errors="replace").splitlines()]
-        errors = [found[1] for line in lines if (found := _ERROR.match(line)) and "ChildFailedError" not in line]
-        told = errors[-1] if errors else (lines or ["it said nothing"])[-1]
+        lines = [plain(line).strip() for line in self._log(self._begin).decode(errors="replace").splitlines()]
+        told = (errors_in(lines) or lines or ["it said nothing"])[-1]
         return f"{told} (status {self._process.returncode}; log: {self.folder / LOG})"
 
     def ask(self) -> None:
@@ -160,8 +148,8 @@ class Training:
         whole = self._log(self._read).rpartition(b"\n")
         self._read += len(whole[0]) + len(whole[1])
         for line in whole[0].decode(errors="replace").splitlines():
-            if found := _STEP.search(_ANSI.sub("", line)):
-                self.step, self.loss = int(found[1]), found[2]
+            if found := step_in(plain(line)):
+                self.step, self.loss = found
 
     def _log(self, begin: int) -> bytes:
         try:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tools.flags import trainer
 from ..tools.signals import ending_in_order
+from ..tools.trainer import end, errors_in, torchrun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,13 +73,9 @@ def settings_of(config: Any, steps: int) -> list[str]:
 
 def _train(arguments: list[str], ranks: int, log: Path) -> None:
     """torchrun, whose output goes into `log`. Raises ValueError if it fails; ends it if anything happens here."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
-    # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
-    torchrun += ["--rdzv_endpoint", "localhost:0", "--log-dir", str(log.parent / "ranks")]
-    torchrun += ["-m", trainer()]
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, *torchrun, *arguments],
+            [*torchrun(ranks, "--log-dir", str(log.parent / "ranks")), *arguments],
             env={**os.environ, "TITAN_ADAM_MINI_CPU": "1"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -91,15 +85,8 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
         try:
             status = process.wait()
         finally:
-            if process.poll() is None:  # torchrun takes its ranks along
-                process.terminate()
-                process.wait()
+            end(process)
     if status:
-        raise ValueError(f"the AdamW run ended with status {status}: {_reason(log)} (its log is {log})")
-
-
-def _reason(log: Path) -> str:
-    """The first exception that a log tells of, or its last line."""
-    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return next(iter(errors or lines[-1:]), "it said nothing")
+        lines = log.read_text(errors="replace").splitlines()
+        reason = (errors_in(lines) or lines[-1:] or ["it said nothing"])[0]  # the first is what stopped the others
+        raise ValueError(f"the AdamW run ended with status {status}: {reason} (its log is {log})")

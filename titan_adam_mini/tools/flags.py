@@ -60,11 +60,6 @@ def ranks_of_a_run(given: int | None) -> int:
     return number_of_ranks(given) if given is not None or os.environ.get("NGPU") else 1
 
 
-def trainer() -> str:
-    """The module that trains: the environment's TRAIN_FILE, as launch/run_train.sh has it, or torchtitan's own."""
-    return os.environ.get("TRAIN_FILE") or "torchtitan.train"
-
-
 def check_file(flag: str, file: str | Path | None) -> None:
     """Raise ValueError if a file could not be written there; nothing is asked of None and of STDOUT."""
     if file and file != STDOUT:
