@@ -131,13 +131,14 @@ def match_groups(groups: Sequence[Group], saved: Sequence[Group]) -> dict[Tensor
             if missing := [name for name in own if name not in key_of]:
                 extra = [name for name in key_of if name not in set(own)]
                 raise ValueError(
-                    f"the loaded state has other parameters in group {number}: {_some(extra)} instead of "
-                    f"{_some(missing)}; build the optimizer with the groups that were saved"
+                    f"the loaded state has other parameters in group {number}: {some_of(extra)} instead of "
+                    f"{some_of(missing)}; build the optimizer with the groups that were saved"
                 )
             order = [key_of[name] for name in own]
         keys.update(zip(group["params"], order, strict=True))
     return keys
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

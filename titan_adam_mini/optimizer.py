@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import kernels, momentum
 from .arguments import check_hyper_parameters, check_options, refuse_unsupported
 from .exchange import Exchange, Item, mesh_axes
-from .groups import Named, match_groups, named_group, named_parameters
+from .groups import Named, match_groups, named_group, named_parameters, some_of
 from .kernels import ParamStep, Spec, vectorized
 from .kernels.tensorwise import Tensorwise
 from .partition import Blocks, Partition
@@ -213,8 +213,8 @@ class AdamMini(Optimizer):
         return momentum.dtype_of(self.momentum_dtype, param.dtype, tuple(param.shape))
 
     def _log_plan(self, exchange: Exchange) -> None:
-        """Say once, on the first rank of those that share this plan, what was decided."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != self._first_rank():
+        """Log once, on the first rank of those that share this plan, what was decided."""
+        if not self._logs():
             return
         types = momentum.summary(self._momentum(item.param) for item in exchange.items)
         log.info(
@@ -222,10 +222,11 @@ class AdamMini(Optimizer):
             f"{exchange_summary(self._blocks, exchange.items, exchange.buffers)}\n{self.table()}"
         )
 
-    def _first_rank(self) -> int:
-        """Of those that share this plan."""
+    def _logs(self) -> bool:
+        """Is this the first of the ranks that share the plan?"""
         channels = self._exchange.channels if self._exchange is not None else {}
-        return min(chain.from_iterable(channels), default=0)
+        first = min(chain.from_iterable(channels), default=0)
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == first
 
     def table(self) -> str:
         """One row per kind of parameter: pattern, shape, role, blocks, decay, straddling, bytes exchanged per step."""
@@ -288,7 +289,7 @@ class AdamMini(Optimizer):
         """Has any parameter a gradient here or on another rank? If none has, and none had before, log it once."""
         if any(work.grad is not None or (work.present is not None and work.present.item() > 0) for work in works):
             return True
-        if works and not self._warned and (not dist.is_initialized() or dist.get_rank() == self._first_rank()):
+        if works and not self._warned and self._logs():
             log.warning(NO_GRADIENT)
         self._warned = True
         return False
@@ -378,26 +379,17 @@ class AdamMini(Optimizer):
         self.state.clear()
         self.state.update(state)
         if state:
-            self._log_new([name for name, param, _ in named if param.requires_grad and param not in stored])
+            absent = [name for name, param, _ in named if param.requires_grad and param not in stored]
+            if absent and self._logs():
+                log.warning(f"AdamMini: the loaded state has nothing of {some_of(absent)}: their moments begin at zero")
             self.init_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _log_new(self, names: Sequence[str]) -> None:
-        if names and (not dist.is_initialized() or dist.get_rank() == self._first_rank()):
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            log.warning(f"AdamMini: the loaded state has nothing of {shown}: their moments begin at zero")
-
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
-        own = {
-            name: self.__dict__[name]
-            for name in (
-                *("partition", "momentum_dtype", "stochastic_rounding", "seed"),
-                *("_flags", "_blocks", "_dims", "_checked", "_stepped", "_warned"),
-            )
-        }
-        return {**super().__getstate__(), **own}
+        own = "partition momentum_dtype stochastic_rounding seed _flags _blocks _dims _checked _stepped _warned".split()
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -225,7 +225,7 @@ def test_parameters_that_the_state_does_not_have_begin_anew(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "titan_adam_mini"):
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert [record.message for record in caplog.records] == [
-        "AdamMini: the loaded state has nothing of w1.weight: their moments begin at zero"
+        "AdamMini: the loaded state has nothing of 'w1.weight': their moments begin at zero"
     ]
     assert float(other.state[twin["w1.weight"]]["step"]) == 0 and float(other.state[twin["wq.weight"]]["step"]) == 1
 
