@@ -388,7 +388,8 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
-        own = ["partition", "momentum_dtype", "stochastic_rounding", "seed", "_flags", "_blocks", "_dims", "_checked", "_stepped", "_warned"]
+        own = ["partition", "momentum_dtype", "stochastic_rounding", "seed", "_flags", "_blocks"]
+        own += ["_dims", "_checked", "_stepped", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
