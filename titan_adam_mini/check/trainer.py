@@ -140,6 +140,7 @@ def environment(context: Context) -> dict[str, str]:
     if context.cuda:
         found.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
+        found["TITAN_ADAM_MINI_CPU"] = "1"
         found.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torch would give each of them all
     return found
 
