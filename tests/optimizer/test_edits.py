@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_adam_mini import AdamMini, Partition
+from titan_adam_mini.state import follow_parameter
 
 SHAPES = {"wq.weight": (8, 6), "w1.weight": (5, 6), "w1.bias": (5,), "norm.weight": (6,)}
 
@@ -291,6 +294,35 @@ def test_between_steps_nothing_holds_the_tensors_of_a_step() -> None:
     step(optimizer, params)
     held = [work for work in optimizer._works if work.param.numel() or work.exp_avg.numel() or work.grad is not None]
     assert optimizer._works and not held
+
+
+def test_parameters_that_were_replaced_before_the_first_step_are_let_go() -> None:
+    """As accelerate's FSDP2 does it: state_dict(), then sharded tensors in the place of the model's own."""
+    params = parameters()
+    optimizer = make(params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    gone = [weakref.ref(param) for param in params.values()]
+    sharded = {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
+    optimizer.param_groups[0]["params"] = list(sharded.values())
+    optimizer.state_dict()
+    del params
+    gc.collect()
+    step(optimizer, sharded)
+    gc.collect()
+    assert [one() for one in gone] == [None] * 4 and len(optimizer.state) == 4
+
+
+def test_state_follows_its_parameter_to_another_device() -> None:
+    state = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(1)}
+    there = torch.empty(3, device="meta")
+    follow_parameter("w", state, there, step_on_device=False)
+    assert {key: value.device.type for key, value in state.items()} == {
+        "step": "cpu",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
+    follow_parameter("w", state, there, step_on_device=True)
+    assert state["step"].device.type == "meta"
 
 
 # Nothing is trained
