@@ -25,7 +25,7 @@ from titan_adam_mini.state import SECOND_MOMENTS
 
 STEPS = 20
 """Of the schedule of the learning rate."""
-SOME = 8
+SOME = 6
 """That are taken: past the warm-up, with every size of gradients twice."""
 EPS = 1e-8
 MATRICES = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
