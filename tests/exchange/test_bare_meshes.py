@@ -62,7 +62,7 @@ MESHES: dict[str, tuple[tuple[int, ...], dict[str, list[Placement]]]] = {
 }
 
 
-STEPS = 8
+STEPS = 6
 
 
 def place(full: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:

@@ -60,12 +60,18 @@ def recorded(rank: int, world: int, name: str, layers: int, groups: int) -> list
 
 
 FAST = {"FSDP2 3", "TP 2", "MoE, EP 2"}
+NIGHT = {"HSDP x TP 2x2x2", "FSDP2 x TP 2x2, norms on dp"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPECTED])
+def marked(name: str) -> Any:
+    marks = () if name in FAST else pytest.mark.nightly if name in NIGHT else pytest.mark.slow
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(marked, EXPECTED))
 def test_the_stated_collectives_whatever_the_depth_and_the_groups(name: str) -> None:
     sizes = []
-    for layers, groups in ((2, 1), (2, 3), (5, 3)):
+    for layers, groups in ((2, 1), (2, 3), (6, 3)):
         results = run(recorded, CASES[name].world, name, layers, groups)
         for calls in results:
             assert all(op == "allreduce" for phase in calls for op, _, _ in phase)

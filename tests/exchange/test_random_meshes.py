@@ -173,7 +173,9 @@ def cut(full: Tensor, box: Any) -> Tensor:
     return full[tuple(slice(*interval) for interval in box)]
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples", [4, pytest.param(12, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.nightly)]
+)
 def test_no_sharding_changes_the_result(examples: int) -> None:
     batches = st.integers(1, 6).flatmap(
         lambda world: st.tuples(st.just(world), st.lists(problems(world), min_size=1, max_size=8))

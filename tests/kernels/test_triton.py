@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import pytest
@@ -120,11 +121,11 @@ def test_it_computes_what_torch_computes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        case(torch.int8, second_moment="factored", stochastic_rounding=True),
+        case(torch.int8, stochastic_rounding=True),
         case(None),
         case(None, pytest.mark.slow, second_moment="factored"),
         case(None, pytest.mark.slow, stochastic_rounding=True),
-        case(torch.int8, pytest.mark.slow),
+        case(torch.int8, pytest.mark.slow, second_moment="factored", stochastic_rounding=True),
     ],
 )
 def test_bfloat16_parameters(options: dict[str, Any]) -> None:
@@ -137,7 +138,7 @@ def test_bfloat16_parameters(options: dict[str, Any]) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
 @pytest.mark.parametrize(("dtype", "momentum"), [(torch.float32, None), (torch.bfloat16, torch.int8)], ids=str)
 def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
-    layouts = {name: layout for name, layout in EVERY.items() if name not in ("long rows", "large heads")}
+    layouts = {name: layout for name, layout in EVERY.items() if prod(layout.shape) < 6_000}
     engine = triton.TritonEngine(Tensorwise("foreach", vectorized))
     two = [Played(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
     for number in range(2):

@@ -41,19 +41,25 @@ def means(rank: int, world: int, name: str, dtype: torch.dtype, second_moment: s
     }
 
 
-def pairs(fast: set[tuple[str, str]], names: list[str]) -> list[Any]:
-    """Every mesh with every kind of second moment; what is not in `fast` is slow."""
+def marked(fast: set[tuple[str, str]], slow: set[tuple[str, str]], names: list[str]) -> list[Any]:
+    """Every mesh with every kind of second moment; what is neither in `fast` nor in `slow` is for the night."""
+
+    def marks(pair: tuple[str, str]) -> Any:
+        return () if pair in fast else pytest.mark.slow if pair in slow else pytest.mark.nightly
+
     every = [(name, second_moment) for name in names for second_moment in ("blocks", "channels", "factored")]
-    return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in every]
+    return [pytest.param(*pair, marks=marks(pair)) for pair in every]
 
 
-FAST = {("HSDP 2x3", "factored"), ("FSDP2 x TP 3x2", "channels"), ("FSDP2 x EP 2x2", "factored"), ("TP 3", "blocks")}
+FAST = {("FSDP2 x TP 3x2", "channels"), ("FSDP2 x EP 2x2", "factored"), ("TP 3", "blocks")}
+SLOW = {
+    *(("FSDP2 8", "blocks"), ("HSDP 2x3", "factored"), ("TP 3", "channels"), ("FSDP2 x TP 3x2", "factored")),
+    *(("HSDP x TP 2x2x2", "blocks"), ("PP 2", "channels")),
+}
+MESHES = ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "HSDP x TP 2x2x2", "FSDP2 x EP 2x2", "PP 2"]
 
 
-@pytest.mark.parametrize(
-    ("name", "second_moment"),
-    pairs(FAST, ["FSDP2 8", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2", "PP 2"]),
-)
+@pytest.mark.parametrize(("name", "second_moment"), marked(FAST, SLOW, MESHES))
 def test_they_are_the_means(name: str, second_moment: str) -> None:
     sizes = CATALOGUE[name].sizes
     got = agreed(run(means, CATALOGUE[name].world, name, torch.float64, second_moment))
@@ -67,7 +73,14 @@ def test_they_are_the_means(name: str, second_moment: str) -> None:
     assert not got
 
 
-@pytest.mark.parametrize(("name", "second_moment"), pairs({("FSDP2 8", "factored")}, ["FSDP2 8", "HSDP 2x3"]))
+@pytest.mark.parametrize(
+    ("name", "second_moment"),
+    marked(
+        {("FSDP2 8", "factored")},
+        {("HSDP 2x3", "blocks"), ("FSDP2 3", "channels")},
+        ["FSDP2 3", "FSDP2 8", "HSDP 2x3", "PP 2"],
+    ),
+)
 def test_the_bits_are_those_of_one_device(name: str, second_moment: str) -> None:
     assert CATALOGUE[name].sizes == DENSE
     got = agreed(run(means, CATALOGUE[name].world, name, torch.float32, second_moment))

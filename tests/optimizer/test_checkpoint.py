@@ -16,12 +16,11 @@ from titan_adam_mini.check.oracle import error
 from titan_adam_mini.state import SECOND_MOMENTS
 
 KINDS = ("params", "exp_avg", *SECOND_MOMENTS)
-FAST = {("FSDP2 2", "FSDP2 5"), ("PP 2", "FSDP2 3"), ("FSDP2 x TP 2x2, even", "FSDP2 3, even")}
+FAST = {("PP 2", "FSDP2 3"), ("FSDP2 x TP 2x2, even", "FSDP2 3, even")}
 SLOW = {
-    *(("FSDP2 2", "one rank"), ("FSDP2 2", "FSDP2 8"), ("FSDP2 8", "FSDP2 2"), ("FSDP2 2, CPU offload", "FSDP2 2")),
-    *(("HSDP 2x2", "HSDP 2x3"), ("HSDP 2x3", "FSDP2 3"), ("FSDP2 3, even", "FSDP2 x TP 2x2, even")),
-    *(("FSDP2 7", "FSDP2 x TP 2x3"), ("TP 3", "FSDP2 x TP 2x2, norms on dp"), ("one rank", "PP x FSDP2 2x2")),
-    *(("EP 2", "FSDP2 4, experts"), ("FSDP2 x EP 2x2", "EP 2"), ("PP x FSDP2 x TP 2x2x2", "FSDP2 2")),
+    *(("FSDP2 2", "FSDP2 5"), ("FSDP2 2", "one rank"), ("FSDP2 8", "FSDP2 2"), ("FSDP2 2, CPU offload", "FSDP2 2")),
+    *(("HSDP 2x3", "FSDP2 3"), ("FSDP2 3, even", "FSDP2 x TP 2x2, even"), ("FSDP2 7", "FSDP2 x TP 2x3")),
+    *(("TP 3", "FSDP2 x TP 2x2, norms on dp"), ("EP 2", "FSDP2 4, experts"), ("PP x FSDP2 x TP 2x2x2", "FSDP2 2")),
 }
 
 
@@ -46,7 +45,7 @@ def test_between_meshes(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_on", "loaded_on", "second_moment"),
-    [("FSDP2 7", "HSDP 2x2", "factored"), ("FSDP2 2", "FSDP2 5", "factored"), ("HSDP 2x3", "FSDP2 3", "blocks")],
+    [("FSDP2 7", "HSDP 2x2", "factored"), ("HSDP 2x3", "FSDP2 3", "blocks")],
 )
 def test_fsdp_to_fsdp_has_the_bits_of_a_run_without_a_break(
     saved_on: str, loaded_on: str, second_moment: str, tmp_path: Path

@@ -138,8 +138,10 @@ def test_columns_have_the_bits_of_one_device_under_fsdp_and_hsdp(
     ("dtype", "names"),
     [
         (torch.float32, ["FSDP2 8"]),
-        (torch.bfloat16, ["HSDP 2x3"]),
-        pytest.param(torch.float32, BITS, marks=pytest.mark.slow),
+        (torch.bfloat16, ["FSDP2 3"]),
+        pytest.param(torch.bfloat16, ["HSDP 2x3"], marks=pytest.mark.slow),
+        pytest.param(torch.float32, SLOW_BITS, marks=pytest.mark.slow),
+        pytest.param(torch.float32, BITS, marks=pytest.mark.nightly),
         pytest.param(torch.float64, ["FSDP2 3", "HSDP 2x3"], marks=pytest.mark.slow),
     ],
 )
@@ -174,7 +176,8 @@ def test_options_do_not_change_that(options: dict[str, object]) -> None:
         assert not same, "the option matters"
 
 
-@pytest.mark.parametrize("name", ["FSDP2 x EP 2x2", pytest.param("FSDP2 x TP 3x2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FSDP2 x EP 2x2", "FSDP2 x TP 3x2"])
 def test_the_test_bed_with_adamw_as_a_control(name: str) -> None:
     """torch's AdamW gives the same on every mesh and on one device: places, gradients and gathering are right."""
     got, _ = on_mesh(name, "AdamW", steps=4)

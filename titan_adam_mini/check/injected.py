@@ -21,7 +21,7 @@ from .oracle import Oracle
 
 STEPS = 20
 """Of the schedule of the learning rate."""
-SOME = 8
+SOME = 6
 """That are taken: past the warm-up, with every size of gradients twice."""
 EPS = 1e-8
 MATRICES: dict[str, Any] = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
