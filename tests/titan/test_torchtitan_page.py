@@ -1,4 +1,4 @@
-"""docs/torchtitan.md: its table of settings is whole and its example for flux is what torchtitan takes."""
+"""docs/torchtitan.md: its table of settings is whole, and torchtitan takes its lines and its example for flux."""
 
 import re
 import sys
@@ -22,6 +22,18 @@ def test_every_setting_is_there() -> None:
     want = {one.name: repr(getattr(settings, one.name)) for one in fields(AdamMini)}
     want = {name: written.get(value, f'`"{value[1:-1]}"`') for name, value in want.items()}
     assert {name: default for name, default in rows if name in want} == want
+
+
+def test_the_lines_are_taken(tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    for text, ours in ((PAGE, True), (readme, True), (PAGE.partition("## Settings of AdamMini")[2], False)):
+        block = text[text.index("\n    [") :].split("\n\n")[0]
+        (tmp_path / "lines.toml").write_text("\n".join(line.strip() for line in block.splitlines()))
+        config = ConfigManager().parse_args(["--job.config_file", str(tmp_path / "lines.toml")])
+        if ours:
+            assert (config.experimental.custom_import, config.optimizer.name) == ("titan_adam_mini.titan", "AdamMini")
+        else:
+            assert config.optimizer.adam_mini == AdamMini()
 
 
 def test_the_example_for_flux_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
