@@ -15,21 +15,41 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
 import corpus  # noqa: E402
-from runs import Run  # noqa: E402
+from runs import Run, arguments  # noqa: E402
 
 STEPS, EVERY = 12, 4
 TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"
 SWEEP = ROOT / "launch" / "slurm" / "sweep.sbatch"
 LONG = 400
 """Seconds after which a job that is not where it should be never will be."""
+PRETENDED = r"""#!/bin/bash
+# PYTHON for jobs that do not train: torchrun and the plan are played, all else is the real one.
+case "$*" in
+*/launch/torchrun.py\ *) shift && exec {python} -I -S {here}/pretended.py "$@" ;;
+*titan_adam_mini.cli\ plan\ *tensor_parallel_degree*) echo "the mesh does not divide 2 ranks" >&2 && exit 1 ;;
+*titan_adam_mini.cli\ plan\ *) echo "AdamMini" ;;
+*) exec {python} "$@" ;;
+esac
+"""
 
 
 class Jobs:
-    """Submits training jobs in a folder and reads what they leave there."""
+    """Submits training jobs in a folder and reads what they leave there.
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        corpus.build(folder / "corpus", seq_len=64, global_batch=4, steps=150, ranks=[1, 2, 4], validation=8)
+    Args:
+        cluster: where.
+        folder: of the jobs' output.
+        real: whether torchtitan trains, or pretended.py plays it: a start then costs no 25 seconds.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, real: bool) -> None:
+        self.cluster, self.folder, self.real = cluster, folder, real
+        if real:
+            corpus.build(folder / "corpus", seq_len=64, global_batch=4, steps=20, ranks=[1, 2], validation=8)
+            return
+        python = folder / "python"
+        python.write_text(PRETENDED.format(python=sys.executable, here=Path(__file__).parent))
+        python.chmod(0o755)
 
     def __call__(
         self,
@@ -43,19 +63,10 @@ class Jobs:
         **environment: str,
     ) -> int:
         """Submit a job; by default our small Llama 3 on two nodes, one CPU rank each, a checkpoint every four steps."""
-        settings = {
-            "training.steps": steps,
-            "training.seq_len": 64,
-            "training.local_batch_size": 4 // nodes,
-            "training.dataset_path": self.folder / "corpus" / f"train-{nodes}",
-            "model.hf_assets_path": self.folder / "corpus" / "tokenizer",
-            "checkpoint.interval": EVERY,
-            "lr_scheduler.warmup_steps": 2,
-            "debug.seed": 1,
-        }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        words = arguments(self.settings(nodes, steps))
         paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-        env = {"PYTHON": sys.executable, "PYTHONPATH": paths, "TRAIN_FILE": "faulty", "NGPU": "1", "PLAN": "no"}
+        python = sys.executable if self.real else str(self.folder / "python")
+        env = {"PYTHON": python, "PYTHONPATH": paths, "TRAIN_FILE": "faulty", "NGPU": "1", "PLAN": "no"}
         env |= {"FAULT": json.dumps({"restart": 0, **fault})} if fault else {}
         return self.cluster.submit(
             script,
@@ -65,6 +76,19 @@ class Jobs:
             env={**env, **environment},
             cwd=self.folder,
         )
+
+    def settings(self, nodes: int = 2, steps: int = STEPS) -> dict[str, Any]:
+        """The trainer's settings by name."""
+        return {
+            "training.steps": steps,
+            "training.seq_len": 64,
+            "training.local_batch_size": 4 // nodes,
+            "training.dataset_path": self.folder / "corpus" / f"train-{nodes}",
+            "model.hf_assets_path": self.folder / "corpus" / "tokenizer",
+            "checkpoint.interval": EVERY,
+            "lr_scheduler.warmup_steps": 2,
+            "debug.seed": 1,
+        }
 
     def losses(self, name: str) -> dict[int, float]:
         """By step, of all attempts; a step that was done twice had the same loss."""

@@ -120,6 +120,7 @@ def test_preemption(one_node: Cluster, batch: Any) -> None:
     assert "script starts 0" in log and "step heard" not in log
 
 
+@pytest.mark.nightly
 def test_time_limit(cluster: Cluster, batch: Any) -> None:
     """The script is told before its time is over; then the job ends and is not requeued."""
     job = cluster.submit(batch(HEARD), sbatch_flags=["--time=1", "--signal=B:USR1@10"])
@@ -129,6 +130,7 @@ def test_time_limit(cluster: Cluster, batch: Any) -> None:
     assert (fields["JobState"], fields["Restarts"]) == ("TIMEOUT", "0")
 
 
+@pytest.mark.nightly
 def test_killed_node(cluster: Cluster, batch: Any) -> None:
     """The job of a node that falls silent starts again on others; the node comes back."""
     job = cluster.submit(batch("srun bash -c 'echo \"$SLURMD_NODENAME runs $$\"; sleep 300'"), sbatch_flags=["-N2"])
@@ -163,7 +165,7 @@ def test_nothing_is_left(cluster: Cluster, batch: Any, tmp_path: Path) -> None:
     assert set(cluster.nodes().values()) == {"IDLE"}
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL])
 def test_the_tests_are_killed(batch: Any, tmp_path: Path, end: signal.Signals) -> None:
     """A cluster does not outlive the process that started it."""
     if reason := missing():

@@ -1,11 +1,10 @@
 """`compare --slurm` on a private cluster: the printed line is submitted, and the same command reports the runs."""
 
 import csv
-import os
 import re
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,34 +12,44 @@ from slurm.cluster import Cluster
 
 pytest.importorskip("torchtitan", reason="training needs the extra: pip install -e '.[titan]'")
 
-from slurm.jobs import ROOT, Jobs
+from ranks import forkserver
+from slurm.jobs import ROOT, Jobs, arguments
+
+from titan_adam_mini import child
+from titan_adam_mini.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 STEPS = 6
 
 
-def compare(jobs: Jobs, out: Path, *more: str) -> str:
-    """What the command prints for AdamW and AdamMini with two learning rates, of which the best is then at an edge."""
-    corpus = jobs.folder / "corpus"
-    settings = {
-        "model.hf_assets_path": corpus / "tokenizer",
-        "training.dataset_path": corpus / "train-1",
-        "training.seq_len": 64,
-        "training.local_batch_size": 4,
-        "training.steps": STEPS,
-        "validation.dataset_path": corpus / "validation",
-        "validation.seq_len": 64,
-        "validation.local_batch_size": 4,
-        "validation.freq": 3,
-        "validation.steps": 2,
-    }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "titan_adam_mini.cli", "compare", "train_configs/debug_model.toml", "--slurm"]
-    command += ["--seeds", "1", "--lr", "1e-3,2e-3", "--out", str(out), *words, "--validation.enable", *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "NGPU": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Jobs, Path, str], str]:
+    """What the command prints for AdamW and AdamMini with some learning rates; its children start fast."""
+    monkeypatch.setattr(child, "get_context", lambda _: forkserver())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NGPU", "1")
+    monkeypatch.chdir(ROOT)
+
+    def printed(jobs: Jobs, out: Path, lr: str) -> str:
+        corpus = jobs.folder / "corpus"
+        settings = {
+            "model.hf_assets_path": corpus / "tokenizer",
+            "training.dataset_path": corpus / "train-1",
+            "training.seq_len": 64,
+            "training.local_batch_size": 4,
+            "training.steps": STEPS,
+            "validation.enable": True,
+            "validation.dataset_path": corpus / "validation",
+            "validation.seq_len": 64,
+            "validation.local_batch_size": 4,
+            "validation.freq": 3,
+            "validation.steps": 2,
+        }
+        words = ["compare", "train_configs/debug_model.toml", "--slurm", "--seeds", "1", "--lr", lr, "--out", str(out)]
+        main([*words, *arguments(settings)])
+        return capsys.readouterr().out
+
+    return printed
 
 
 def submitted(jobs: Jobs, told: str) -> int:
@@ -57,25 +66,32 @@ def rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
-def test_a_comparison(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
-    jobs = Jobs(cluster, tmp_path_factory.mktemp("compared"))
-    out = jobs.folder / "out"
-    told = compare(jobs, out)
-    assert "Submit the 4 runs:" in told and not rows(out)
+@pytest.mark.parametrize("lr", ["1e-3", pytest.param("1e-3,2e-3", marks=pytest.mark.nightly)])
+def test_a_comparison(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, compare: Callable[..., str], lr: str
+) -> None:
+    jobs = Jobs(cluster, tmp_path_factory.mktemp("compared"), real=True)
+    out, rates = jobs.folder / "out", lr.split(",")
+    told = compare(jobs, out, lr)
+    assert f"Submit the {2 * len(rates)} runs:" in told and not rows(out)
     states = jobs.tasks(submitted(jobs, told))
-    assert [states[task]["JobState"] for task in "0123"] == ["COMPLETED"] * 4
+    tasks = [states[str(task)]["JobState"] for task in range(2 * len(rates))]  # beside them what was still pending
+    assert tasks == ["COMPLETED"] * len(tasks)
 
-    told = compare(jobs, out)
-    found = {(row["variant"], row["lr"]): row for row in rows(out)}
-    assert {key: row["steps"] for key, row in found.items()} == {
-        (name, lr): str(STEPS) for name in ("AdamW", "AdamMini") for lr in ("0.001", "0.002")
-    }
+    told = compare(jobs, out, lr)
+    found = {(row["variant"], float(row["lr"])): row for row in rows(out)}
+    assert set(found) == {(name, float(rate)) for name in ("AdamW", "AdamMini") for rate in rates}
+    assert {row["steps"] for row in found.values()} == {str(STEPS)}
     assert len({row["first_loss"] for row in found.values()}) == 1
-    assert len({row["validation_loss"] for row in found.values()}) == 4
+    assert len({row["validation_loss"] for row in found.values()}) == len(found)
+    assert "device: nodes of Slurm" in (out / "report.md").read_text()
+    if len(rates) == 1:
+        assert "sbatch" not in told
+        return
     # Six steps are best at the largest rate: the sweep goes on beyond it.
     wanted = Path(re.findall(r"SWEEP=(\S+)", told)[0]).read_text().splitlines()
     assert [re.findall(r"--optimizer.name (\w+).*--optimizer.lr (\S+)", line) for line in wanted] == [
         [("AdamW", "0.004")],
         [("AdamMini", "0.004")],
     ]
-    assert "device: nodes of Slurm" in (out / "report.md").read_text() and "Submit the 2 runs" in told
+    assert "Submit the 2 runs" in told

@@ -217,7 +217,7 @@ def test_a_node_tells_what_it_cannot_import_and_where_it_cannot_write(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
-    """Three good nodes, and the same with one whose Python fails."""
+    """Three nodes, of which one has a Python that fails."""
     python = tmp_path / "python"
     fails = '[ "$SLURMD_NODENAME" != "${BROKEN:-}" ] || { echo "no Python [here]" >&2; exit 3; }'
     python.write_text(f'#!/bin/bash\n{fails}\nexec {sys.executable} "$@"\n')
@@ -229,23 +229,29 @@ def test_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
         lines = cluster.log(job).splitlines()
         return [line.split() for line in lines if line.startswith(" node") and "GPUs" not in line]
 
-    job = cluster.submit(FOLDER / "preflight.sbatch", sbatch_flags=["-N3"], env=env, cwd=tmp_path)
-    ended = cluster.wait(job, timeout=500)
-    assert ended["JobState"] == "COMPLETED", cluster.log(job)
-    assert [row[:3] for row in rows(job)] == [[node, "ok", "0"] for node in ("node1", "node2", "node3")]
-    assert {row[3] for row in rows(job)} <= {"node1", "node2", "node3"}
-    assert "torchtitan: 0.2." in cluster.log(job) and "all-reduce over 3 nodes, 3 ranks: " in cluster.log(job)
-    assert cluster.log(job).splitlines()[-1] == "All 3 nodes are good."
-    assert {path.name for path in (tmp_path / f"preflight-{job}").glob("*.json")} == {
-        f"node{number}.json" for number in (1, 2, 3)
-    }
-
     env["BROKEN"] = "node2"
     job = cluster.submit(FOLDER / "preflight.sbatch", sbatch_flags=["-N3"], env=env, cwd=tmp_path)
     ended = cluster.wait(job, timeout=500)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), cluster.log(job)
     broken, *others = rows(job)
     assert broken == ["node2", "BAD", "?", "no", "Python", "[here]"]
-    assert [row[:2] for row in others] == [["node1", "ok"], ["node3", "ok"]]
-    assert "all-reduce over 2 nodes" in cluster.log(job)
+    assert [row[:4] for row in others] == [["node1", "ok", "0", "node3"], ["node3", "ok", "0", "node1"]]
+    assert "torchtitan: 0.2." in cluster.log(job) and "all-reduce over 2 nodes, 2 ranks: " in cluster.log(job)
     assert cluster.log(job).splitlines()[-1] == "sbatch --exclude=node2"
+    folder = tmp_path / f"preflight-{job}"
+    assert {path.name for path in folder.glob("*.json")} == {"node1.json", "node3.json"}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_three_good_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """Every node is measured with both its neighbours, and all together."""
+    env = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NGPU": "0"}
+    env |= {"PREFLIGHT_SLOW": "0", "PREFLIGHT_FOLDER": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    job = cluster.submit(FOLDER / "preflight.sbatch", sbatch_flags=["-N3"], env=env, cwd=tmp_path)
+    assert cluster.wait(job, timeout=500)["JobState"] == "COMPLETED", cluster.log(job)
+    lines = cluster.log(job).splitlines()
+    rows = [line.split() for line in lines if line.startswith(" node") and "GPUs" not in line]
+    assert [row[:3] for row in rows] == [[node, "ok", "0"] for node in ("node1", "node2", "node3")]
+    assert "all-reduce over 3 nodes, 3 ranks: " in cluster.log(job) and lines[-1] == "All 3 nodes are good."
