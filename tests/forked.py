@@ -1,7 +1,7 @@
 """Runs of torchtitan's trainer whose ranks are forked from a server that has everything imported: 10 s less each.
 
 Same program, arguments, log and result as `launch/runs.py`, without torchrun: the first rank that fails takes the
-others along, as torchrun's agent would have it.
+others along, as torchrun's agent would have it. `python` runs other programs in the same way.
 """
 
 import os
@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,57 @@ Hook = tuple[str, str, tuple[Any, ...]]
 """(file, name, arguments) of a function that every rank calls before the trainer starts, with its rank first."""
 
 
-def _rank(rank: int, env: dict[str, str], path: list[str], argv: list[str], log: str, hook: Hook | None) -> None:
+def _enter(env: dict[str, str], path: list[str], log: str) -> None:
+    """Make a forked process look like one that was started: environment, modules, output."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(env)
     torch.set_num_threads(1)
     sys.path[:] = path
+
+
+def _python(program: str, env: dict[str, str], path: list[str], log: str) -> None:
+    _enter(env, path, log)
+    sys.argv = ["-c"]
+    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def python(programs: Sequence[str], folder: Path, timeout: float = 240) -> list[tuple[int | None, str]]:
+    """What `python -c PROGRAM` would have ended with and printed, all programs at once; None for one that hangs.
+
+    What differs: the interpreter is not taken down at the end.
+
+    Each program has its number in RANK and LOCAL_RANK, and a port that is free for all of them in MASTER_PORT.
+    """
+    common = _meeting(len(programs))
+    logs, processes = [folder / f"python-{rank}.log" for rank in range(len(programs))], []
+    for rank, (program, log) in enumerate(zip(programs, logs, strict=True)):
+        log.unlink(missing_ok=True)
+        given = (program, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, list(sys.path), str(log))
+        processes.append(forkserver().Process(target=_python, args=given, daemon=True))
+        processes[-1].start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return [(code, log.read_text(errors="replace")) for code, log in zip(codes, logs, strict=True)]
+
+
+def _meeting(ranks: int) -> dict[str, str]:
+    """The environment in which so many ranks on this machine meet; torchrun would set it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return env | {"LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _rank(rank: int, env: dict[str, str], path: list[str], argv: list[str], log: str, hook: Hook | None) -> None:
+    _enter({**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, path, log)
     sys.argv = ["torchtitan.train", *argv]
     if hook is not None:
         file, name, given = hook
@@ -72,11 +116,7 @@ def train(
     """
     POOL.stop()  # its idle ranks would share the cores
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    env |= {"LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+    env = _meeting(ranks)
     argv = ["--job.config_file", str(config), *arguments({"job.dump_folder": out / name, **settings})]
     logs = [out / f"{name}.log" if rank == shown else out / f"{name}.rank{rank}.log" for rank in range(ranks)]
     called = None if hook is None else (str(Path(hook.__code__.co_filename).resolve()), hook.__name__, given)
@@ -156,9 +196,9 @@ class Trainer:
         return self(f"{name}_resumed", ranks=2, data=2, start={}, **mesh)
 
 
-def difference(run: Any, other: Any, first: int = 1) -> float:
-    """The largest difference between the losses of two runs, from step `first` on."""
-    assert list(run.losses) == list(range(first, STEPS + 1))
+def difference(run: Any, other: Any, first: int = 1, last: int = STEPS) -> float:
+    """The largest difference between the losses of two runs, from step `first` to `last`, all of which `run` did."""
+    assert list(run.losses) == list(range(first, last + 1))
     largest = max(abs(run.losses[step] - other.losses[step]) for step in run.losses)
     print(f"{run.log.stem} and {other.log.stem}: losses differ by at most {largest:.1e}")
     return largest

@@ -92,6 +92,7 @@ def forkserver() -> Any:
         "torch.distributed.checkpoint",
         "torch.nn.attention.varlen",
         "datasets",
+        "numba",
         "tyro",
     ]
     context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", *slow])

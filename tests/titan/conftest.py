@@ -14,6 +14,10 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 pytest.importorskip("torchtitan", reason="the torchtitan adapter needs the extra: pip install -e '.[titan]'")
 
+from ranks import forkserver  # noqa: E402
+
+from titan_adam_mini import child  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,13 +27,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(work: Path) -> Iterator[None]:
-    """No network, no writes to the user's caches, this Python in launch/run_train.sh."""
+    """No network, no writes to the user's caches, this Python in launch/run_train.sh, children that start fast."""
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HOME", str(work / "hf"))
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("PYTHON", sys.executable)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setattr(child, "get_context", lambda _: forkserver())
     yield
     patch.undo()
 
@@ -44,9 +49,15 @@ def parallel_dims() -> SimpleNamespace:
 def corpus_dir(work: Path) -> Path:
     """Documents of one sequence each, ordered for 1, 2 and 4 ranks, and a tokenizer."""
     import corpus
+    import sources
     from forked import GLOBAL_BATCH, SEQ_LEN
 
-    corpus.build(work / "corpus", seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, steps=300, ranks=[1, 2, 4], validation=8)
+    found = sources.SOURCES["stdlib"](work)
+    few = sources.Source(found.texts[:150], found.title)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "stdlib", lambda cache: few)
+        texts = {"seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "steps": 60, "validation": 8}
+        corpus.build(work / "corpus", ranks=[1, 2, 4], **texts)
     return work / "corpus"
 
 
@@ -64,6 +75,20 @@ def even(work: Path, corpus_dir: Path) -> Any:
     from forked import Trainer
 
     return Trainer(work / "even", corpus_dir, "debugmodel")
+
+
+@pytest.fixture(scope="session")
+def one(trainer: Any) -> Any:
+    """AdamMini on one rank, nothing sharded."""
+    return trainer("one", ranks=1)
+
+
+@pytest.fixture(scope="session")
+def adamw(trainer: Any) -> Any:
+    """AdamW, FSDP2 over two ranks."""
+    from forked import WHOLE
+
+    return trainer("adamw", ranks=2, data=2, **WHOLE, **{"optimizer.name": "AdamW"})
 
 
 @pytest.fixture(scope="session")

@@ -85,8 +85,8 @@ def test_second_moments(name: str, value_blocks: str) -> None:
 def test_rotary_frequencies_are_not_stretched(name: str) -> None:
     """torchtitan's default stretches them as Llama 3.1 does: at the end of 4096 tokens the angles are others."""
     args = flavor.model_args(name)
-    args.n_layers, args.vocab_size = 1, 8
     width = args.dim // args.n_heads
+    args.n_layers, args.vocab_size, args.dim, args.n_heads, args.n_kv_heads = 1, 8, width, 1, 1
     angles = torch.outer(torch.arange(4096), 1 / 10000 ** (torch.arange(0, width, 2).float() / width))
     want = torch.polar(torch.ones_like(angles), angles)
     assert torch.equal(Transformer(args).freqs_cis, want)
@@ -111,6 +111,7 @@ def test_a_users_own_entry_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llama3_args["llama2_13B"] == flavor.model_args("llama2_13B")
 
 
+@pytest.mark.slow
 def test_the_smallest_trains(work: Path, corpus_dir: Path) -> None:
     """llama2_scaling_law.toml through torchtitan's trainer on one rank, its data and batch in small."""
     settings = {

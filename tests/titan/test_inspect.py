@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import CONFIG, HALF, SEQ_LEN, STEPS, WHOLE, Trainer
+from forked import CONFIG, HALF, SEQ_LEN, STEPS, Trainer
 
 from titan_adam_mini.cli import main
 
@@ -45,9 +45,10 @@ def test_flags_that_cannot_be_served(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_a_run(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer("inspected", ranks=2, data=2, **WHOLE, **{"optimizer.name": "AdamW"})
-    path = trainer.checkpoint("inspected", STEPS)
+def test_a_checkpoint_of_a_run(
+    trainer: Trainer, adamw: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = trainer.checkpoint("adamw", STEPS)
     out, file = tmp_path / "out", tmp_path / "told.json"
     main(["inspect", "--checkpoint", str(path), str(CONFIG), "--out", str(out), "--json", str(file), *SMALL])
     printed, told = capsys.readouterr().out, json.loads(file.read_text())
@@ -63,29 +64,28 @@ def test_a_checkpoint_of_a_run(trainer: Trainer, tmp_path: Path, capsys: pytest.
     assert refused(capsys, ["--checkpoint", str(path), str(CONFIG), "--model.flavor", "debugmodel"]).count("\n") == 1
     seed = trainer.checkpoint("seed", 0)
     assert "holds a model only" in refused(capsys, ["--checkpoint", str(seed), str(CONFIG), *SMALL])
-    half = ["--checkpoint", str(trainer.checkpoint("inspected", HALF)), str(CONFIG), *SMALL, "--json"]
+    half = ["--checkpoint", str(trainer.checkpoint("adamw", HALF)), str(CONFIG), *SMALL, "--json"]
     main(["inspect", *half])
     assert json.loads(capsys.readouterr().out)["parameters"][0]["step"] == HALF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_short_run(
-    ranks: int, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr("tempfile.tempdir", None)
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("NGPU", str(ranks))
+    monkeypatch.setenv("NGPU", "2")
     data = ["--model.hf_assets_path", str(corpus_dir / "tokenizer")]
-    data += ["--training.dataset_path", str(corpus_dir / f"train-{ranks}"), "--training.seq_len", str(SEQ_LEN)]
+    data += ["--training.dataset_path", str(corpus_dir / "train-2"), "--training.seq_len", str(SEQ_LEN)]
     words = ["--steps", "3", str(CONFIG), "--json", *SMALL, *data, "--training.local_batch_size", "2"]
     main(["inspect", *words])
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert all(one["step"] == 3 for one in told["parameters"])
     assert os.listdir(tmp_path / "temporary") == [], "the run is gone"
-    if ranks == 1:
-        error = refused(capsys, [*words, "--training.dataset", "none"])
-        assert "the AdamW run ended with status 1: " in error and "Dataset none is not supported" in error
-        log = Path(error.rpartition("its log is ")[2].strip().rstrip(")"))
-        assert "Dataset none" in log.read_text()
+    monkeypatch.setenv("NGPU", "1")
+    error = refused(capsys, [*words, "--training.dataset", "none"])
+    assert "the AdamW run ended with status 1: " in error and "Dataset none is not supported" in error
+    log = Path(error.rpartition("its log is ")[2].strip().rstrip(")"))
+    assert "Dataset none" in log.read_text()

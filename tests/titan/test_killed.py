@@ -51,6 +51,10 @@ DEATHS = {
 }
 
 
+IN_ALL = ("before the metadata of the second save have their name", "in the data of the first save")
+"""A checkpoint that is almost whole, and none; the other deaths are a sweep, before a release."""
+
+
 def die(rank: int, planned: dict[str, Any]) -> None:
     """Make this process kill itself there, if it is the one."""
     death = Death(**planned)
@@ -59,9 +63,9 @@ def die(rank: int, planned: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def steady(trainer: Trainer) -> Any:
-    """The run that nobody touches."""
-    return trainer("steady", ranks=2, data=2, **SAVING)
+def steady(two: Any) -> Any:
+    """The run that nobody touches, and that saves at other steps."""
+    return two
 
 
 def killed(trainer: Trainer, name: str, death: Death, steady: Any) -> None:
@@ -76,7 +80,9 @@ def killed(trainer: Trainer, name: str, death: Death, steady: Any) -> None:
     assert all(loss == steady.losses[step] for step, loss in run.losses.items())
 
 
-@pytest.mark.parametrize("where", DEATHS)
+@pytest.mark.parametrize(
+    "where", [pytest.param(name, marks=pytest.mark.nightly if name not in IN_ALL else ()) for name in DEATHS]
+)
 def test_started_again_the_losses_are_those_of_a_run_that_nobody_touched(
     trainer: Trainer, steady: Any, where: str
 ) -> None:
@@ -96,6 +102,7 @@ def test_started_again_the_losses_are_those_of_a_run_that_nobody_touched(
     assert (Path(folder) / f"step-{STEPS}" / ".metadata").is_file()
 
 
+@pytest.mark.nightly
 def test_killed_while_it_loads(trainer: Trainer, steady: Any) -> None:
     killed(trainer, "killed_loading", DEATHS["in step 5, before the exchange"], steady)
     killed(trainer, "killed_loading", Death(1, READ, 2), steady)

@@ -1,21 +1,13 @@
-"""The parts of the quickstart: its corpus, its reading of the trainer's log, and its refusal to report a bad run."""
+"""The quickstart: its corpus, its reading of the trainer's log, its refusal to report a bad run; and all of it."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus for 1, 2 and 4 ranks."""
-    import corpus
-
-    folder = tmp_path_factory.mktemp("corpus")
-    corpus.build(folder, seq_len=64, global_batch=4, steps=50, ranks=[1, 2, 4], validation=8)
-    return folder
 
 
 def documents(folder: Path) -> list[str]:
@@ -123,3 +115,34 @@ def test_switches_on_the_command_line() -> None:
 
     words = arguments({"training.steps": 3, "checkpoint.enable": True, "checkpoint.last_save_model_only": False})
     assert words == ["--training.steps", "3", "--checkpoint.enable", "--checkpoint.no-last_save_model_only"]
+
+
+SHOWN = ("optimizer state", "bytes per parameter", "AdamMini's last", "losses differ by at most", 'name = "AdamMini"')
+
+
+@pytest.mark.slow
+def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shortened, its runs forked."""
+    import forked
+    import quickstart
+
+    def train(name: str, settings: dict[str, Any], env: Any = None, on_step: Any = None, **more: Any) -> Any:
+        run = forked.train(name, settings, **more)
+        for step in run.losses if on_step else ():
+            on_step(run, step)
+        return run
+
+    monkeypatch.setattr(quickstart, "train", train)
+    monkeypatch.setattr(quickstart, "SEQ_LEN", forked.SEQ_LEN)
+    monkeypatch.setattr(quickstart, "FELL_TO", 0.95)
+    quickstart.quickstart(10, 2, tmp_path / "out", tmp_path / "cache")
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in SHOWN), printed
+
+
+@pytest.mark.nightly
+def test_as_a_user_starts_it(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "launch" / "quickstart.py"
+    command = [sys.executable, script, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0 and all(words in done.stdout for words in SHOWN), done.stdout + done.stderr

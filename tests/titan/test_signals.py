@@ -4,15 +4,19 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torchtitan.distributed.utils as titan_distributed
+from forked import python
 
 from titan_adam_mini.titan import interruption, register
 from titan_adam_mini.titan.interruption import SIGNALS, STUCK, Interruption
@@ -62,16 +66,34 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_after_a_collective_keeps_its_exit_code(tmp_path: Path) -> None:
-    """Without the wait about half of the ranks abort."""
-    script = tmp_path / "soon_gone.py"
-    script.write_text(SOON_GONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", "--local_addr=127.0.0.1", str(script)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    for _ in range(2):
-        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert run.returncode == 0, run.stderr[-2000:]
+    """Without the wait about half of the ranks abort. In interpreters of their own: forked ones end in another way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "4"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in map(str, range(4)):
+        with open(tmp_path / rank, "wb") as log:
+            command = [sys.executable, "-c", SOON_GONE]
+            own = {**env, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command, cwd=tmp_path, env=own, stdout=log, stderr=log))
+    try:
+        codes = [one.wait(240) for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert codes == [0] * 4, [(tmp_path / str(rank)).read_text()[-2000:] for rank in range(4)]
+
+
+def test_a_rank_waits_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(interruption, "original", lambda *args, **kwargs: 1)
+    monkeypatch.setattr("atexit.register", lambda *words: called.append(words))
+    interruption.init_distributed(SimpleNamespace(mode="default"))
+    assert (time.sleep, interruption.LETTING_GO) in called
 
 
 def test_torchtitans_function_is_replaced_once() -> None:
@@ -161,29 +183,29 @@ def test_progress(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert told() == (4, 9, 7)
 
 
-def watched(lines: str, seconds: float = 1.0) -> subprocess.CompletedProcess[str]:
-    """A process with a watchdog that bites after so long, and a second later if the interpreter is stuck."""
-    start = "import ctypes, time\nfrom titan_adam_mini.titan import watchdog\nwatchdog._GRACE = 1.0\n"
-    program = f"{start}dog = watchdog.Watchdog({seconds})\n{lines}"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+WATCHED = """
+import ctypes, os, time
+from titan_adam_mini.titan import watchdog
+watchdog._GRACE = 1.0
+dog = watchdog.Watchdog({seconds})
+"""
+"""A process whose watchdog ends it after so long, and a second later if the interpreter is stuck."""
 
 
-def test_a_process_that_hangs_ends() -> None:
-    done = watched("dog.passed(7)\ntime.sleep(100)")
-    assert done.returncode == STUCK
-    assert done.stderr.startswith("rank 0: no step boundary was passed for 1 seconds")
-    assert "that of step 7" in done.stderr and 'File "<string>", line 6 in <module>' in done.stderr
-
-
-def test_a_process_that_holds_the_interpreter_ends() -> None:
-    done = watched("ctypes.PyDLL(None).sleep(100)")
-    assert done.returncode == 1
-    assert "Timeout" in done.stderr and 'File "<string>", line 5 in <module>' in done.stderr
-
-
-def test_a_process_that_goes_on_does_not() -> None:
-    done = watched("for step in range(12):\n    time.sleep(0.5)\n    dog.passed(step)\nprint('done')", seconds=5.0)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+def test_a_process_that_hangs_ends_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
+    endings = {
+        "hangs": (1.0, "dog.passed(7)\ntime.sleep(100)"),
+        "holds the interpreter": (1.0, "ctypes.PyDLL(None).sleep(100)"),
+        "goes on": (4.0, "for step in range(12):\n    time.sleep(0.5)\n    dog.passed(step)\nos._exit(0)"),
+    }
+    programs = [WATCHED.format(seconds=seconds) + then for seconds, then in endings.values()]
+    hangs, holds, goes_on = python(programs, tmp_path)
+    assert hangs[0] == STUCK
+    assert hangs[1].startswith("rank 0: no step boundary was passed for 1 seconds")
+    assert "that of step 7" in hangs[1] and 'File "<string>", line 7 in <module>' in hangs[1]
+    assert holds[0] == 1
+    assert "Timeout" in holds[1] and 'File "<string>", line 6 in <module>' in holds[1]
+    assert goes_on == (0, "")
 
 
 def test_the_flight_recorder_is_read_unless_somebody_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
