@@ -36,7 +36,7 @@ def named_group(param_group: Group) -> Group:
     for option in OF_THE_OPTIMIZER.intersection(group):
         raise ValueError(f"{option} belongs to the whole optimizer, not to one group: pass it to AdamMini(...)")
     params = [params] if isinstance(params, Tensor) else list(params)
-    listed = group.get("param_names")
+    listed = group.get("param_names", None if params else [])  # a pipeline stage may have none of a group's parameters
     if params and all(isinstance(one, tuple) for one in params):
         group["param_names"] = [name for name, _ in params]
         params = [param for _, param in params]

@@ -342,3 +342,12 @@ def test_an_optimizer_of_parameters_that_nobody_uses_says_so_once(caplog: pytest
         used.zero_grad()
         used.step()
     assert not caplog.records
+
+
+def test_a_group_may_be_empty() -> None:
+    """As on a pipeline stage that has none of its parameters; schedulers count groups, so it is not left out."""
+    params = parameters()
+    optimizer = AdamMini([{"params": list(params.items())}, {"params": [], "lr": 0.2}], n_heads=2)
+    step(optimizer, params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 0]
