@@ -130,6 +130,6 @@ def test_without_a_gpu_snapshots_are_refused_in_a_sentence(trainer: Trainer) -> 
     from runs import RunFailed
 
     with pytest.raises(
-        RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, and this run is on 'cpu'"
+        RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, and this run is on the CPU"
     ):
         trainer("no_gpu", ranks=1, **SNAPSHOTS)
