@@ -64,14 +64,14 @@ SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long 
 @pytest.mark.parametrize(
     ("dtype", "momentum", "grad"),
     [
-        (torch.float32, torch.bfloat16, torch.float32),
         (torch.float32, torch.int8, torch.float32),
-        (torch.float32, None, torch.bfloat16),
         (torch.bfloat16, torch.int8, torch.bfloat16),
         (torch.float64, torch.bfloat16, torch.float32),
         *(
             pytest.param(*dtypes, marks=pytest.mark.slow)
             for dtypes in (
+                (torch.float32, torch.bfloat16, torch.float32),
+                (torch.float32, None, torch.bfloat16),
                 (torch.float32, torch.float64, torch.float32),
                 (torch.bfloat16, torch.float32, torch.float32),
                 (torch.float64, torch.float32, torch.float64),
@@ -90,7 +90,9 @@ def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | N
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("momentum", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.int8])
+@pytest.mark.parametrize(
+    "momentum", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.bfloat16, torch.int8))]
+)
 def test_tensors_that_are_not_contiguous(engine: str, momentum: torch.dtype | None) -> None:
     """Parameters stored transposed, then gradients as well; padded rows; every second element."""
 

@@ -30,7 +30,7 @@ def marked(pair: tuple[str, str]) -> Any:
     return pytest.param(*pair, id=" -> ".join(pair), marks=marks)
 
 
-@pytest.mark.parametrize(("saved_on", "loaded_on"), map(marked, PAIRS))
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [marked(pair) for pair in PAIRS])
 def test_between_meshes(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
     saved, loaded, after = moved(saved_on, loaded_on, torch.float64, tmp_path)
     for kind in (*KINDS, "step"):

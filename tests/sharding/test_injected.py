@@ -43,7 +43,7 @@ COLLECTIVES = {
 }
 BITS = [name for name, mesh in CATALOGUE.items() if mesh.sizes == DENSE and {*mesh.axes} <= {"rep", "dp"}]
 FAST = {
-    *("FSDP2 7", "FSDP2 2, CPU offload", "HSDP 2x3", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"),
+    *("FSDP2 7", "FSDP2 2, CPU offload", "TP 3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2"),
     *("FSDP2 3, experts Shard(1)", "PP x FSDP2 2x2"),
 }
 ONE_OF_EACH = {
@@ -84,9 +84,7 @@ FACTORED = {
 """The same where every matrix is factored."""
 
 
-@pytest.mark.parametrize(
-    "name", marked({"HSDP 2x3", "FSDP2 x TP 3x2", "FSDP2 x EP 2x2, experts Shard(1)"}, ONE_OF_EACH)
-)
+@pytest.mark.parametrize("name", marked({"FSDP2 x TP 2x2", "FSDP2 x EP 2x2, experts Shard(1)"}, ONE_OF_EACH))
 def test_factored_equals_the_oracle_too(name: str) -> None:
     got, ranks = on_mesh(name, second_moment="factored")
     worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="factored"))
@@ -97,7 +95,7 @@ def test_factored_equals_the_oracle_too(name: str) -> None:
         assert all(step == steps[1] for step in steps[2:]), "every step asks for the same"
 
 
-@pytest.mark.parametrize("name", marked({"FSDP2 5", "TP 3", "FSDP2 x TP 2x3"}, ONE_OF_EACH))
+@pytest.mark.parametrize("name", marked({"TP 3", "FSDP2 x TP 2x2"}, ONE_OF_EACH))
 def test_channels_equal_the_oracle_too(name: str) -> None:
     got, ranks = on_mesh(name, second_moment="channels")
     worst = errors(got, oracle(CATALOGUE[name].sizes, second_moment="channels"))
@@ -115,7 +113,7 @@ SLOW_BITS = ["FSDP2 2, CPU offload", "FSDP2 7", "FSDP2 8", "HSDP 3x2"]
     ("dtype", "second_moment", "names"),
     [
         (torch.float32, "factored", ["HSDP 2x3"]),
-        (torch.bfloat16, "channels", ["FSDP2 3"]),
+        pytest.param(torch.bfloat16, "channels", ["FSDP2 3"], marks=pytest.mark.slow),
         pytest.param(torch.float32, "factored", SLOW_BITS, marks=pytest.mark.slow),
         pytest.param(torch.float32, "channels", SLOW_BITS, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, "factored", ["HSDP 2x3"], marks=pytest.mark.slow),
@@ -137,7 +135,6 @@ def test_columns_have_the_bits_of_one_device_under_fsdp_and_hsdp(
 @pytest.mark.parametrize(
     ("dtype", "names"),
     [
-        (torch.float32, ["FSDP2 8"]),
         (torch.bfloat16, ["FSDP2 3"]),
         pytest.param(torch.bfloat16, ["HSDP 2x3"], marks=pytest.mark.slow),
         pytest.param(torch.float32, SLOW_BITS, marks=pytest.mark.slow),
