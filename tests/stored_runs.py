@@ -44,9 +44,10 @@ def _train_and_save(
         optimizer.step()
         scheduler.step()
     options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(placed.module, optimizer, options=options)
     state = {
         **get_model_state_dict(placed.module),
-        "optimizer": get_optimizer_state_dict(placed.module, optimizer, options=options),
+        "optimizer": {key: value for key, value in flat.items() if not key.endswith(".param_names")},
         "lr_scheduler": scheduler.state_dict(),
         "train_state": {"step": STEPS, "words": ["any", {"thing": 1}]},
     }

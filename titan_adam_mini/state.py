@@ -90,7 +90,7 @@ def follow_parameter(name: str, state: dict[str, Any], data: Tensor, step_on_dev
     device = data.device
     for key, value in state.items():
         want = device if step_on_device or key != "step" else _CPU
-        if value.device != want:
+        if value.device != want and not value.is_meta:  # which has lost its values: refused before the step
             state[key] = value.to(want)
 
 

@@ -177,7 +177,7 @@ def test_parts_step_save_and_load_as_one(parallel_dims: SimpleNamespace) -> None
     assert not any(key.endswith("param_names") for key in saved)
     flattened = StateDictOptions(flatten_optimizer_state_dict=True)
     own = [get_optimizer_state_dict(part, one, options=flattened) for part, one in zip(halted, container, strict=True)]
-    assert set(saved) == set().union(*own)
+    assert set(saved) == {key for keys in own for key in keys if not key.endswith("param_names")}
 
     for part, other in zip(resumed, halted, strict=True):
         part.load_state_dict(other.state_dict())
