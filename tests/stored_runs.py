@@ -67,4 +67,4 @@ def group_of(kind: str) -> dict[str, Any]:
     made: torch.optim.Optimizer = torch.optim.AdamW([param], foreach=True)
     if kind == "AdamMini":
         made = AdamMini([("output.weight", param)], partition=partition())
-    return {key: value for key, value in made.param_groups[0].items() if key != "params"}
+    return {key: value for key, value in made.param_groups[0].items() if key not in ("params", "param_names")}

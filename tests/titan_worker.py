@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
@@ -118,10 +119,13 @@ class Forks:
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Its result, or what it raised there; TimeoutError if it does not come."""
         future: Future[Any] = Future()
-        self.connection.send((function, args))
-        if self.pid is None:
-            self.pid = self._received()
-        good, result = self._received()
+        try:
+            self.connection.send((function, args))
+            if self.pid is None:
+                self.pid = self._received()
+            good, result = self._received()
+        except (EOFError, ConnectionError):
+            raise BrokenProcessPool("the process died") from None
         if good:
             future.set_result(result)
         else:

@@ -91,9 +91,9 @@ def test_variants_share_model_and_data() -> None:
 def test_a_folder_keeps_what_it_was_made_with(tmp_path: Path) -> None:
     common = {"ranks": 2, "threads": 1, "slurm": False}
     assert settle(tmp_path, {"a": config()}, common) == common
-    (tmp_path / "seeds").mkdir()
+    (tmp_path / "seeds" / "seed-0").mkdir(parents=True)
     assert settle(tmp_path, {"a": config(steps=5)}, common) == common, "nothing has been run"
-    assert not (tmp_path / "seeds").exists(), "it may be of another model"
+    assert not (tmp_path / "seeds" / "seed-0").exists(), "it may be of another model"
     (tmp_path / "sweep-1.txt").touch()
     with pytest.raises(ValueError, match=r"training.steps 5 there, 6 here"):
         settle(tmp_path, {"a": config(steps=6)}, common)  # jobs that wait would train for it

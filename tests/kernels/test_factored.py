@@ -220,6 +220,7 @@ def test_adamws_moments_are_averaged_whatever_the_state() -> None:
 def test_state_of_another_kind_is_told_apart() -> None:
     optimizer, _ = optimizer_of(torch.zeros(4, 6))
     blocks = AdamMini([(W, torch.nn.Parameter(torch.zeros(4, 6)))])
+    blocks.init_state()
     adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 6))])
     adamw.param_groups[0]["params"][0].grad = torch.ones(4, 6)
     adamw.step()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from titan_adam_mini.cli import main
-from titan_adam_mini.memory import estimate
+from titan_adam_mini.memory import estimate, peaks
 
 pytest.importorskip("torchtitan", reason="simulations run torchtitan's models")
 
@@ -37,8 +37,8 @@ def test_table_json_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulated: list[Any] = []
-    largest = estimate._largest
-    monkeypatch.setattr(estimate, "_largest", lambda *args: simulated.append(largest(*args)) or simulated[-1])
+    largest = peaks._largest
+    monkeypatch.setattr(peaks, "_largest", lambda *args: simulated.append(largest(*args)) or simulated[-1])
     file, picture = tmp_path / "a.json", tmp_path / "a.png"
     shown = told(capsys, *SHALLOW, "--ngpu", "2,4", "--json", str(file), "--plot", str(picture))
     found = json.loads(file.read_text())
@@ -58,7 +58,7 @@ def test_table_json_and_picture(
     assert "llama3 shallow, 2 ranks (dp_shard 2), rank 0: local batch 2" in shown
     assert "AdamMini float32 *" in shown and "not validated on a GPU" in shown
     # JSON alone is all of standard output.
-    monkeypatch.setattr(estimate, "_largest", lambda *args: simulated[0])
+    monkeypatch.setattr(peaks, "_largest", lambda *args: simulated[0])
     main(["estimate", CONFIG, "--ngpu", "2", "--json", *SHALLOW, *SMALL])
     assert json.loads(capsys.readouterr().out)["runs"] == found["runs"][:1]
 
@@ -81,7 +81,7 @@ def invented(call: Any, simulate: Any, arguments: list[str], ngpu: int, rank: in
 
 def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ranks with AdamW have 120 MiB besides activations, with AdamMini 80, and may fill 200."""
-    monkeypatch.setattr(estimate, "_largest", invented)
+    monkeypatch.setattr(peaks, "_largest", invented)
     words = ("--ngpu", "2", "--fit", "206MiB", "--reserve", "6MiB", "--vary", "local batch,GPUs")
     shown = told(capsys, *words, "--json", str(tmp_path / "fit.json"))
     assert "largest local batch" in shown and "fewest GPUs" in shown and "6MiB of it left free" in shown

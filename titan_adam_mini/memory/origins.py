@@ -15,9 +15,13 @@ OTHER = "other"
 # category, pattern of a file, pattern of a function: the first row that any frame of a stack matches. More special
 # callers stand first: a forward pass calls FSDP, whose hooks call collectives.
 _TABLE = (
-    ("optimizer state", r"/titan_adam_mini/(optimizer|momentum|state)\.py$", r"^(_fresh_state|room|adopt|_placed)$"),
+    (
+        "optimizer state",
+        r"/titan_adam_mini/(momentum|state)\.py$",
+        r"^(new_state|empty_momentum|adopt|_placed|follow_parameter)$",
+    ),
     ("optimizer state", r"/torch/optim/\w+\.py$", r"^_init_group$"),
-    ("temporaries", r"/titan_adam_mini/(optimizer|exchange|kernels/\w+)\.py$", r""),
+    ("temporaries", r"/titan_adam_mini/(optimizer|exchange/\w+|kernels/\w+)\.py$", r""),
     ("temporaries", r"/torch/optim/\w+\.py$", r""),
     ("temporaries", r"", r"^clip_grad_norm_$"),
     ("gradients", r"/_fsdp_param\.py$", r"^to_accumulated_grad_if_needed$"),

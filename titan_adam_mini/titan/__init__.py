@@ -27,6 +27,6 @@ __all__ = ["AdamMiniContainer", "build_optimizers", "enable"]
 
 enable()
 if not (has_accelerator() or is_installed("cpu")):
-    logging.getLogger("titan_adam_mini").warning(
+    logging.getLogger("titan_adam_mini").info(
         "No accelerator found: torchtitan trains on the CPU with the environment variable TITAN_ADAM_MINI_CPU=1."
     )
