@@ -20,11 +20,12 @@ LAYOUTS = {"w": BlockLayout.of((600, 512), 1, None)}
 
 @pytest.fixture
 def at_work(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Helpers take a while; `at_work["caller"]` is what the calling thread does in the meantime."""
+    """Helpers take a while; `at_work["caller"]` is what the caller does in the meantime, `at_work["helper"]` what
+    the first helper does once that is over."""
     if torch.get_num_threads() < 2:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert cpu._compiled(torch.float32) is None
-    state: dict[str, Any] = {"started": 0, "ended": 0, "caller": lambda: None}
+    state: dict[str, Any] = {"started": 0, "ended": 0, "caller": lambda: None, "helper": lambda: None}
     lock, main = threading.Lock(), threading.current_thread()
 
     def work(*arguments: Any) -> None:
@@ -35,7 +36,11 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> Any:
             return
         with lock:
             state["started"] += 1
+            first = state["started"] == 1
         time.sleep(0.3)
+        if first:
+            state["helper"]()
+            time.sleep(0.1)
         with lock:
             state["ended"] += 1
 
@@ -52,10 +57,9 @@ def failed() -> None:
 
 
 def interrupted_for_real() -> None:
-    """Ctrl-C now, and once more while the helpers are waited for."""
-    threading.Timer(0.1, _thread.interrupt_main).start()
+    """Ctrl-C now; the helper sends another while it is waited for."""
     _thread.interrupt_main()
-    time.sleep(5)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize("what", [interrupted, failed, interrupted_for_real])
@@ -64,6 +68,8 @@ def test_helpers_have_ended_when_the_exception_arrives(what: Any, at_work: dict[
     played = Played(LAYOUTS, engine)
     played.give(gradients(LAYOUTS, 0, torch.float32))
     at_work["caller"] = what
+    if what is interrupted_for_real:
+        at_work["helper"] = _thread.interrupt_main
     with pytest.raises((KeyboardInterrupt, MemoryError)):
         engine.update(played.works)
     assert at_work["started"] == at_work["ended"] > 0
