@@ -157,7 +157,8 @@ class AdamMini(Optimizer):
             into[name] = tuple(param.shape)
             if self._flags[2] and param.device.type not in ("cuda", "meta"):
                 raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-        return self.partition.assign(shapes, partial=not whole, others=frozen)
+        # A partition of the user's own may not know `others`.
+        return self.partition.assign(shapes, partial=not whole, **({"others": frozen} if frozen else {}))
 
     # Plan and state
 
