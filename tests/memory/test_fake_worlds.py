@@ -56,7 +56,7 @@ def _made(parts: list[Any], dims: Any, config: Any) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.tensor import DTensor
 
-    from titan_adam_mini.exchange import Exchange
+    from titan_adam_mini.exchange.item import Channel
     from titan_adam_mini.titan.builder import optimizer_of
 
     def weigh(tensors: Any) -> int:
@@ -70,7 +70,7 @@ def _made(parts: list[Any], dims: Any, config: Any) -> dict[str, Any]:
         for param in part.parameters()
     }
     # What the ranks of a group agree on, they would be asked for here, by tensors without values.
-    agreed = mock.patch.object(Exchange, "_reduce_max", lambda self, group, values: values)
+    agreed = mock.patch.object(Channel, "max", lambda self, values: values)
     with FakeTensorMode(), agreed:
         for part in parts:
             for module in part.modules():
