@@ -1,8 +1,10 @@
 """Snapshots: the peak found from the end backwards is the one in the allocator's own books; the format is torch's."""
 
+import inspect
 import json
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.cuda import _memory_viz
 
+import titan_adam_mini
+from titan_adam_mini import AdamMini
 from titan_adam_mini.cli import main
+from titan_adam_mini.exchange import Exchange
 from titan_adam_mini.memory.snapshot import HELD, _device, read, summarize
+from titan_adam_mini.momentum import empty_momentum
+from titan_adam_mini.state import new_state
 
 from .allocator import MIB, Allocator, expected, frame
 
 SITE = "/env/lib/python3.11/site-packages"
+
+
+def own(function: Callable[..., Any]) -> dict[str, Any]:
+    """The frame of a function of this package, wherever it stands today."""
+    code = inspect.unwrap(function).__code__
+    path = Path(code.co_filename).relative_to(Path(titan_adam_mini.__file__).parent.parent)
+    return frame(f"{SITE}/{path}", code.co_name, code.co_firstlineno)
+
+
 TRAIN = frame(f"{SITE}/torchtitan/train.py", "train_step", 561)
 FORWARD = [frame(f"{SITE}/torch/nn/modules/module.py", "_call_impl", 1784), TRAIN]
 ENGINE = [frame("??", "torch::autograd::Engine::evaluate_function(std::shared_ptr<torch::autograd::GraphTask>&)", 0)]
@@ -32,7 +48,8 @@ STACKS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "backward": ("temporaries", ENGINE),
     "adamw": ("optimizer state", [frame(f"{SITE}/torch/optim/adam.py", "_init_group", 160), TRAIN]),
     "stepping": ("temporaries", [frame(f"{SITE}/torch/optim/adam.py", "_multi_tensor_adam", 600), TRAIN]),
-    "exchanged": ("temporaries", [frame(f"{SITE}/titan_adam_mini/exchange.py", "local_sums", 200), TRAIN]),
+    "exchanged": ("temporaries", [own(Exchange.start), own(AdamMini.step), TRAIN]),
+    "adam-mini": ("optimizer state", [own(empty_momentum), own(new_state), own(AdamMini.step), TRAIN]),
     "batch": ("other", [frame(f"{SITE}/torchtitan/train.py", "train_step", 540)]),
     "weight": ("parameters", []),
 }
