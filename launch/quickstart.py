@@ -1,23 +1,29 @@
 """AdamW and AdamMini side by side in torchtitan, on real text, from one seed checkpoint; started by quickstart.sh.
 
-Every line it prints is about something that just happened. It ends with status 1, and says what to do, when a run
-fails or a loss does not fall as it should.
+`titan-adam-mini compare` trains and reports, twice: both optimizers on all GPUs or two CPU ranks, then AdamMini on one
+rank. This script builds the corpus, sets the two comparisons side by side, and ends with status 1 when a run fails or a
+loss does not fall as it should.
 """
 
 import argparse
+import csv
+import os
 import re
-import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import corpus
-from runs import ROOT, Run, RunFailed, optimizer_bytes, train
 
-SEQ_LEN = 256
+from titan_adam_mini.compare.record import Record
+from titan_adam_mini.tools.trainer import arguments
+
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
+SEQ_LEN, BATCH, VALIDATION = 256, 8, 64
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 FELL_TO = 0.6  # of the first loss: far below what a run that does not learn reaches
 WORSE_BY = 0.03
@@ -31,176 +37,162 @@ custom_config_module = "titan_adam_mini.titan.job_config"  # only for the settin
 name = "AdamMini\""""
 
 
+class Failed(Exception):
+    """A run that did not do what it should; the message says what happened and where to look."""
+
+
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="training steps of the two long runs")
-    parser.add_argument("--compared-steps", type=int, default=40, help="steps for which 1 rank is held against many")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of the two optimizers")
+    parser.add_argument("--compared-steps", type=int, default=40, help="steps of the run on one rank")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="where logs and runs go")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where corpus and tokenizer are kept")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends the ranks of a run
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends the comparison and its runs
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
     started = time.monotonic()
     try:
         quickstart(options.steps, min(options.compared_steps, options.steps), options.out.resolve(), options.cache)
-    except RunFailed as failure:
-        print(f"\nFAILED: {failure}", flush=True)
-        print("Read the log named above; the command that a run used is in launch/runs.py. Nothing else was changed.")
+    except Failed as failure:
+        log(f"\nFAILED: {failure}")
         return 1
-    say(f"Done in {time.monotonic() - started:.0f} s.")
+    log(f"Done in {time.monotonic() - started:.0f} s.")
     return 0
 
 
 def quickstart(steps: int, compared_steps: int, out: Path, cache: Path) -> None:
-    """The runs and what they showed. Raises RunFailed at the first thing that is not as it should be."""
+    """The runs and what they showed. Raises Failed at the first thing that is not as it should be."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = gpus or 2
+    # One GPU cannot be two ranks: one rank and many are then compared on the CPU.
+    ranks, many = gpus or 2, max(gpus, 2)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "2 CPU ranks (no GPU found)"
-    local_batch = max(1, 8 // ranks)
-    global_batch = local_batch * ranks
-    say(f"torch {torch.__version__}, {where}")
-
-    many = ranks if ranks > 1 else 2  # one GPU cannot be two ranks: the comparison then runs on the CPU
-    many_env = {} if ranks > 1 else CPU_ONLY
+    log(f"torch {torch.__version__}, {where}")
+    batch = max(1, BATCH // many) * many
     data = cache / "quickstart"
-    built = corpus.build(data, seq_len=SEQ_LEN, global_batch=global_batch, steps=steps, ranks=[1, many], validation=64)
-    say(f"Corpus: {built}")
+    counts = sorted({1, ranks, many})
+    built = corpus.build(data, seq_len=SEQ_LEN, global_batch=batch, steps=steps, ranks=counts, validation=VALIDATION)
+    log(f"Corpus: {built}")
 
-    for name in ("seed", "adamw", "adam_mini", "one_rank", "sharded"):
-        # torchtitan goes on from checkpoints that it finds there; --out may hold anything else, which stays.
-        shutil.rmtree(out / name / "checkpoint", ignore_errors=True)
-    seed = out / "seed" / "checkpoint" / "step-0"
-    common = {
-        "model.hf_assets_path": data / "tokenizer",
-        "training.dataset_path": data / "train-1",
-        "training.seq_len": SEQ_LEN,
-        "training.steps": steps,
-        "lr_scheduler.total_steps": steps,
-        "checkpoint.enable": True,
-    }
-    from_scratch = {**common, "checkpoint.create_seed_checkpoint": True, "debug.seed": 0}
-    train("seed", from_scratch, ranks=1, out=out, config=CONFIG)
-    say(f"Seed checkpoint written to {relative(seed)}; every run below starts from it")
-
-    def on(count: int) -> dict[str, Any]:
+    def settings(count: int, last: int) -> dict[str, Any]:
         return {
-            **common,
-            "checkpoint.initial_load_path": seed,
+            "model.hf_assets_path": data / "tokenizer",
             "training.dataset_path": data / f"train-{count}",
-            "training.local_batch_size": global_batch // count,
+            "training.local_batch_size": batch // count,
+            "training.seq_len": SEQ_LEN,
+            "training.steps": last,
+            "lr_scheduler.total_steps": steps,
+            "validation.enable": True,
+            "validation.dataset_path": data / "validation",
+            "validation.local_batch_size": batch // count,
+            "validation.steps": max(1, VALIDATION // batch),
+            "validation.seq_len": SEQ_LEN,
+            "validation.freq": last,
         }
 
-    long = {
-        **on(ranks),
-        "checkpoint.last_save_model_only": False,
-        "validation.enable": True,
-        "validation.dataset_path": data / "validation",
-        "validation.seq_len": SEQ_LEN,
-        "validation.local_batch_size": local_batch,
-        "validation.freq": steps,
-    }
-    say(f"\nAdamW, {sharding(ranks)}, {steps} steps of {global_batch} x {SEQ_LEN} tokens")
-    say("  step     AdamW")
-    settings = {**long, "optimizer.name": "AdamW"}
-    adamw = train("adamw", settings, ranks=ranks, out=out, config=CONFIG, on_step=Table(steps))
-    say("AdamMini, the same ranks, seed, documents and hyper-parameters")
-    say("  step     AdamW  AdamMini  ratio")
-    settings = {**long, "optimizer.name": "AdamMini"}
-    mini = train("adam_mini", settings, ranks=ranks, out=out, config=CONFIG, on_step=Table(steps, beside=adamw))
+    log(f"\nAdamW and AdamMini on {_ranks(ranks)}: {steps} steps of {batch} x {SEQ_LEN} tokens")
+    both = out / "optimizers"
+    compare("AdamW,AdamMini", ranks, both, settings(ranks, steps))
+    seed = both / "seeds" / "seed-0" / "checkpoint" / "step-0"
+    start = {"checkpoint.enable": True, "checkpoint.load_only": True, "checkpoint.initial_load_path": seed}
+    log(f"\nAdamMini again from the same checkpoint, on 1 rank: {compared_steps} steps")
+    environment = {} if gpus != 1 else CPU_ONLY
+    compare("AdamMini", 1, out / "one_rank", {**settings(1, compared_steps), **start}, environment)
+    sharded = both
+    if gpus == 1:
+        log(f"and on {_ranks(many)}, on the CPU")
+        sharded = out / "sharded"
+        compare("AdamMini", many, sharded, {**settings(many, compared_steps), **start}, environment)
 
-    short = {"training.steps": compared_steps, "optimizer.name": "AdamMini"}
-    say(f"\nAdamMini again from the seed, {compared_steps} steps on 1 rank")
-    one = train("one_rank", {**on(1), **short}, ranks=1, out=out, config=CONFIG, env=many_env, on_step=silent)
-    sharded = mini
-    if ranks == 1:
-        say(f"and on {many} CPU ranks, FSDP2")
-        settings = {**on(many), **short}
-        sharded = train("sharded", settings, ranks=many, out=out, config=CONFIG, env=many_env, on_step=silent)
-
-    say("\nWhat the runs showed")
-    check_losses(adamw, mini, steps)
-    show_state(out, steps)
-    show_ranks(one, sharded, compared_steps)
-    say(f"  speed               AdamW {adamw.tokens_per_second:,.0f} tokens/s, AdamMini {mini.tokens_per_second:,.0f}")
-    say(f"  logs                {relative(out)}/*.log")
-    say("\nThese lines in the TOML file of a run of your own use it:\n\n" + TOML_LINES + "\n")
+    log("\nWhat the runs showed")
+    adamw, mini = _record(both, "AdamW"), _record(both, "AdamMini")
+    show_losses(adamw, mini, steps)
+    show_state(both)
+    show_ranks(_record(out / "one_rank", "AdamMini"), _record(sharded, "AdamMini"), compared_steps, sharded)
+    log(f"  speed               AdamW {adamw.tokens_per_second:,.0f} tokens/s, AdamMini {mini.tokens_per_second:,.0f}")
+    log(f"  report              {_relative(both)}/report.md")
+    log(f"Runs that are there are not repeated: remove {_relative(out)} to train again.")
+    log(f"\nThese lines in the TOML file of a run of your own use it:\n\n{TOML_LINES}\n")
 
 
-class Table:
-    """Prints a run's losses as they fall: the first step, every tenth and the last; beside another run's, if given."""
+def compare(
+    optimizers: str, ranks: int, out: Path, settings: dict[str, Any], environment: dict[str, str] | None = None
+) -> None:
+    """`titan-adam-mini compare` with one seed. Raises Failed if it fails; it has said why."""
+    words = ["--optimizers", optimizers, "--seeds", "1", "--ngpu", str(ranks), "--out", str(out)]
+    # In a session of its own only this process hears an interrupt: it hands it on once.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "titan_adam_mini.cli", "compare", str(CONFIG), *words, *arguments(settings)],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,
+    )
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if status:
+        raise Failed(f"the comparison ended with status {status}: see above, and train.log of the run below {out}")
 
-    def __init__(self, steps: int, beside: Run | None = None) -> None:
-        self.steps, self.beside = steps, beside
 
-    def __call__(self, run: Run, step: int) -> None:
-        if step != 1 and step % 10 != 0 and step != self.steps:
-            return
-        loss = run.losses[step]
-        if self.beside is None:
-            say(f"{step:6d}  {loss:8.4f}")
-        else:
-            other = self.beside.losses[step]
-            say(f"{step:6d}  {other:8.4f}  {loss:8.4f}  {loss / other:.3f}")
-
-
-def silent(run: Run, step: int) -> None:
-    """For runs whose steps are not printed, but must be there."""
-
-
-def check_losses(adamw: Run, mini: Run, steps: int) -> None:
-    """Both losses fell far enough; how AdamMini's last one compares."""
-    for name, run in (("AdamW", adamw), ("AdamMini", mini)):
-        if steps not in run.losses:
-            raise RunFailed(f"{name} stopped at step {max(run.losses)} of {steps}; log: {run.log}")
-        first, last = run.losses[min(run.losses)], run.losses[steps]
+def show_losses(adamw: Record, mini: Record, steps: int) -> None:
+    """Both losses, and whether they fell far enough; how AdamMini's last one compares."""
+    log("    step     AdamW  AdamMini  ratio")
+    for step in sorted({1, *range(20, steps + 1, 20), steps}):
+        first, second = (record.losses[step - 1] for record in (adamw, mini))
+        log(f"  {step:6d}  {first:8.4f}  {second:8.4f}  {second / first:.3f}")
+    for name, record in (("AdamW", adamw), ("AdamMini", mini)):
+        first, last = record.losses[0], record.losses[-1]
         if not last <= FELL_TO * first:  # also when it is not a number
-            raise RunFailed(
+            raise Failed(
                 f"{name}'s loss went from {first:.4f} to {last:.4f} in {steps} steps, and should have come down to "
-                f"{FELL_TO} of the first. With few steps that is expected: leave --steps out. Log: {run.log}"
+                f"{FELL_TO} of the first. With few steps that is expected: leave --steps out"
             )
         fell = f"loss {first:.4f} -> {last:.4f} ({last / first:.2f} of the first)"
-        say(f"  {name:18s}  {fell}, held-out text {run.validation[steps]:.4f}")
-    worse = mini.losses[steps] / adamw.losses[steps] - 1
+        log(f"  {name:18s}  {fell}, on held-out text {record.final:.4f}")
+    worse = mini.losses[-1] / adamw.losses[-1] - 1
     verdict = "within 3%" if worse <= WORSE_BY else "MORE than the 3% that were expected"
-    say(f"  AdamMini's last     {abs(worse):.1%} {'above' if worse > 0 else 'below'} AdamW's: {verdict}")
+    log(f"  AdamMini's last     {abs(worse):.1%} {'above' if worse > 0 else 'below'} AdamW's: {verdict}")
 
 
-def show_state(out: Path, steps: int) -> None:
-    """Bytes of optimizer state per parameter, as the two runs' last checkpoints hold them."""
-    adamw, _, parameters = optimizer_bytes(out / "adamw" / "checkpoint" / f"step-{steps}")
-    mini, seconds, _ = optimizer_bytes(out / "adam_mini" / "checkpoint" / f"step-{steps}")
-    say(
-        f"  optimizer state     {adamw / parameters:.2f} -> {(mini - seconds) / parameters:.2f} bytes per parameter, "
-        f"plus {seconds / parameters:.3f} for one second moment per block ({parameters:,} parameters)"
-    )
+def show_state(out: Path) -> None:
+    """Bytes of optimizer state per parameter."""
+    with open(out / "runs.csv", encoding="utf-8") as file:
+        state = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in csv.DictReader(file)}
+    log(f"  optimizer state     AdamW {state['AdamW']:.2f} bytes per parameter, AdamMini {state['AdamMini']:.2f}")
 
 
-def show_ranks(one: Run, many: Run, steps: int) -> None:
+def show_ranks(one: Record, many: Record, steps: int, out: Path) -> None:
     """The largest difference between the losses of one rank and of many, and how many heads the shards cut."""
-    difference = max(abs(one.losses[step] - many.losses[step]) for step in range(1, steps + 1))
-    cut = next((found[1] for line in many.lines if (found := re.search(r"(\d+) heads? cut", line))), None)
-    if cut is None:
-        raise RunFailed(f"The optimizer's log does not say how many heads are cut; log: {many.log}")
+    pairs = zip(one.losses[:steps], many.losses[:steps], strict=True)
+    difference = max(abs(first - second) for first, second in pairs)
+    trained = (out / many.run.folder / "train.log").read_text(errors="replace")
+    found = re.search(r"(\d+) heads? cut", trained)
+    cut = f"{found[1] if found else 'no'} heads cut"
     label = f"1 and {many.ranks} ranks"
-    say(f"  {label:18s}  losses differ by at most {difference:.1e} in {steps} steps, {cut} heads cut")
+    log(f"  {label:18s}  losses differ by at most {difference:.1e} in {steps} steps, {cut}")
 
 
-def sharding(ranks: int) -> str:
-    """How the run is spread, in words."""
-    return f"{ranks} ranks, FSDP2" if ranks > 1 else "1 rank"
-
-
-def relative(path: Path) -> Path:
-    """The path as seen from the repository's top, where it is below it."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print now, also into a pipe."""
     print(text, flush=True)
+
+
+def _record(out: Path, optimizer: str) -> Record:
+    return Record.load(next(out.glob(f"runs/{optimizer}/*/*/record.json")))
+
+
+def _ranks(count: int) -> str:
+    return f"{count} ranks, FSDP2" if count > 1 else "1 rank"
+
+
+def _relative(path: Path) -> Path:
+    """The path as seen from the repository's top, where it is below it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 if __name__ == "__main__":

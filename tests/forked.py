@@ -1,6 +1,6 @@
 """Runs of torchtitan's trainer whose ranks are forked from a server that has everything imported: 10 s less each.
 
-Same program, arguments, log and result as `launch/runs.py`, without torchrun: the first rank that fails takes the
+Same program, arguments and log as `launch/run_train.sh`, without torchrun: the first rank that fails takes the
 others along, as torchrun's agent would have it. `python` runs other programs in the same way.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from ranks import POOL, forkserver
-from runs import Run, RunFailed, arguments
+
+from titan_adam_mini.tools.trainer import Run, RunFailed, arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
@@ -104,9 +105,14 @@ def train(
     time_limit: float = 240,
     patience: float = 0,
 ) -> Run:
-    """The finished run `name`; see `launch/runs.py: train` for the arguments.
+    """The finished run `name`.
 
     Args:
+        name: its log is `out/name.log`, its dump folder `out/name`.
+        settings: the trainer's settings by name, such as `{"training.steps": 10, "checkpoint.enable": True}`.
+        ranks: number of processes.
+        config: TOML file.
+        time_limit: seconds after which the run is stopped and counts as failed.
         shown: the rank whose log is read.
         hook, given: a module-level function that every rank calls before anything else, as `hook(rank, *given)`.
         patience: seconds that the others have to end by themselves once a rank has ended with an error.

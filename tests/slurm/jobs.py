@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
 import corpus  # noqa: E402
-from runs import Run, arguments  # noqa: E402
+
+from titan_adam_mini.tools.trainer import Run, arguments  # noqa: E402
 
 STEPS, EVERY = 12, 4
 TRAIN = ROOT / "launch" / "slurm" / "train.sbatch"

@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     trainer: Trainer, two: Any, adamw: Any, tmp_path: Path, source: str, settings: dict[str, Any], told: str
 ) -> None:
     """What else is refused, and damaged checkpoints: tests/checkpoint/test_check.py, without a trainer."""
-    from runs import RunFailed
+    from titan_adam_mini.tools.trainer import RunFailed
 
     with pytest.raises(RunFailed, match=told):
         resumed(trainer, source, f"refused_{tmp_path.name}", **settings)
@@ -146,7 +146,7 @@ def test_on_another_number_of_ranks_the_data_start_anew(trainer: Trainer, two: A
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_run_starts_from_random_weights_by_accident(trainer: Trainer, enabled: bool) -> None:
-    from runs import RunFailed
+    from titan_adam_mini.tools.trainer import RunFailed
 
     name = f"accident_{enabled}"
     (trainer.out / name / "checkpoint" / "step-6").mkdir(parents=True)

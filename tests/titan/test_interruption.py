@@ -53,7 +53,7 @@ def do(acts: Sequence[tuple[str, int, Moment]]) -> dict[str, Any]:
 
 def ended(code: int, trainer: Trainer, name: str, *acts: tuple[str, int, Moment], ranks: int = 2, **more: Any) -> Any:
     """The run `name`, of which every rank ended by itself, with this exit code."""
-    from runs import Run, RunFailed
+    from titan_adam_mini.tools.trainer import Run, RunFailed
 
     with pytest.raises(RunFailed, match=re.escape(f"{name} ended with {[code] * ranks} ")):
         trainer(name, ranks=ranks, patience=60, **do(acts), **more)
@@ -192,7 +192,7 @@ def test_adamw_on_one_rank(trainer: Trainer, adamw: Any) -> None:
 
 
 def test_without_checkpoints_a_signal_ends_the_run_as_ever(trainer: Trainer, progress: Any) -> None:
-    from runs import RunFailed
+    from titan_adam_mini.tools.trainer import RunFailed
 
     off = {"checkpoint.enable": False, "start": {}}
     with pytest.raises(RunFailed, match=r"ended with \['SIGUSR1'\]"):

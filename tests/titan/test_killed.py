@@ -70,7 +70,7 @@ def steady(two: Any) -> Any:
 
 def killed(trainer: Trainer, name: str, death: Death, steady: Any) -> None:
     """A start that dies; every loss that it said is the steady run's."""
-    from runs import Run, RunFailed
+    from titan_adam_mini.tools.trainer import Run, RunFailed
 
     with pytest.raises(RunFailed, match="SIGKILL"):
         trainer(name, ranks=2, data=2, hook=die, given=(asdict(death),), **SAVING, **dict(death.settings))
@@ -86,7 +86,7 @@ def killed(trainer: Trainer, name: str, death: Death, steady: Any) -> None:
 def test_started_again_the_losses_are_those_of_a_run_that_nobody_touched(
     trainer: Trainer, steady: Any, where: str
 ) -> None:
-    from runs import RunFailed
+    from titan_adam_mini.tools.trainer import RunFailed
 
     death = DEATHS[where]
     name = f"killed_{list(DEATHS).index(where)}"

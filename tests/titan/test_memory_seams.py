@@ -127,7 +127,7 @@ def test_snapshots_know_the_tensors_of_the_run(request: Any, name: str, ranks: i
 
 
 def test_without_a_gpu_snapshots_are_refused_in_a_sentence(trainer: Trainer) -> None:
-    from runs import RunFailed
+    from titan_adam_mini.tools.trainer import RunFailed
 
     with pytest.raises(
         RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, and this run is on the CPU"

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+
 
 def documents(folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / "documents.jsonl").read_text().splitlines()]
@@ -56,93 +58,72 @@ def test_a_corpus_is_built_once(corpus_dir: Path, monkeypatch: pytest.MonkeyPatc
         corpus.build(copy, **{**arguments, "steps": wanted["steps"] - 1})
 
 
-def test_the_trainers_log_is_read(tmp_path: Path) -> None:
-    from runs import Run
+def record(losses: list[float], ranks: int = 2) -> Any:
+    from titan_adam_mini.compare.plan import Run
+    from titan_adam_mini.compare.record import Record
 
-    run = Run(2, tmp_path / "log")
-    tail = "grad_norm:  0.5255  memory:  0.64GiB(2.70%)  tps: 1,584  tflops: 0.01  mfu: 0.00%"
-    lines = {
-        f"[rank0]:[titan] - root - INFO - step:  1  loss:  8.11787  {tail}": 1,
-        f"[rank0]:[titan] - root - INFO - \x1b[31mstep: 10  \x1b[32mloss:  7.5  \x1b[38;2;180;60;0m{tail}\x1b[39m": 10,
-        "[rank0]:[titan] - root - INFO - validate step: 10  loss:  7.9000  memory:  0.64GiB(2.70%)  tps: 3,000": None,
-        f"[rank0]:[titan] - root - INFO - step: 11  loss:      nan  {tail}": 11,
-        "[rank0]:[titan] - root - INFO - Training starts at step 1": None,
-    }
-    assert [run.read(line + "\n") for line in lines] == list(lines.values())
-    assert (run.losses[1], run.losses[10]) == (8.11787, 7.5)
-    assert run.losses[11] != run.losses[11]
-    assert run.validation == {10: 7.9}
-    assert run.tokens_per_second == 2 * 1584
-    assert not any("\x1b" in line for line in run.lines)
-
-
-def run_with(losses: dict[int, float]) -> Any:
-    from runs import Run
-
-    return Run(2, Path("some.log"), losses, validation={max(losses): 4.0})
+    return Record(Run("AdamMini", 4e-3, 0), ranks, {"loss": losses}, validation={len(losses): 4.0})
 
 
 @pytest.mark.parametrize("last", [5.0, float("nan")])
 def test_a_loss_that_does_not_fall_fails(last: float) -> None:
     import quickstart
-    from runs import RunFailed
 
-    good = run_with({1: 8.0, 2: 4.0})
-    with pytest.raises(RunFailed, match="should have come down"):
-        quickstart.check_losses(good, run_with({1: 8.0, 2: last}), 2)
-    with pytest.raises(RunFailed, match="stopped at step 1 of 2"):
-        quickstart.check_losses(run_with({1: 8.0}), good, 2)
+    with pytest.raises(quickstart.Failed, match="should have come down"):
+        quickstart.show_losses(record([8.0, 4.0]), record([8.0, last]), 2)
 
 
 def test_the_summary_says_by_how_much_it_is_worse(capsys: pytest.CaptureFixture[str]) -> None:
     import quickstart
 
-    quickstart.check_losses(run_with({1: 8.0, 2: 4.0}), run_with({1: 8.0, 2: 4.04}), 2)
+    quickstart.show_losses(record([8.0, 4.0]), record([8.0, 4.04]), 2)
     assert "1.0% above AdamW's: within 3%" in capsys.readouterr().out
-    quickstart.check_losses(run_with({1: 8.0, 2: 4.0}), run_with({1: 8.0, 2: 4.4}), 2)
+    quickstart.show_losses(record([8.0, 4.0]), record([8.0, 4.4]), 2)
     assert "10.0% above AdamW's: MORE than" in capsys.readouterr().out
 
 
-def test_a_failed_run_is_reported_with_its_reason(tmp_path: Path) -> None:
-    from runs import RunFailed, train
+def test_one_rank_beside_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import quickstart
 
-    with pytest.raises(RunFailed, match=r"(?s)bad ended with status 2.*does not exist.*log: .*bad.log"):
-        train("bad", {}, ranks=1, out=tmp_path, config=tmp_path / "nowhere.toml")
-
-
-def test_switches_on_the_command_line() -> None:
-    from runs import arguments
-
-    words = arguments({"training.steps": 3, "checkpoint.enable": True, "checkpoint.last_save_model_only": False})
-    assert words == ["--training.steps", "3", "--checkpoint.enable", "--checkpoint.no-last_save_model_only"]
+    many = record([8.0, 4.0 + 2**-10, 3.0])
+    (tmp_path / many.run.folder).mkdir(parents=True)
+    (tmp_path / many.run.folder / "train.log").write_text("AdamMini: 39 parameters, 40 heads cut")
+    quickstart.show_ranks(record([8.0, 4.0], 1), many, 2, tmp_path)
+    assert "1 and 2 ranks       losses differ by at most 9.8e-04 in 2 steps, 40 heads cut" in capsys.readouterr().out
 
 
-SHOWN = ("optimizer state", "bytes per parameter", "AdamMini's last", "losses differ by at most", 'name = "AdamMini"')
+def test_a_comparison_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import quickstart
+
+    with pytest.raises(quickstart.Failed, match="the comparison ended with status 1"):
+        quickstart.compare("Lion", 1, tmp_path, {})
+    assert "the optimizer 'Lion' is unknown" in capfd.readouterr().err
+
+
+SHOWN = (
+    *("Equal starts", "bytes per parameter", "AdamMini's last", "losses differ by at most", "8 heads cut"),
+    *("tokens/s", 'name = "AdamMini"', "Done in"),
+)
 
 
 @pytest.mark.slow
-def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shortened, its runs forked."""
-    import forked
-    import quickstart
-
-    def train(name: str, settings: dict[str, Any], env: Any = None, on_step: Any = None, **more: Any) -> Any:
-        run = forked.train(name, settings, **more)
-        for step in run.losses if on_step else ():
-            on_step(run, step)
-        return run
-
-    monkeypatch.setattr(quickstart, "train", train)
-    monkeypatch.setattr(quickstart, "SEQ_LEN", forked.SEQ_LEN)
-    monkeypatch.setattr(quickstart, "FELL_TO", 0.95)
-    quickstart.quickstart(10, 2, tmp_path / "out", tmp_path / "cache")
-    printed = capsys.readouterr().out
-    assert all(words in printed for words in SHOWN), printed
+def test_all_of_it(tmp_path: Path) -> None:
+    """Shortened."""
+    words = ["--steps", "10", "--compared-steps", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    program = (
+        "import quickstart; quickstart.FELL_TO, quickstart.SEQ_LEN = 0.95, 64; raise SystemExit(quickstart.main())"
+    )
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, cwd=LAUNCH, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(words in done.stdout for words in SHOWN), done.stdout
 
 
 @pytest.mark.nightly
-def test_as_a_user_starts_it(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[2] / "launch" / "quickstart.py"
-    command = [sys.executable, script, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0 and all(words in done.stdout for words in SHOWN), done.stdout + done.stderr
+def test_as_a_user_starts_it_twice(tmp_path: Path) -> None:
+    """The second time nothing is trained."""
+    command = [sys.executable, LAUNCH / "quickstart.py", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0 and all(words in done.stdout for words in SHOWN), done.stdout + done.stderr
+    assert ": begins" not in done.stdout
