@@ -139,7 +139,7 @@ def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_comparison(undisturbed: Path) -> None:
     seen = records(undisturbed)
     adamw, mini = (seen[run] for run in RUNS)

@@ -16,7 +16,7 @@ from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 FAST = ("FSDP2 3, factored",)
 REPEATED = (
-    *("one rank", "FSDP2 2", "FSDP2 x TP 2x2", "FSDP2 x TP 2x2, factored", "PP 2"),
+    *("one rank", "FSDP2 2", "FSDP2 3", "FSDP2 x TP 2x2", "FSDP2 x TP 2x2, factored", "PP 2"),
     *("MoE, FSDP2 3", "MoE, EP 2", "MoE, FSDP2 x EP 2x2, factored"),
 )
 """Whose parts are in other cases, alone or together."""

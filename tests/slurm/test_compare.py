@@ -18,7 +18,7 @@ from slurm.jobs import ROOT, Jobs, arguments
 from titan_adam_mini.cli import main
 from titan_adam_mini.tools import isolated_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.nightly, pytest.mark.slurm]
 STEPS = 6
 
 
@@ -68,7 +68,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("lr", "more"),
-    [("1e-3", ["0.0005", "0.002"]), pytest.param("1e-3,2e-3", ["0.004"], marks=pytest.mark.nightly)],
+    [("1e-3", ["0.0005", "0.002"]), ("1e-3,2e-3", ["0.004"])],
 )
 def test_a_comparison(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, compare: Callable[..., str], lr: str, more: list[str]

@@ -205,7 +205,7 @@ def test_the_time_limit(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[i
     assert jobs.losses("limited") == steady
 
 
-@pytest.mark.parametrize("which", ["first", "second"])
+@pytest.mark.parametrize("which", ["first", pytest.param("second", marks=pytest.mark.nightly)])
 def test_a_node_dies(jobs: Jobs, steady: dict[int, float], which: str) -> None:
     name = f"dead_{which}"
     job = jobs(name, STEP_SECONDS="1")

@@ -102,6 +102,7 @@ def test_adamw_goes_on_as_adam_mini_and_back(trainer: Trainer, adamw: Any, tmp_p
     assert list(again.losses) == [MORE + 1, MORE + 2]
 
 
+@pytest.mark.nightly
 def test_mixtures_of_experts_go_on_too(even: Trainer, tmp_path: Path) -> None:
     name = "deepseek_v3"
     short = {

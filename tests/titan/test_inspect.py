@@ -84,8 +84,15 @@ def test_a_short_run(
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert all(one["step"] == 3 for one in told["parameters"])
     assert os.listdir(tmp_path / "temporary") == [], "the run is gone"
+
+
+@pytest.mark.nightly
+def test_a_short_run_that_fails(
+    corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NGPU", "1")
-    error = refused(capsys, [*words, "--training.dataset", "none"])
+    data = ["--model.hf_assets_path", str(corpus_dir / "tokenizer"), "--training.seq_len", str(SEQ_LEN)]
+    error = refused(capsys, ["--steps", "3", str(CONFIG), *SMALL, *data, "--training.dataset", "none"])
     assert "the AdamW run ended with status 1: " in error and "Dataset none is not supported" in error
     log = Path(error.rpartition("its log is ")[2].strip().rstrip(")"))
     assert "Dataset none" in log.read_text()

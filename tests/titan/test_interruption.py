@@ -172,6 +172,7 @@ def test_a_save_under_way_that_fails_does_not_keep_the_run_from_saving(trainer: 
     assert "no room here" in "\n".join(run.lines).partition("The save under way failed")[2]
 
 
+@pytest.mark.nightly
 def test_pipeline_stages(trainer: Trainer, one: Any) -> None:
     """torchtitan does not normalise gradients under a pipeline, and clipping makes that another run: it learns."""
     stages = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "1F1B", "shown": 1}

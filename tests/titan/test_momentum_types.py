@@ -225,7 +225,7 @@ def test_int8_of_runs_that_this_mesh_cuts_is_refused_on_every_rank(tmp_path: Pat
     assert "mesh axis 'tp' (of 2) cuts dim 1, of 384 columns, at 192" in str(told.value)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_trainer_goes_on_with_another_type(even: Trainer) -> None:
     """int8 from the configuration: the same losses after a restart, and close ones after a change of type."""
     knob = "optimizer.adam_mini.momentum_dtype"
