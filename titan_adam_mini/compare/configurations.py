@@ -5,7 +5,7 @@ from typing import Any
 
 from ..offline.build import configured
 from ..offline.checks import check
-from ..offline.holdings import ADAMW, optimizers_of
+from ..offline.rank_memory import ADAMW, optimizers_of
 from ..offline.refusals import data_ranks
 from ..offline.stages import run_of
 from ..titan.builder import NAME

@@ -91,6 +91,6 @@ class Convert:
 
 def _target(arguments: list[str], to: str) -> Any:
     from ..offline.build import configured
-    from ..offline.whole_model import target_of
+    from ..offline.full_model import target_of
 
     return target_of(configured(arguments, ngpu=1), to)

@@ -124,7 +124,7 @@ class Inspect:
 def _read(arguments: list[str], steps: int | None) -> Any:
     """Model, partition, shapes, and what a short run of `steps` does in another way than the configuration."""
     from ..offline.build import configured
-    from ..offline.whole_model import partition_of
+    from ..offline.full_model import partition_of
 
     config = configured(arguments, ngpu=1)
     return *partition_of(config), [] if steps is None else settings_of(config, steps)
