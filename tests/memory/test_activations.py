@@ -25,12 +25,12 @@ def estimated(arguments: list[str]) -> int | str:
 
 def estimated_and_whole(arguments: list[str], depths: list[int]) -> tuple[int | str, list[int]]:
     """The estimate, and what a sequence takes in models of several depths, each run whole."""
-    from titan_adam_mini.memory.activations import _grown, sequence_bytes
+    from titan_adam_mini.memory.activations import _growth, sequence_bytes
     from titan_adam_mini.offline.build import configured, fake_rank
 
     config = configured(arguments, 1)
     with fake_rank(0, config.parallelism.tensor_parallel_degree):
-        whole = [_grown(config, config.training.mixed_precision_param, depth) for depth in depths]
+        whole = [_growth(config, config.training.mixed_precision_param, depth) for depth in depths]
     return sequence_bytes(config, mixed=True), whole
 
 

@@ -155,7 +155,7 @@ def test_plan_and_simulation_must_agree() -> None:
     ("words", "reason"),
     [
         (("--ngpu", ""), "the number of ranks is not known"),
-        (("--ngpu", "2,x"), "numbers of ranks are positive"),
+        (("--ngpu", "2,x"), "give positive numbers of ranks"),
         (("--ngpu", "2", "--fit", "80"), "--fit '80' is not an amount of memory: write it like 80GiB"),
         (("--ngpu", "2", "--fit", "4GiB"), "--reserve 6GiB leaves nothing of --fit 4GiB"),
         (("--ngpu", "2,4", "--fit", "80GiB"), "give one, not 2,4"),
