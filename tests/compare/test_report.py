@@ -97,7 +97,11 @@ def test_sentences_are_honest() -> None:
         "mini ends 0.0123 above AdamW in validation loss, 1.2 standard errors over 3 seeds (95 %: -0.0307 to +0.0553): "
         "not distinguishable."
     )
-    assert replace(near, standard_error=0.001).sentence("mini", "AdamW").endswith("(95 %: +0.0080 to +0.0166): AdamW is better.")
+    assert (
+        replace(near, standard_error=0.001)
+        .sentence("mini", "AdamW")
+        .endswith("(95 %: +0.0080 to +0.0166): AdamW is better.")
+    )
     assert replace(near, mean=-0.1).sentence("mini", "AdamW") == (
         "mini ends 0.1000 below AdamW in validation loss, 10.0 standard errors over 3 seeds (95 %: -0.1430 to "
         "-0.0570): mini is better."
