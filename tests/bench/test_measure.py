@@ -52,7 +52,7 @@ def test_plain_tensors_and_dtensors_are_the_same_memory() -> None:
         LocalParam(f"w{n}", shape, (shape[1], 1), local, torch.float32, 0, (Shard(0),))
         for n, (shape, local) in enumerate(zip(shapes, locals_, strict=True))
     )
-    one = replace(part(), held=held, meshes=(([0, 1, 2, 3], ("fsdp",)),))
+    one = replace(part(), params=held, meshes=(([0, 1, 2, 3], ("fsdp",)),))
     assert (one.numel, one.bytes, one.sharded) == (6, 24, True)
     with allocated(one, 4, 3, CPU) as tensors:
         (_, empty), (name, whole) = tensors.sharded

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tools.signals import ending_in_order
+from ..tools.signals import sigterm_as_exit
 from ..tools.trainer import end, errors_in, torchrun
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
     Raises:
         ValueError: the run failed; the message has the reason and the log, which is then kept.
     """
-    with ending_in_order():
+    with sigterm_as_exit():
         folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / RUN
         if out is not None:
             folder.mkdir()  # must be new, because it is removed if the run is interrupted
