@@ -113,8 +113,8 @@ class Conversion:
                 if grids != expected:
                     raise ValueError(
                         f"{name} has second moments of shape {_shapes(grids)} in {stored.path}, the configuration's "
-                        f"partition {_shapes(expected)}: give head counts, roles, value_blocks and second_moment of the "
-                        "run that saved it"
+                        f"partition {_shapes(expected)}: give head counts, roles, value_blocks and second_moment of "
+                        "the run that saved it"
                     )
         if self.lr is not None and not self.lr >= 0:
             raise ValueError(f"--lr {self.lr} is not a learning rate")
