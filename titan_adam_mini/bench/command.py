@@ -145,7 +145,7 @@ class Bench:
             "parameters": rank_params.numel,
             "tensors": len(params),
             "sharded": rank_params.sharded,
-            "dtypes": sorted({str(one.dtype).removeprefix("torch.") for one in params}),
+            "dtypes": sorted({str(param.dtype).removeprefix("torch.") for param in params}),
             "repeats": self.repeats,
             "turns": measured.turns,
             "copy_bytes": measured.copy_bytes,

@@ -116,9 +116,9 @@ def chosen(only: str, rank_params: RankParams) -> list[Competitor]:
 
     Raises ValueError for a word that is in no name.
     """
-    rows = [one for one in COMPETITORS if rank_params.sharded or "on DTensors" not in one.name]
+    rows = [row for row in COMPETITORS if rank_params.sharded or "on DTensors" not in row.name]
     words = [word.strip().lower() for word in only.split(",") if word.strip()]
     for word in words:
-        if not any(word in one.name.lower() for one in rows):
-            raise ValueError(f"--only {word!r} is in no name; the names are {'; '.join(one.name for one in rows)}")
-    return [one for one in rows if not words or one.name == BASELINE or any(w in one.name.lower() for w in words)]
+        if not any(word in row.name.lower() for row in rows):
+            raise ValueError(f"--only {word!r} is in no name; the names are {'; '.join(row.name for row in rows)}")
+    return [row for row in rows if not words or row.name == BASELINE or any(w in row.name.lower() for w in words)]

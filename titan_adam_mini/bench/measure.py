@@ -89,7 +89,7 @@ def bytes_needed(rank_params: RankParams, device: torch.device) -> int:
 
 
 def _largest_state(rank_params: RankParams) -> int:
-    return 3 * sum(one.numel * max(4, one.dtype.itemsize) for one in rank_params.params)
+    return 3 * sum(param.numel * max(4, param.dtype.itemsize) for param in rank_params.params)
 
 
 def bytes_free(device: torch.device) -> int | None:
@@ -128,8 +128,8 @@ def _tensors_in(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, dict):
         yield from _tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_in(one)
+        for item in value:
+            yield from _tensors_in(item)
     elif type(value).__module__.split(".")[0] not in ("builtins", "torch") and hasattr(value, "__dict__"):
         yield from _tensors_in(vars(value))
 
@@ -153,8 +153,8 @@ class Collectives(AbstractContextManager["Collectives"]):
 
     def _called(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.count += 1
-        sides = [one if isinstance(one, list) else [one] for one in (*args, *kwargs.values())]
-        self.bytes += max(sum(one.nbytes for one in side if isinstance(one, Tensor)) for side in sides)
+        sides = [arg if isinstance(arg, list) else [arg] for arg in (*args, *kwargs.values())]
+        self.bytes += max(sum(value.nbytes for value in side if isinstance(value, Tensor)) for side in sides)
         return function(*args, **kwargs)
 
 
@@ -279,12 +279,12 @@ def measure(
     """
     copy = Result("copy_")
     measurements = [_Measurement(copy, lambda: _Copy(device), device)]
-    for one in competitors:
-        result = Result(one.name, one.version)
-        named = tensors.sharded if one.sharded else tensors.local
-        measurement = _Measurement(result, partial(one.build, named, rank_params), device)
+    for competitor in competitors:
+        result = Result(competitor.name, competitor.version)
+        named = tensors.sharded if competitor.sharded else tensors.local
+        measurement = _Measurement(result, partial(competitor.build, named, rank_params), device)
         with _RecordFailure(measurement):
-            if not one.installed():
+            if not competitor.installed():
                 result.status = "not installed"
         measurements.append(measurement)
     with _current(device), _no_collection():
@@ -305,8 +305,8 @@ def _prepare_all(measurements: Sequence[_Measurement], rank_params: RankParams, 
     for measurement in measurements:
         free = bytes_free(device)
         if free is not None and free < _largest_state(rank_params):
-            for one in measurements:
-                one.release()
+            for prepared in measurements:
+                prepared.release()
             return f"{free / 2**30:.1f} GiB were left before {measurement.result.name}"
         measurement.prepare()
     return ""

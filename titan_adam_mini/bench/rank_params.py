@@ -76,17 +76,17 @@ class RankParams:
     @property
     def numel(self) -> int:
         """Elements of all parameters on this rank."""
-        return sum(one.numel for one in self.params)
+        return sum(param.numel for param in self.params)
 
     @property
     def bytes(self) -> int:
         """Bytes of all parameters on this rank."""
-        return sum(one.numel * one.dtype.itemsize for one in self.params)
+        return sum(param.numel * param.dtype.itemsize for param in self.params)
 
     @property
     def sharded(self) -> bool:
         """Whether any parameter is a DTensor."""
-        return any(one.mesh is not None for one in self.params)
+        return any(param.mesh is not None for param in self.params)
 
 
 @dataclass
@@ -123,21 +123,21 @@ def _tensors(rank_params: RankParams, device: torch.device) -> Tensors:
     random = torch.Generator(device).manual_seed(0)
     meshes = [DeviceMesh(device.type, ranks, mesh_dim_names=names) for ranks, names in rank_params.meshes]
     tensors = Tensors([], [])
-    for one in rank_params.params:
+    for param in rank_params.params:
         data, grad = (
-            torch.empty(one.local, dtype=one.dtype, device=device).normal_(std=std, generator=random)
+            torch.empty(param.local, dtype=param.dtype, device=device).normal_(std=std, generator=random)
             for std in (0.02, 1e-3)
         )
         plain = _parameter(data, grad)
-        if one.numel:
-            tensors.local.append((one.name, plain))
-        if one.mesh is not None:
-            mesh, global_size = meshes[one.mesh], {"shape": torch.Size(one.shape), "stride": one.stride}
+        if param.numel:
+            tensors.local.append((param.name, plain))
+        if param.mesh is not None:
+            mesh, global_size = meshes[param.mesh], {"shape": torch.Size(param.shape), "stride": param.stride}
             data, grad = (
-                DTensor.from_local(local, mesh, one.placements, run_check=False, **global_size)
+                DTensor.from_local(local, mesh, param.placements, run_check=False, **global_size)
                 for local in (data, grad)
             )
-        tensors.sharded.append((one.name, _parameter(data, grad) if one.mesh is not None else plain))
+        tensors.sharded.append((param.name, _parameter(data, grad) if param.mesh is not None else plain))
     return tensors
 
 

@@ -79,7 +79,7 @@ class Compare:
 
         common_arguments = trainer_arguments(self.config, arguments)
         compared = _configurations(variants, common_arguments, ranks)
-        settings = {name: settings_of(one.config, one.data_ranks) for name, one in compared.items()}
+        settings = {name: settings_of(variant.config, variant.data_ranks) for name, variant in compared.items()}
         if found := conflicts(settings):
             raise ValueError(f"the variants cannot be compared: {'; '.join(found)}")
         first = next(iter(compared.values())).config
@@ -96,19 +96,21 @@ class Compare:
 
         with locked(out), _signals():
             common = check_settings(out, settings, common)
-            plan = Plan({name: one.config["optimizer"]["lr"] for name, one in compared.items()}, lrs, self.seeds)
+            plan = Plan(
+                {name: variant.config["optimizer"]["lr"] for name, variant in compared.items()}, lrs, self.seeds
+            )
             checkpoint = first["checkpoint"]
             runner = Runner(
                 out=out,
                 plan=plan,
-                variants={one.name: [*common_arguments, *one.arguments] for one in variants},
+                variants={variant.name: [*common_arguments, *variant.arguments] for variant in variants},
                 ranks=ranks,
-                loss_ranks={name: one.loss_rank for name, one in compared.items()},
+                loss_ranks={name: variant.loss_rank for name, variant in compared.items()},
                 steps=first["training"]["steps"],
                 validation_freq=first["validation"]["freq"],
                 saves=(checkpoint["enable"] or self.slurm) and not checkpoint["load_only"],
                 own_initial_checkpoint=own_initial_checkpoint,
-                variables=[{"OMP_NUM_THREADS": str(common["threads"]), **one} for one in devices],
+                variables=[{"OMP_NUM_THREADS": str(common["threads"]), **device} for device in devices],
                 provenance=provenance("nodes of Slurm" if self.slurm else device_name(_device(), common["threads"])),
             )
             report = Report(
@@ -153,9 +155,11 @@ class Compare:
                 lrs.append(math.nan)
             if not 0 < lrs[-1] < math.inf:
                 raise ValueError(f"--lr takes learning rates such as 1e-3,2e-3, not {word!r}")
-        for one in variants:
-            if lrs and any(flag.partition("=")[0] == "--optimizer.lr" for flag in one.flags):
-                raise ValueError(f"the variant {one.name} sets --optimizer.lr, and --lr is given too: use one of them")
+        for variant in variants:
+            if lrs and any(flag.partition("=")[0] == "--optimizer.lr" for flag in variant.flags):
+                raise ValueError(
+                    f"the variant {variant.name} sets --optimizer.lr, and --lr is given too: use one of them"
+                )
         return variants, lrs, ranks_of_a_run(self.ngpu)
 
     def _command(self, arguments: list[str]) -> str:
@@ -165,15 +169,15 @@ class Compare:
             if (value := getattr(self, name)) != getattr(Compare, name):
                 words += [f"--{name}", str(value)]
         words += ["--slurm"] * self.slurm
-        for one in self.variant:
-            words += ["--variant", one]
+        for variant in self.variant:
+            words += ["--variant", variant]
         return shlex.join([*words, *arguments[2:]])
 
 
 def _configurations(variants: list[Variant], arguments: list[str], ranks: int) -> dict[str, Compared]:
     """Name -> torchtitan's configuration of a variant; raises ValueError if torchtitan refuses its arguments."""
     with isolated_process() as call:
-        return {one.name: call(_read, [*arguments, *one.arguments], ranks) for one in variants}
+        return {variant.name: call(_read, [*arguments, *variant.arguments], ranks) for variant in variants}
 
 
 def _read(*args: Any) -> Any:
@@ -207,8 +211,8 @@ def _check_data(config: dict[str, Any], seeds: int) -> None:
 
     for section in ("training", "validation"):
         path = config[section]["dataset_path"] or ""
-        paths = [Path(one) for seed in range(seeds) for one in seeded([path], seed)]
-        missing = [str(one) for one in paths if not one.exists()]
+        paths = [Path(seeded([path], seed)[0]) for seed in range(seeds)]
+        missing = [str(path) for path in paths if not path.exists()]
         if path and paths[0].exists() and missing:
             raise ValueError(
                 f"{section}.dataset_path {path} is missing for some of the {seeds} seeds: {', '.join(missing)}"
@@ -267,7 +271,7 @@ def _signals() -> Iterator[None]:
         raise KeyboardInterrupt
 
     # SIGHUP stays ignored under nohup.
-    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

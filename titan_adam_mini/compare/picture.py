@@ -38,16 +38,18 @@ def draw(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    converged = {name: [one for one in runs.values() if one.diverged is None] for name, runs in chosen.items()}
-    longest = max((one.steps for runs in converged.values() for one in runs), default=0)
+    converged = {name: [record for record in runs.values() if record.diverged is None] for name, runs in chosen.items()}
+    longest = max((record.steps for runs in converged.values() for record in runs), default=0)
     window = max(1, longest // _WINDOWS)
     smooth = f"Training loss, a running mean over {window} steps." if window > 1 else "Training loss."
     names = []
     if longest:
         picture = figure(2 * _WIDTH, _HEIGHT)
         left, right = picture.subplots(1, 2, sharey=True)
-        _lines(left, converged, lambda one: _smooth(list(range(1, one.steps + 1)), one.losses, window))
-        _lines(right, converged, lambda one: _smooth(list(accumulate(one.columns["seconds"])), one.losses, window))
+        _lines(left, converged, lambda record: _smooth(list(range(1, record.steps + 1)), record.losses, window))
+        _lines(
+            right, converged, lambda record: _smooth(list(accumulate(record.columns["seconds"])), record.losses, window)
+        )
         left.set(xlabel="step", ylabel="loss")
         right.set_xlabel("seconds, without validation")
         _finish(picture, out / LOSS, title, f"{smooth} {_bands(converged)}")
@@ -56,7 +58,9 @@ def draw(
         axes.set(xlabel="step", ylabel="validation loss")
         _finish(picture, out / VALIDATION, title, _bands(converged))
         picture, axes = _new_picture()
-        _lines(axes, converged, lambda one: (list(map(float, range(1, one.steps + 1))), one.columns["grad_norm"]))
+        _lines(
+            axes, converged, lambda record: (list(map(float, range(1, record.steps + 1))), record.columns["grad_norm"])
+        )
         axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
         _finish(picture, out / NORM, title, _bands(converged))
         names += [LOSS, VALIDATION, NORM]
@@ -90,9 +94,9 @@ def _lines(
     for (name, records), colour in zip(runs.items(), _colours(), strict=False):
         if not records:
             continue
-        curves = [curve(one) for one in records]
-        x = [statistics.fmean(values) for values in zip(*(one[0] for one in curves), strict=False)]
-        y = list(zip(*(one[1] for one in curves), strict=False))
+        all_x, all_y = zip(*(curve(record) for record in records), strict=True)
+        x = [statistics.fmean(values) for values in zip(*all_x, strict=False)]
+        y = list(zip(*all_y, strict=False))
         axes.plot(x, [statistics.fmean(values) for values in y], color=colour, linewidth=1.2, marker=marker, label=name)
         if len(records) > 1:
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=colour, alpha=0.2, linewidth=0)
@@ -101,7 +105,7 @@ def _lines(
 def _validated(runs: Mapping[str, Sequence[Record]]) -> Callable[[Record], Curve]:
     """Validation losses at the steps that all runs have; without step 1 if there are later ones, because the loss of an
     untrained model would flatten all others."""
-    common = sorted(set.intersection(*({*one.validation} for records in runs.values() for one in records)))
+    common = sorted(set.intersection(*({*record.validation} for records in runs.values() for record in records)))
     steps = [step for step in common if step > 1 or len(common) < 3]
     return lambda record: ([float(step) for step in steps], [record.validation[step] for step in steps])
 
@@ -115,7 +119,7 @@ def _smooth(x: Sequence[float], y: Sequence[float], window: int) -> Curve:
 def _bands(runs: Mapping[str, Sequence[Record]]) -> str:
     return (
         "Mean over the seeds; bands go from the lowest to the highest."
-        if any(len(one) > 1 for one in runs.values())
+        if any(len(records) > 1 for records in runs.values())
         else ""
     )
 

@@ -51,8 +51,8 @@ class Report:
         losses = {run: record.final for run, record in records.items()}
         best = {name: self.plan.sweep(name, losses)[1] for name in self.plan.variants}
         chosen = {name: _records_at(records, name, lr, self.plan.seeds) for name, lr in best.items()}
-        optimizers = {one.name: one.optimizer for one in self.variants}
-        state = {name: one.state_bytes / one.parameters for name, one in self.compared.items()}
+        optimizers = {variant.name: variant.optimizer for variant in self.variants}
+        state = {name: compared.state_bytes / compared.parameters for name, compared in self.compared.items()}
         write_runs(self.out / "runs.csv", records, optimizers, state)
         write_steps(self.out / "steps.csv", records)
         findings = [*self._starts(records), *self._verdicts(chosen), *self._edges(losses)]
@@ -118,8 +118,8 @@ class Report:
         for name in others:
             found = difference(_finals(chosen[name]), _finals(chosen[first]))
             if found is not None:
-                names = [one for one in (name, first) if one in diverged]
-                note = f" ({' and '.join(diverged[one] for one in names)}, which is left out.)" if names else ""
+                names = [variant for variant in (name, first) if variant in diverged]
+                note = f" ({' and '.join(diverged[variant] for variant in names)}, which is left out.)" if names else ""
                 yield found.sentence(name, first) + note
                 mentioned += names
         yield from (
@@ -164,9 +164,11 @@ class Report:
                 yield f"- {key}: {'; '.join(values)}"
         yield f"- configuration: {self.config}"
         yield f"- command: `{self.command}`"
-        for one in self.variants:
-            if one.flags or one.name != one.optimizer:
-                yield f"- {one.name}: {one.optimizer}" + (f" with `{shlex.join(one.flags)}`" if one.flags else "")
+        for variant in self.variants:
+            if variant.flags or variant.name != variant.optimizer:
+                yield f"- {variant.name}: {variant.optimizer}" + (
+                    f" with `{shlex.join(variant.flags)}`" if variant.flags else ""
+                )
 
     def _table(self, chosen: Mapping[str, Mapping[int, Record]], best: Mapping[str, float | None]) -> Iterator[str]:
         headings = [
@@ -177,10 +179,10 @@ class Report:
         first = next(iter(chosen))
         for name, records in chosen.items():
             finals = _finals(records)
-            converged = [one for one in records.values() if one.diverged is None]
+            converged = [record for record in records.values() if record.diverged is None]
             loss = mean(finals.values())
             found = None if name == first else difference(finals, _finals(chosen[first]))
-            norms = [norm for one in converged for norm in one.columns["grad_norm"]]
+            norms = [norm for record in converged for norm in record.columns["grad_norm"]]
             rate = best[name]
             rows.append(
                 (
@@ -191,13 +193,13 @@ class Report:
                     _number(perplexity(loss), 3),
                     "" if found is None else f"{found.mean:+.4f}",
                     "" if found is None or found.standard_error is None else f"{found.standard_error:.4f}",
-                    str(sum(one.spikes for one in converged)),
+                    str(sum(record.spikes for record in converged)),
                     _number(median(norms), 3),
                     _number(max(norms, default=math.nan), 3),
-                    _number(max((one.peak("active_gib") for one in converged), default=math.nan), 3),
-                    _number(max((one.peak("reserved_gib") for one in converged), default=math.nan), 3),
-                    _number(mean(one.tokens_per_second for one in converged), 0),
-                    _number(mean(one.seconds_per_step for one in converged)),
+                    _number(max((record.peak("active_gib") for record in converged), default=math.nan), 3),
+                    _number(max((record.peak("reserved_gib") for record in converged), default=math.nan), 3),
+                    _number(mean(record.tokens_per_second for record in converged), 0),
+                    _number(mean(record.seconds_per_step for record in converged)),
                     f"{self.compared[name].state_bytes / self.compared[name].parameters:.4f}",
                 )
             )
@@ -245,7 +247,7 @@ def _finals(records: Mapping[int, Record]) -> dict[int, float]:
 
 
 def _diverged(name: str, records: Mapping[int, Record]) -> str:
-    seeds = [str(seed) for seed, one in records.items() if one.diverged is not None]
+    seeds = [str(seed) for seed, record in records.items() if record.diverged is not None]
     return f"{name} diverged with seed {', '.join(seeds)}" if seeds else ""
 
 

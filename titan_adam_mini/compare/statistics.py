@@ -73,7 +73,7 @@ def difference(mine: Mapping[int, float], first: Mapping[int, float]) -> Differe
         mine, first: seed -> last validation loss.
     """
     pairs = [mine[seed] - first[seed] for seed in sorted(mine.keys() & first.keys())]
-    pairs = [one for one in pairs if math.isfinite(one)]
+    pairs = [pair for pair in pairs if math.isfinite(pair)]
     if not pairs:
         return None
     standard_error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None

@@ -177,18 +177,18 @@ def running_trainer(folder: Path) -> tuple[int, dict[str, str]] | None:
 
 def saved_checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> checkpoint, of the complete ones in a run's folder."""
-    found = {int(one.parent.name[5:]): one.parent for one in (folder / CHECKPOINTS).glob("step-*/.metadata")}
+    found = {int(file.parent.name[5:]): file.parent for file in (folder / CHECKPOINTS).glob("step-*/.metadata")}
     return dict(sorted(found.items()))
 
 
 def _prepare(folder: Path, recorded_steps: int) -> int:
     """Remove checkpoints after `recorded_steps`, and everything if none remains. Returns the step to resume from."""
     usable = [step for step in saved_checkpoints(folder) if 0 < step <= recorded_steps]
-    for one in folder.iterdir():
-        if one.name == CHECKPOINTS and usable:
-            for checkpoint in one.iterdir():
+    for path in folder.iterdir():
+        if path.name == CHECKPOINTS and usable:
+            for checkpoint in path.iterdir():
                 if checkpoint.name not in [f"step-{step}" for step in usable]:
                     shutil.rmtree(checkpoint)
-        elif one.name != LOCK and not usable:
-            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+        elif path.name != LOCK and not usable:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return max(usable, default=0)

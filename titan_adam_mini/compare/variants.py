@@ -59,7 +59,7 @@ def parse(optimizers: str, variants: Sequence[str]) -> list[Variant]:
     Raises:
         ValueError: an unknown optimizer, a duplicate or invalid name, or nothing to compare.
     """
-    found = [Variant(name, _known(name)) for name in (one.strip() for one in optimizers.split(",")) if name]
+    found = [Variant(name, _known(name)) for name in (word.strip() for word in optimizers.split(",")) if name]
     for given in variants:
         try:
             words = shlex.split(given)
@@ -72,7 +72,7 @@ def parse(optimizers: str, variants: Sequence[str]) -> list[Variant]:
                 "letters, digits and . _ + -"
             )
         found.append(Variant(name, _known(optimizer), tuple(words[1:])))
-    names = [one.name for one in found]
+    names = [variant.name for variant in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two variants are called {name!r}: give one of them another name with --variant NAME=...")

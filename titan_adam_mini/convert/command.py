@@ -60,7 +60,7 @@ class Convert:
         stored = Stored(self.source)
         blocks, group, momentum_dtype = in_isolated_process(_target, arguments, self.to)
         conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
-        per_block = sum(one.second_moments for one in blocks.values())
+        per_block = sum(layout.second_moments for layout in blocks.values())
         per_element = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
         old, new = (per_element, per_block) if self.to == "adam_mini" else (per_block, per_element)
         console.print(

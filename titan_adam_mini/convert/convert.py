@@ -329,7 +329,11 @@ class _Writer:
         if key in self.entries and len(chunks) < len(entry.chunks):
             return  # it was written as a single chunk
         offsets = index.offset if index.offset is not None else torch.Size([0] * len(entry.size))
-        chunk = chunks[0] if len(chunks) < len(entry.chunks) else next(one for one in chunks if one.offsets == offsets)
+        chunk = (
+            chunks[0]
+            if len(chunks) < len(entry.chunks)
+            else next(chunk for chunk in chunks if chunk.offsets == offsets)
+        )
         self.entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), entry.size, chunks)
         wide = conversion.momentum(name, chunk)
         if dtype != torch.int8:
@@ -338,7 +342,7 @@ class _Writer:
         values = torch.empty(chunk.sizes, dtype=torch.int8)
         scale = torch.empty(int8.scale_shape(chunk.sizes))
         int8.quantize(wide.float(), values, scale)
-        size, runs = torch.Size(int8.scale_shape(entry.size)), [_runs(one) for one in chunks]
+        size, runs = torch.Size(int8.scale_shape(entry.size)), [_runs(chunk) for chunk in chunks]
         key_of_scale = key.removesuffix(EXP_AVG) + EXP_AVG_SCALE
         self.entries[key_of_scale] = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, runs)
         yield MetadataIndex(key, chunk.offsets), values

@@ -100,7 +100,7 @@ def options(
         except ValueError as error:
             refused[option] = str(error)
         else:
-            found[option] = {name: Estimate.of(one) for name, one in blocks.items()}
+            found[option] = {name: Estimate.of(cut) for name, cut in blocks.items()}
     return found, refused
 
 
@@ -110,4 +110,4 @@ def _cut(partition: Partition, rules: Rules, shapes: Mapping[str, Sequence[int]]
         blocks = replace(partition, rules=(*rules, _REST), second_moment="blocks").assign(shapes)
     except ValueError:  # the number of heads is unknown, and the user's roles do not need it
         return {}
-    return {name: one for name, one in blocks.items() if one.pattern != _REST.pattern}
+    return {name: cut for name, cut in blocks.items() if cut.pattern != _REST.pattern}

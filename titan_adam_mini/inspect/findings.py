@@ -78,7 +78,7 @@ class Pattern:
         if not self.default.known:
             return None
         most = budget(self.shape)
-        allowed = [name for name, one in self.estimates.items() if name == DEFAULT or one.entries <= most]
+        allowed = [name for name, estimate in self.estimates.items() if name == DEFAULT or estimate.entries <= most]
         return max(allowed, key=lambda name: (self.losses[name].snr, -self.losses[name].entries))
 
     @property
@@ -125,7 +125,7 @@ class Setting:
     @property
     def layouts(self) -> dict[str, Layouts]:
         """The blocks of every parameter."""
-        return {name: one.layouts for name, one in self.estimates.items()}
+        return {name: estimate.layouts for name, estimate in self.estimates.items()}
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,13 @@ class Inspection:
     def losses(self) -> dict[str, dict[str, Loss]]:
         """Parameter -> candidate -> loss."""
         return {
-            name: {candidate: self.measured[name][one.layouts] for candidate, one in found.items()}
+            name: {candidate: self.measured[name][estimate.layouts] for candidate, estimate in found.items()}
             for name, found in self.estimates.items()
         }
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: one[DEFAULT].layouts[0].shape for name, one in self.estimates.items()}
+        return {name: candidates[DEFAULT].layouts[0].shape for name, candidates in self.estimates.items()}
 
     @cached_property
     def patterns(self) -> list[Pattern]:
@@ -166,14 +166,14 @@ class Inspection:
         found = []
         for row in summarize(self.partition.assign(self._shapes).values()):
             first = self.estimates[row.names[0]]
-            losses = {name: sum((self.losses[one][name] for one in row.names), Loss()) for name in first}
+            losses = {name: sum((self.losses[param][name] for param in row.names), Loss()) for name in first}
             found.append(Pattern(row.pattern, row.shape, row.names, first, losses))
         return sorted(found, key=lambda pattern: pattern.default.snr)
 
     @property
     def without_gradient(self) -> dict[str, int]:
         """Pattern -> number of its parameters that never had a gradient, if there are any."""
-        return dict(Counter(collapse(name) for name, one in self.losses.items() if not one[DEFAULT].known))
+        return dict(Counter(collapse(name) for name, losses in self.losses.items() if not losses[DEFAULT].known))
 
     @property
     def candidates(self) -> list[str]:
@@ -185,8 +185,10 @@ class Inspection:
     def roles(self) -> dict[str, str]:
         """Pattern -> role for [optimizer.adam_mini]: the suggested roles, then the configured ones; empty without
         suggestions."""
-        suggested = {name: one.suggested for one in self.patterns for name in one.names if one.suggested}
-        new = roles_table(suggested, {name: one[DEFAULT].role for name, one in self.estimates.items()})
+        suggested = {
+            name: pattern.suggested for pattern in self.patterns for name in pattern.names if pattern.suggested
+        }
+        new = roles_table(suggested, {name: candidates[DEFAULT].role for name, candidates in self.estimates.items()})
         configured = {rule.pattern: rule.role for rule in self.partition.rules if rule.custom}
         return new | {pattern: role for pattern, role in configured.items() if pattern not in new} if new else {}
 
@@ -195,7 +197,7 @@ class Inspection:
         """Every `second_moment` that is compatible with the partition, and the suggested roles, if there are any."""
         found = {option: self._setting(chosen) for option, chosen in self.options.items()}
         if self.roles:
-            chosen = {name: self.estimates[name][one.chosen] for one in self.patterns for name in one.names}
+            chosen = {name: self.estimates[name][pattern.chosen] for pattern in self.patterns for name in pattern.names}
             found[ROLES] = self._setting(chosen)
         return found
 
@@ -237,23 +239,23 @@ class Inspection:
     def facts(self) -> dict[str, Any]:
         """All results for JSON; see the head of this file."""
         patterns = self.patterns
-        pattern_of = {name: one.pattern for one in patterns for name in one.names}
+        pattern_of = {name: pattern.pattern for pattern in patterns for name in pattern.names}
         return {
             "candidates": self.candidates,
             "threshold": THRESHOLD,
             "factor": FACTOR,
             "parameters": [
-                {"name": name, "pattern": pattern_of[name], "shape": list(one[DEFAULT].layouts[0].shape)}
+                {"name": name, "pattern": pattern_of[name], "shape": list(candidates[DEFAULT].layouts[0].shape)}
                 | {"step": self.steps[name], "elements": self.losses[name][DEFAULT].elements}
-                | {"candidates": _candidates(one, self.losses[name])}
-                for name, one in self.estimates.items()
+                | {"candidates": _candidates(candidates, self.losses[name])}
+                for name, candidates in self.estimates.items()
             ],
             "patterns": [
-                {"pattern": one.pattern, "shape": list(one.shape), "parameters": len(one.names)}
-                | {"elements": one.default.elements, "budget": len(one.names) * budget(one.shape)}
-                | {"best": one.best, "suggested": one.suggested}
-                | {"candidates": _candidates(one.estimates, one.losses)}
-                for one in patterns
+                {"pattern": pattern.pattern, "shape": list(pattern.shape), "parameters": len(pattern.names)}
+                | {"elements": pattern.default.elements, "budget": len(pattern.names) * budget(pattern.shape)}
+                | {"best": pattern.best, "suggested": pattern.suggested}
+                | {"candidates": _candidates(pattern.estimates, pattern.losses)}
+                for pattern in patterns
             ],
             "configured": self.partition.second_moment,
             "settings": {name: _summary(one) for name, one in self.settings.items()},
@@ -265,11 +267,15 @@ class Inspection:
 
 def _candidates(estimates: Mapping[str, Estimate], losses: Mapping[str, Loss]) -> dict[str, Any]:
     return {
-        name: {"role": one.role, "layout": " and ".join(map(str, one.layouts)), "entries": losses[name].entries}
+        name: {
+            "role": estimate.role,
+            "layout": " and ".join(map(str, estimate.layouts)),
+            "entries": losses[name].entries,
+        }
         | {"noise": losses[name].noise if losses[name].known else None}
         | {"snr": _finite(losses[name].snr), "block_snr": _finite(losses[name].block_snr)}
         | {"rms_ratio": losses[name].rms_ratio, "distance": losses[name].distance}
-        for name, one in estimates.items()
+        for name, estimate in estimates.items()
     }
 
 

@@ -53,7 +53,11 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     colours = ScalarMappable(Normalize(-_DECADES, _DECADES), "RdBu")
     panels = picture.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axes, candidate in zip(panels, candidates, strict=False):
-        losses = {name: one[candidate] for name, one in inspection.losses.items() if candidate in one}
+        losses = {
+            name: by_candidate[candidate]
+            for name, by_candidate in inspection.losses.items()
+            if candidate in by_candidate
+        }
         _panel(axes, candidate, grid, losses, colours)
     for axes in panels[len(candidates) :]:
         axes.set_visible(False)

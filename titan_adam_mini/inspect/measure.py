@@ -85,8 +85,8 @@ def measure(moments: Moments, estimates: Mapping[str, Estimate], window: int = W
 
     Raises ValueError, naming the parameter, if second moments are not finite.
     """
-    lossy = {one.layouts: one for one in estimates.values() if not one.elementwise}
-    means = _Means({layout for one in lossy.values() for layout in one.layouts})
+    lossy = {estimate.layouts: estimate for estimate in estimates.values() if not estimate.elementwise}
+    means = _Means({layout for estimate in lossy.values() for layout in estimate.layouts})
     for box in moments.windows(window):
         means.add(moments.second(box).double(), box)
     means.finish(moments.name)
@@ -104,10 +104,10 @@ def measure(moments: Moments, estimates: Mapping[str, Estimate], window: int = W
             if first is not None and update is not None:
                 tally.add_updates(update, _update(moments, first, hat))
     return {
-        name: tallies[one.layouts].loss(elements, update_squares)
-        if one.layouts in tallies
-        else Loss(elements, one.entries, update=update_squares, new_update=update_squares)
-        for name, one in estimates.items()
+        name: tallies[estimate.layouts].loss(elements, update_squares)
+        if estimate.layouts in tallies
+        else Loss(elements, estimate.entries, update=update_squares, new_update=update_squares)
+        for name, estimate in estimates.items()
     }
 
 

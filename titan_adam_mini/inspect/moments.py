@@ -97,7 +97,7 @@ def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list
                 raise ValueError(f"{names[param]} has second moments of shape {tuple(second.shape)}: {_NEEDED}")
             options = {"step": float(state["step"]), "betas": tuple(group["betas"]), "eps": float(group["eps"])}
             found.append(Moments.of(names[param], second, state["exp_avg"], **options))
-    if all(one.first is None for one in found):
+    if all(moments.first is None for moments in found):
         reason = f"no trainable parameter of {type(optimizer).__name__} has an exp_avg_sq"
         raise ValueError(f"{reason}: {_NEEDED}, after its first step")
     return found

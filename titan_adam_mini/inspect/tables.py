@@ -57,7 +57,7 @@ def _inline(roles: Mapping[str, str]) -> str:
 
 def _nothing(inspection: Inspection) -> str:
     """Why no role is suggested."""
-    if all(one.default.snr >= THRESHOLD for one in inspection.patterns):
+    if all(pattern.default.snr >= THRESHOLD for pattern in inspection.patterns):
         return f"Nothing to change: no ratio is below {THRESHOLD:g}."
     return (
         f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other with {_BUDGET} is {FACTOR:g} "
@@ -73,25 +73,25 @@ def _table(inspection: Inspection) -> Table:
     for column in (*candidates, "RMS", "distance"):
         table.add_column(column, justify="right")
     table.add_column("best")
-    for one in inspection.patterns:
-        estimate, default = one.estimates[DEFAULT], one.default
-        shape = "x".join(map(str, one.shape))
-        cells = [_cell(one, name) for name in candidates]
+    for pattern in inspection.patterns:
+        estimate, default = pattern.estimates[DEFAULT], pattern.default
+        shape = "x".join(map(str, pattern.shape))
+        cells = [_cell(pattern, name) for name in candidates]
         updates = [_share(default.rms_ratio), _share(default.distance)]
-        table.add_row(one.pattern, str(len(one.names)), shape, estimate.role, *cells, *updates, _best(one))
+        table.add_row(pattern.pattern, str(len(pattern.names)), shape, estimate.role, *cells, *updates, _best(pattern))
     return table
 
 
-def _cell(one: Pattern, candidate: str) -> str:
-    if candidate not in one.losses or not one.default.known:
+def _cell(pattern: Pattern, candidate: str) -> str:
+    if candidate not in pattern.losses or not pattern.default.known:
         return ""
-    return f"{_ratio(one.losses[candidate].snr)} [dim]({_short(one.estimates[candidate].entries)})[/dim]"
+    return f"{_ratio(pattern.losses[candidate].snr)} [dim]({_short(pattern.estimates[candidate].entries)})[/dim]"
 
 
-def _best(one: Pattern) -> str:
-    if one.best is None:
+def _best(pattern: Pattern) -> str:
+    if pattern.best is None:
         return "no gradient"
-    return DEFAULT if one.best == DEFAULT else f"{one.best} ({_ratio(one.losses[one.best].snr)})"
+    return DEFAULT if pattern.best == DEFAULT else f"{pattern.best} ({_ratio(pattern.losses[pattern.best].snr)})"
 
 
 def _settings(inspection: Inspection) -> Table:

@@ -83,7 +83,7 @@ def facts(run: Run) -> dict[str, Any]:
         "second_moments": sum(param.blocks.second_moments for param in trained if param.blocks),
         "second_moments_adamw": sum(prod(param.kind.shape) for param in trained),
         "configured": configured,
-        "optimizers": {key: one.title for key, one in optimizers.items()},
+        "optimizers": {key: optimizer.title for key, optimizer in optimizers.items()},
         "refused": refused,
         "offloaded": run.offloaded,
         "notes": list(run.notes),
@@ -115,13 +115,13 @@ def _ranks(run: Run, optimizers: dict[str, Optimizer]) -> tuple[dict[str, RankMe
             smallest = found if smallest is None or _size(found) < _size(smallest) else smallest
             for name in ("parameters", "gradients", "buffers"):
                 total[name] += getattr(found, name).bytes
-            state.update({key: one.bytes for key, one in found.state.items()})
+            state.update({key: memory.bytes for key, memory in found.state.items()})
     assert largest and smallest and first
     return {"largest": largest, "smallest": smallest, "first": first}, {**total, "state": dict(state)}
 
 
 def _size(found: RankMemory) -> int:
-    return sum(one.bytes for one in (found.parameters, found.gradients, found.buffers, found.state[ADAMW]))
+    return sum(memory.bytes for memory in (found.parameters, found.gradients, found.buffers, found.state[ADAMW]))
 
 
 def _rank(run: Run, found: RankMemory, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
@@ -240,12 +240,12 @@ _DECIMAL = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 def _from_to(before: int, after: int, units: Sequence[tuple[int, str]] = _BINARY) -> str:
     """Two numbers of bytes as text, in one unit, with enough digits for the smaller."""
-    unit, name = next(one for one in units if before >= one[0] or one[0] == 1)
+    unit, name = next(unit for unit in units if before >= unit[0] or unit[0] == 1)
     digits = 0 if after >= 20 * unit or unit == 1 else 1 if after >= unit else 2
     return f"{before / unit:,.{digits}f} -> {after / unit:,.{digits}f} {name}"
 
 
 def size(number: int) -> str:
     """A number of bytes as text."""
-    unit, name = next(one for one in _BINARY if abs(number) >= one[0] or one[0] == 1)
+    unit, name = next(unit for unit in _BINARY if abs(number) >= unit[0] or unit[0] == 1)
     return f"{number / unit:,.{0 if abs(number) >= 20 * unit or unit == 1 else 1}f} {name}"

@@ -82,18 +82,18 @@ def _patterns(plan: dict[str, Any]) -> Table:
 def _ranks(plan: dict[str, Any]) -> Table:
     """Largest, smallest and first rank; a rank that is several of them appears once."""
     labels: dict[int, list[str]] = {}
-    for which, one in plan["ranks"].items():
-        labels.setdefault(one["rank"], []).append(which)
-    by_rank = {one["rank"]: one for one in plan["ranks"].values()}
+    for which, rank_facts in plan["ranks"].items():
+        labels.setdefault(rank_facts["rank"], []).append(which)
+    by_rank = {rank_facts["rank"]: rank_facts for rank_facts in plan["ranks"].values()}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "", "bytes", "+ FSDP's padding", "+ allocator's rounding", "total"):
         table.add_column(column, justify="left" if column in ("rank", "") else "right")
     for rank, names in labels.items():
-        one = by_rank[rank]
+        rank_facts = by_rank[rank]
         words = " and ".join("" if name == "first" else name for name in names if name != "first" or len(names) == 1)
         label = f"{rank} ({words})" if words else f"{rank}"
-        rows = {name: one[name] for name in ("parameters", "gradients", "buffers")}
-        rows |= {plan["optimizers"][key]: one["state"][key] for key in plan["optimizers"]}
+        rows = {name: rank_facts[name] for name in ("parameters", "gradients", "buffers")}
+        rows |= {plan["optimizers"][key]: rank_facts["state"][key] for key in plan["optimizers"]}
         table.add_section()
         for number, (name, memory) in enumerate(rows.items()):
             if memory is None:

@@ -33,17 +33,17 @@ class _Row:
 
 
 _ROWS = (
-    _Row("allocated at the peak", lambda one: one.peak.allocated),
-    _Row("reserved, its own peak", lambda one: one.peak_reserved),
-    _Row("allocated at the end", lambda one: one.end.allocated),
-    _Row("reserved at the end", lambda one: one.end.reserved),
-    _Row("  free in it", lambda one: one.free),
-    _Row("  largest free block", lambda one: one.largest_free),
-    _Row("  lost to rounding", lambda one: one.rounding),
-    _Row("  awaiting another stream", lambda one: one.awaiting),
-    _Row("segments", lambda one: one.segments, plain=True),
-    _Row("allocations in the trace", lambda one: one.allocations, plain=True),
-    _Row("out of memory in the trace", lambda one: one.ooms, plain=True),
+    _Row("allocated at the peak", lambda summary: summary.peak.allocated),
+    _Row("reserved, its own peak", lambda summary: summary.peak_reserved),
+    _Row("allocated at the end", lambda summary: summary.end.allocated),
+    _Row("reserved at the end", lambda summary: summary.end.reserved),
+    _Row("  free in it", lambda summary: summary.free),
+    _Row("  largest free block", lambda summary: summary.largest_free),
+    _Row("  lost to rounding", lambda summary: summary.rounding),
+    _Row("  awaiting another stream", lambda summary: summary.awaiting),
+    _Row("segments", lambda summary: summary.segments, plain=True),
+    _Row("allocations in the trace", lambda summary: summary.allocations, plain=True),
+    _Row("out of memory in the trace", lambda summary: summary.ooms, plain=True),
 )
 
 
@@ -91,16 +91,18 @@ class SnapshotCommand:
 def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> list[str]:
     """For each file its path, device and optimizer, and the limits of its figures."""
     lines = []
-    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+    for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
         by = f", {snapshot.optimizer}" if snapshot.optimizer else ""
         lines.append(f"{name}: {snapshot.path}, device {snapshot.device}{by}")
-        if not one.entries:
+        if not summary.entries:
             lines.append("  It has no trace: the peak is the memory allocated at the end.")
         else:
-            span = "" if one.seconds is None else f", {one.seconds:.1f} s"
-            full = ", the most that torchtitan keeps: earlier ones are lost" if one.entries >= MAX_ENTRIES else ""
-            lines.append(f"  Trace: the last {one.entries:,} entries{span}{full}. Peak after entry {one.peak_entry:,}.")
-            if one.peak_entry == 0:
+            span = "" if summary.seconds is None else f", {summary.seconds:.1f} s"
+            full = ", the most that torchtitan keeps: earlier ones are lost" if summary.entries >= MAX_ENTRIES else ""
+            lines.append(
+                f"  Trace: the last {summary.entries:,} entries{span}{full}. Peak after entry {summary.peak_entry:,}."
+            )
+            if summary.peak_entry == 0:
                 lines.append("  The peak is before the first entry: more may have been allocated earlier.")
         if not snapshot.tensors:
             lines.append(
@@ -108,17 +110,18 @@ def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summa
                 "TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 do, docs/torchtitan.md): they are classified by stacks alone, and "
                 "FSDP's gradients count as reduce-scatter."
             )
-        if one.peak.without_frames or one.end.without_frames:
+        if summary.peak.without_frames or summary.end.without_frames:
             lines.append(
-                f"  Of `other`, {one.peak.without_frames:,} bytes at the peak and {one.end.without_frames:,} at the "
-                "end have no stack: they were allocated before recording began."
+                f"  Of `other`, {summary.peak.without_frames:,} bytes at the peak and {summary.end.without_frames:,} at "
+                "the end have no stack: they were allocated before recording began."
             )
-        if one.unmatched:
+        if summary.unmatched:
             lines.append(
-                f"  {one.unmatched:,} entries are inconsistent with the blocks at the end: the peak may be off by them."
+                f"  {summary.unmatched:,} entries are inconsistent with the blocks at the end: the peak may be off "
+                "by them."
             )
-        if one.strangers:
-            lines.append(f"  {one.strangers:,} bytes of the tensors that it names are in no block of this device.")
+        if summary.strangers:
+            lines.append(f"  {summary.strangers:,} bytes of the tensors that it names are in no block of this device.")
     return lines
 
 
@@ -142,10 +145,10 @@ def _table(names: list[str], summaries: list[Summary]) -> Table:
         table.add_row(name, *shown)
 
     for row in _ROWS:
-        add(row.name, [row.value(one) for one in summaries], row.plain)
+        add(row.name, [row.value(summary) for summary in summaries], row.plain)
     for title, moments in (
-        ("at the peak", [one.peak for one in summaries]),
-        ("at the end", [one.end for one in summaries]),
+        ("at the peak", [summary.peak for summary in summaries]),
+        ("at the end", [summary.end for summary in summaries]),
     ):
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
@@ -159,21 +162,22 @@ def _table(names: list[str], summaries: list[Summary]) -> Table:
 def _figures(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> dict[str, Any]:
     """The content of --json: bytes and counts, with the names of `Summary` and `Moment` as keys."""
     figures: dict[str, Any] = {"unit": "bytes"}
-    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+    for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
         about = {"path": str(snapshot.path), "device": snapshot.device, "optimizer": snapshot.optimizer}
-        figures[name] = about | asdict(one)
+        figures[name] = about | asdict(summary)
     return figures
 
 
 def _plot(path: Path, names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> None:
     bars = []
     for when in ("peak", "end"):
-        for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
-            moment = getattr(one, when)
+        for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
+            moment = getattr(summary, when)
             unused = {UNUSED: moment.reserved - moment.allocated}
             by = f": {snapshot.optimizer}" if snapshot.optimizer else ""
             bars.append((f"{name}{by}\nat the {when}", moment.categories | unused))
     note = "\n".join(
-        f"{name}: {one.path.parent.name}/{one.path.name}" for name, one in zip(names, snapshots, strict=True)
+        f"{name}: {snapshot.path.parent.name}/{snapshot.path.name}"
+        for name, snapshot in zip(names, snapshots, strict=True)
     )
     stacked_bars(path, "Memory of one device, from its snapshots", bars, note=note)
