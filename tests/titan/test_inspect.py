@@ -41,7 +41,7 @@ def test_flags_that_cannot_be_served(
     ):
         assert told in refused(capsys, words)
     (tmp_path / "run").mkdir()
-    assert "torchtitan would go on" in refused(capsys, [config, "--steps", "1", "--out", str(tmp_path)])
+    assert "torchtitan would resume" in refused(capsys, [config, "--steps", "1", "--out", str(tmp_path)])
 
 
 @pytest.mark.slow

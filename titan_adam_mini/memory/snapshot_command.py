@@ -112,8 +112,8 @@ def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summa
             )
         if summary.peak.without_frames or summary.end.without_frames:
             lines.append(
-                f"  Of `other`, {summary.peak.without_frames:,} bytes at the peak and {summary.end.without_frames:,} at "
-                "the end have no stack: they were allocated before recording began."
+                f"  Of `other`, {summary.peak.without_frames:,} bytes at the peak and {summary.end.without_frames:,} "
+                "at the end have no stack: they were allocated before recording began."
             )
         if summary.unmatched:
             lines.append(
