@@ -113,16 +113,16 @@ def test_the_verdict_at_both_ends() -> None:
 
 
 @pytest.mark.slow
-def test_the_verdict_makes_room_where_there_is_some() -> None:
+def test_further_sequences_where_the_savings_are_enough() -> None:
     run = large(8, "--training.seq_len", "1024")
     told = facts(run)["verdict"]
     assert told["further_sequences"] == told["saved_bytes"] // told["sequence_bytes"] >= 1
     assert f"enough for local batch {1 + told['further_sequences']} instead of 1 (an estimate)" in told["sentence"]
-    # What is not known is not said; memory of the host makes no room on a GPU.
+    # What is not known is not said; host memory frees nothing on a GPU.
     silent = facts(replace(run, sequence="it is not known"))["verdict"]
     assert silent["sequence_bytes"] is silent["further_sequences"] is None
     assert silent["sequence_unknown"] == "it is not known" and silent["worth_it"]
-    assert "per GPU: worth it for memory; checkpoints" in silent["sentence"] and "room" not in silent["sentence"]
+    assert "per GPU: worth it for memory; checkpoints" in silent["sentence"] and "enough" not in silent["sentence"]
     host = facts(replace(run, offloaded=True))["verdict"]
     assert host["further_sequences"] is None and "of host memory per rank: worth it" in host["sentence"]
 
