@@ -32,7 +32,7 @@ print("PEAK", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()
 def write(folder: Path) -> None:
     """AdamW's checkpoint of the flavour, with random state."""
     from titan_adam_mini.offline.build import configured
-    from titan_adam_mini.offline.whole_model import target_of
+    from titan_adam_mini.offline.full_model import target_of
 
     blocks, group, _ = target_of(configured(MODEL, ngpu=1), "adamw")
     state: dict[str, Any] = {"optimizer": {}, "train_state": {"step": 7}}

@@ -24,7 +24,7 @@ def main() -> None:
     for name, case in CASES.items():
         plan = in_isolated_process(_read_run, case.arguments, case.ranks)
         told, (optimizers, _) = facts(plan), optimizers_of(plan)
-        held = [plan.stage_of(rank).held(rank, optimizers, offloaded=plan.offloaded) for rank in range(case.ranks)]
+        held = [plan.stage_of(rank).memory_of(rank, optimizers, offloaded=plan.offloaded) for rank in range(case.ranks)]
         with tempfile.TemporaryDirectory() as folder:
             real = run(weigh, case.ranks, case, folder, timeout=200)
         cells = []

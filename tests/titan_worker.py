@@ -28,7 +28,7 @@ from ranks import forkserver
 
 CONFIG = Path(__file__).resolve().parents[1] / "train_configs" / "debug_model.toml"
 LOADED = (
-    *(f"titan_adam_mini.offline.{name}" for name in ("stages", "whole_model")),
+    *(f"titan_adam_mini.offline.{name}" for name in ("stages", "full_model")),
     *(f"titan_adam_mini.{name}" for name in ("bench.shards", "compare.configurations", "memory.simulate")),
     "titan_adam_mini.memory.activations",
 )

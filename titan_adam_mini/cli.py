@@ -30,7 +30,7 @@ COMMANDS = {
     "plan": Command(
         "memory.plan",
         "Plan",
-        "Say what every rank of a run will hold, exactly, and whether AdamMini is worth it; needs no GPU.",
+        "Show the exact memory of every rank of a run, and whether AdamMini is worth it; needs no GPU.",
     ),
     "estimate": Command(
         "memory.estimate",
@@ -40,7 +40,7 @@ COMMANDS = {
     "snapshot": Command(
         "memory.snapshot_command",
         "SnapshotCommand",
-        "Show what one or two memory snapshots hold, and held at their peak: side by side, by category.",
+        "Show memory in use at the peak and at the end of one or two memory snapshots, by category, side by side.",
         config="",
     ),
     "convert": Command(
@@ -52,17 +52,17 @@ COMMANDS = {
     "inspect": Command(
         "inspect.command",
         "Inspect",
-        "Say where one second moment per block loses information, and which blocks would lose less.",
+        "Show where one second moment per block loses information, and which blocks would lose less.",
     ),
     "bench": Command(
         "bench.command",
         "Bench",
-        "Show step time and state of AdamW, AdamMini and their peers side by side, on the shapes that one rank holds.",
+        "Show step time and state of AdamW, AdamMini and their peers side by side, on the tensors of one rank.",
     ),
     "compare": Command(
         "compare.command",
         "Compare",
-        "Train with AdamW and AdamMini from equal starts on equal data, and report whether their losses differ.",
+        "Train with AdamW and AdamMini from the same weights on the same data, and report whether their losses differ.",
     ),
     "check": Command(
         "check.command",

@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_ranks_parts_add_up_to_the_model(whole: dict[str, Any]) -> None:
-    first = call(command._read_part, ["--job.config_file", str(CONFIG)], 2, 0, None)
+    first = call(command._read_rank_params, ["--job.config_file", str(CONFIG)], 2, 0, None)
     assert [first.numel, whole["parameters"]] == [held(2, 0), held(2, 1)]
     assert first.numel + whole["parameters"] == held(1, 0) == 1_435_040
 
@@ -190,7 +190,7 @@ def test_the_configuration_is_not_mistaken_for_a_value(monkeypatch: pytest.Monke
         (["none.toml", "--ngpu", "2"], "there is no configuration none.toml"),
         ([str(CONFIG)], "give --ngpu N, or set NGPU=N"),
         ([str(CONFIG), "--ngpu", "0"], "must be a positive number, not 0"),
-        ([str(CONFIG), "--ngpu", "4", "--rank", "4"], "--rank 4 is none of 4 ranks: they are 0 to 3"),
+        ([str(CONFIG), "--ngpu", "4", "--rank", "4"], "--rank 4 is not one of 4 ranks: they are 0 to 3"),
         ([str(CONFIG), "--ngpu", "2", "--repeats", "1"], "--repeats must be 2 or more"),
         ([str(CONFIG), "--ngpu", "2", "--threads", "0"], "--threads must be 1 or more"),
         ([str(CONFIG), "--ngpu", "2", "--device", "cuda"], "torch finds no GPU here"),

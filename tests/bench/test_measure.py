@@ -15,18 +15,19 @@ from titan_adam_mini import Partition
 from titan_adam_mini.bench import measure as measuring
 from titan_adam_mini.bench.competitors import BASELINE, COMPETITORS, Competitor, chosen
 from titan_adam_mini.bench.measure import Collectives, Measured, Result, bytes_moved, measure, stored_bytes
-from titan_adam_mini.bench.part import Held, Part, Tensors, allocated
+from titan_adam_mini.bench.rank_params import LocalParam, RankParams, Tensors, allocated
 
 CPU = torch.device("cpu")
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def part(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Part:
+def part(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> RankParams:
     """Plain linear layers of these shapes."""
     held = tuple(
-        Held(f"layers.{n}.feed_forward.w1.weight", shape, (shape[1], 1), shape, dtype) for n, shape in enumerate(shapes)
+        LocalParam(f"layers.{n}.feed_forward.w1.weight", shape, (shape[1], 1), shape, dtype)
+        for n, shape in enumerate(shapes)
     )
-    return Part("test", None, held, (), Partition.transformer(n_heads=2), HYPER, {"dim": 8, "n_heads": 2})
+    return RankParams("test", None, held, (), Partition.transformer(n_heads=2), HYPER, {"dim": 8, "n_heads": 2})
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,10 @@ def test_plain_tensors_and_dtensors_are_the_same_memory() -> None:
     """Rows of 5 over 4 ranks: the last has none of them, and the plain tensors leave that parameter out."""
     shapes, locals_ = ((5, 4), (8, 3)), ((0, 4), (2, 3))
     held = tuple(
-        Held(f"w{n}", shape, (shape[1], 1), local, torch.float32, 0, (Shard(0),))
+        LocalParam(f"w{n}", shape, (shape[1], 1), local, torch.float32, 0, (Shard(0),))
         for n, (shape, local) in enumerate(zip(shapes, locals_, strict=True))
     )
-    one = replace(part(), held=held, meshes=(([0, 1, 2, 3], ("fsdp",)),))
+    one = replace(part(), params=held, meshes=(([0, 1, 2, 3], ("fsdp",)),))
     assert (one.numel, one.bytes, one.sharded) == (6, 24, True)
     with allocated(one, 4, 3, CPU) as tensors:
         (_, empty), (name, whole) = tensors.sharded
@@ -124,7 +125,7 @@ def test_every_optimizer_takes_its_turn_with_a_state_of_its_own(tensors: Tensors
     steps: list[str] = []
 
     def counted(name: str) -> Competitor:
-        def build(params: Any, part: Part) -> Any:
+        def build(params: Any, part: RankParams) -> Any:
             optimizer = named("AdamW fused").build(params, part)
             optimizer.register_step_post_hook(lambda *_: steps.append(name))
             return optimizer
@@ -139,7 +140,7 @@ def test_every_optimizer_takes_its_turn_with_a_state_of_its_own(tensors: Tensors
     assert not torch.equal(before, tensors.local[0][1]), "the steps were real"
     numel = 8 * 16 + 4 * 8
     assert [one.state_bytes for one in seen.results] == [8 * numel + 2 * 4] * 2, "two moments and a counter per tensor"
-    assert "all states held at once" in seen.turns
+    assert "all states allocated at once" in seen.turns
 
 
 def test_too_little_memory_for_all_states_holds_one_at_a_time(
@@ -157,7 +158,7 @@ def test_too_little_memory_for_all_states_holds_one_at_a_time(
         def __del__(self) -> None:
             alive.pop()
 
-    def build(params: Any, part: Part) -> Any:
+    def build(params: Any, part: RankParams) -> Any:
         assert not alive, "another one still is there"
         return Alive([param for _, param in params])
 
@@ -167,12 +168,12 @@ def test_too_little_memory_for_all_states_holds_one_at_a_time(
 
 
 def test_who_is_missing_or_fails_is_a_row(tensors: Tensors) -> None:
-    def wrong(params: Any, part: Part) -> Any:
+    def wrong(params: Any, part: RankParams) -> Any:
         raise RuntimeError("no kernel for this\nand more")
 
     late = [0]
 
-    def breaks(params: Any, part: Part) -> Any:
+    def breaks(params: Any, part: RankParams) -> Any:
         optimizer = named("AdamW fused").build(params, part)
 
         def step(*_: Any) -> None:

@@ -159,7 +159,7 @@ def test_a_box_is_spread_as_the_whole_is() -> None:
 
 
 def test_what_cannot_be_converted_is_refused_in_words(adamw: Path, mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds AdamW's optimizer state already"):
+    with pytest.raises(ValueError, match="has AdamW's optimizer state already"):
         conversion(adamw, "adamw")
     with pytest.raises(ValueError, match=r"no .metadata"):
         Stored(tmp_path)
@@ -221,7 +221,7 @@ def test_killed_it_leaves_no_checkpoint_and_the_next_one_says_what_is_left(
     assert left == [] if number == signal.SIGTERM else "step-" not in next(left[0].iterdir()).name
     if number == signal.SIGKILL:
         (rest,) = target.parent.iterdir()
-        with pytest.raises(ValueError, match=rf"{rest} is what a killed conversion to .*/step-4 has left: remove it"):
+        with pytest.raises(ValueError, match=rf"{rest} was left by a killed conversion to .*/step-4: remove it"):
             convert(conversion(adamw, "adam_mini"), target)
         shutil.rmtree(rest)
     convert(conversion(adamw, "adam_mini"), target)

@@ -90,7 +90,7 @@ def test_a_malicious_entry_is_refused_by_name_before_anything_runs(tmp_path: Pat
 def test_a_malicious_snapshot_is_refused_before_anything_runs(tmp_path: Path) -> None:
     mark, file = tmp_path / "ran", tmp_path / "snapshot.pickle"
     file.write_bytes(pickle.dumps({"segments": [], "device_traces": [Malicious(mark)]}))
-    with pytest.raises(ValueError, match=r"holds a pathlib\S*touch.*nothing in it was run"):
+    with pytest.raises(ValueError, match=r"contains a pathlib\S*touch.*nothing in it was executed"):
         read(file)
     assert not mark.exists()
 

@@ -53,7 +53,7 @@ def words(corpus_dir: Path) -> list[str]:
         (["--jobs", "0"], "--jobs must be 1 or more, not 0"),
         (["--lr", "1e-3,fast"], "--lr takes learning rates such as 1e-3,2e-3, not 'fast'"),
         (["--lr", "-1"], "not '-1'"),
-        (["--lr", "1e-3", "--variant", "a=AdamW --optimizer.lr 1"], "has an --optimizer.lr of its own, and --lr"),
+        (["--lr", "1e-3", "--variant", "a=AdamW --optimizer.lr 1"], "sets --optimizer.lr, and --lr"),
         ([ONE, "--training.stepps", "3"], "torchtitan does not take these arguments"),
         ([ONE, "--validation.no-enable"], "there is no validation set"),
         ([ONE, "--validation.freq", "7"], "the last of 80 steps would not be validated"),
@@ -181,13 +181,13 @@ def test_killed_and_started_again(
     first = command()
     wait_for(adamw / "train.log", 5, first)
     first.kill()
-    assert "begins" in first.communicate()[0] and not (adamw / "record.json").exists()
+    assert "started" in first.communicate()[0] and not (adamw / "record.json").exists()
     second = command()
     wait_for(mini / "train.log", EVERY + 5, second)
     second.kill()
     os.kill(json.loads((mini / "lock").read_text())[0], signal.SIGKILL)
     told = second.communicate()[0]
-    assert "AdamW, lr 0.004, seed 0: still at work since an earlier command" in told or (
+    assert "AdamW, lr 0.004, seed 0: still running since an earlier command" in told or (
         "AdamW" not in told and (adamw / "record.json").exists()
     ), "unless it had ended before the second command looked"
     assert not (mini / "record.json").exists()
@@ -195,7 +195,7 @@ def test_killed_and_started_again(
 
     main([*words, "--out", str(out)])
     told = capfd.readouterr().out
-    assert "AdamMini, lr 0.004, seed 0: goes on from the checkpoint of step" in told and "AdamW, lr" not in told
+    assert "AdamMini, lr 0.004, seed 0: resumes from the checkpoint of step" in told and "AdamW, lr" not in told
     assert done == {file: file.stat().st_mtime_ns for file in done}, "what is done is not done again"
     mine, other = records(out), records(undisturbed)
     for run in RUNS:

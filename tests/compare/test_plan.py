@@ -9,7 +9,7 @@ from titan_adam_mini.compare.plan import EXTENSIONS, Plan, Run, at_edge
 def done(plan: Plan, loss: Callable[[Run], float]) -> dict[Run, float]:
     """The losses of everything that the plan ever wants."""
     losses: dict[Run, float] = {}
-    while wanted := plan.wanted(losses):
+    while wanted := plan.remaining(losses):
         assert not losses.keys() & set(wanted)
         losses |= {run: loss(run) for run in wanted}
     return losses
@@ -22,19 +22,19 @@ def bowl(best: float) -> Callable[[Run], float]:
 def test_without_a_sweep_every_seed_at_the_configurations_rate() -> None:
     plan = Plan({"AdamW": 1e-3, "AdamMini": 2e-3}, [], 2)
     runs = [Run("AdamW", 1e-3, 0), Run("AdamMini", 2e-3, 0), Run("AdamW", 1e-3, 1), Run("AdamMini", 2e-3, 1)]
-    assert plan.wanted({}) == runs, "all variants with a seed before any with the next"
+    assert plan.remaining({}) == runs, "all variants with a seed before any with the next"
     assert plan.expected({}) == 4
-    assert plan.wanted(dict.fromkeys(runs[:1], 2.0)) == runs[1:]
-    assert plan.wanted(dict.fromkeys(runs, 2.0)) == []
+    assert plan.remaining(dict.fromkeys(runs[:1], 2.0)) == runs[1:]
+    assert plan.remaining(dict.fromkeys(runs, 2.0)) == []
 
 
 def test_other_seeds_wait_for_the_best_rate() -> None:
     plan = Plan({"AdamW": 1.0}, [1e-3, 2e-3, 4e-3], 3)
     swept = [Run("AdamW", lr, 0) for lr in (1e-3, 2e-3, 4e-3)]
-    assert plan.wanted({}) == swept
+    assert plan.remaining({}) == swept
     losses = dict(zip(swept, (2.0, 1.5, 1.9), strict=True))
-    assert plan.wanted(dict(list(losses.items())[:2])) == swept[2:]
-    assert plan.wanted(losses) == [Run("AdamW", 2e-3, 1), Run("AdamW", 2e-3, 2)]
+    assert plan.remaining(dict(list(losses.items())[:2])) == swept[2:]
+    assert plan.remaining(losses) == [Run("AdamW", 2e-3, 1), Run("AdamW", 2e-3, 2)]
     assert plan.expected(losses) == 5
 
 

@@ -47,12 +47,12 @@ def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
 
 
 def test_what_is_known_ends_at_a_hole(tmp_path: Path) -> None:
-    assert read(tmp_path / "none", RUN, 1).known(4) == 0
+    assert read(tmp_path / "none", RUN, 1).complete_steps(4) == 0
     start(tmp_path, 1, [1.0] * 9, {1: 1.0, 4: 1.0})
-    assert read(tmp_path, RUN, 1).known(4) == 7, "the validation of step 8 is missing"
-    assert read(tmp_path, RUN, 1).known(20) == 9
+    assert read(tmp_path, RUN, 1).complete_steps(4) == 7, "the validation of step 8 is missing"
+    assert read(tmp_path, RUN, 1).complete_steps(20) == 9
     start(tmp_path, 12, [1.0] * 3, {}, number=1)
-    assert read(tmp_path, RUN, 1).known(20) == 9, "steps 10 and 11 are missing"
+    assert read(tmp_path, RUN, 1).complete_steps(20) == 9, "steps 10 and 11 are missing"
 
 
 def test_a_run_that_diverged_ends_there(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_paired_differences_by_hand() -> None:
     found = difference({0: 2.1, 1: 2.3, 2: 2.2, 5: 9.0}, {0: 2.0, 1: 2.1, 2: 2.1})
     assert found is not None and found.seeds == 3
     assert found.mean == pytest.approx(0.4 / 3)
-    assert found.error == pytest.approx(math.sqrt(((0.1 - 0.4 / 3) ** 2 * 2 + (0.2 - 0.4 / 3) ** 2) / 2 / 3))
-    assert found.errors == pytest.approx(4.0) and found.needed == 4.303 and not found.distinguishable
+    assert found.standard_error == pytest.approx(math.sqrt(((0.1 - 0.4 / 3) ** 2 * 2 + (0.2 - 0.4 / 3) ** 2) / 2 / 3))
+    assert found.t_statistic == pytest.approx(4.0) and found.critical_value == 4.303 and not found.distinguishable
     assert difference({0: math.inf}, {0: 2.0}) is None and difference({0: 1.0}, {1: 1.0}) is None
 
 
@@ -97,15 +97,19 @@ def test_sentences_are_honest() -> None:
         "mini ends 0.0123 above AdamW in validation loss, 1.2 standard errors over 3 seeds (95 %: -0.0307 to +0.0553): "
         "not distinguishable."
     )
-    assert replace(near, error=0.001).sentence("mini", "AdamW").endswith("(95 %: +0.0080 to +0.0166): AdamW is better.")
+    assert (
+        replace(near, standard_error=0.001)
+        .sentence("mini", "AdamW")
+        .endswith("(95 %: +0.0080 to +0.0166): AdamW is better.")
+    )
     assert replace(near, mean=-0.1).sentence("mini", "AdamW") == (
         "mini ends 0.1000 below AdamW in validation loss, 10.0 standard errors over 3 seeds (95 %: -0.1430 to "
         "-0.0570): mini is better."
     )
-    assert "nothing is known of chance" in Difference(0.0123, None, 1).sentence("mini", "AdamW")
+    assert "it may be chance" in Difference(0.0123, None, 1).sentence("mini", "AdamW")
     assert Difference(0.1, 0.0, 2).distinguishable, "the same with every seed"
     assert not Difference(0.0, 0.0, 2).distinguishable, "no difference at all"
-    assert Difference(0.1, 0.02, 40).needed == Difference(0.1, 0.02, 11).needed
+    assert Difference(0.1, 0.02, 40).critical_value == Difference(0.1, 0.02, 11).critical_value
 
 
 def test_what_stands_in_the_report(report: Report) -> None:
@@ -127,7 +131,7 @@ def test_what_stands_in_the_report(report: Report) -> None:
         "- ranks: 2\n- device: not known",
         "`the command`",
         "mini: AdamMini with `--optimizer.adam_mini.value_blocks tensor`",
-        "a seed has another where {seed} stands in the path",
+        "seeds differ in it only if {seed} is in the path",
     ):
         assert words in text, words
     mini = rows(text, "Variants")["mini"]
@@ -183,8 +187,8 @@ def test_unequal_starts_are_said_loudly(report: Report) -> None:
 
 def test_what_is_missing_is_named(report: Report) -> None:
     findings = report.write(runs({"AdamW": [2.0, 2.1, 2.1], "mini": [2.1]}), pictures=False)
-    assert findings[-1] == "Not all runs are there yet; missing: mini, lr 0.001, seed 1; mini, lr 0.001, seed 2."
-    assert "with one seed: nothing is known of chance" in findings[1]
+    assert findings[-1] == "Not all runs are finished; missing: mini, lr 0.001, seed 1; mini, lr 0.001, seed 2."
+    assert "with one seed: it may be chance" in findings[1]
     assert report.write({}, pictures=False)[-1].count("seed") == 6
 
 
@@ -223,6 +227,6 @@ def test_a_sweep_has_a_picture_and_a_word_on_its_edges(report: Report) -> None:
 
 def _all_lost(report: Report, lost: dict[Run, Record]) -> dict[Run, Record]:
     """Every run that AdamW's sweep comes to want, if all diverge."""
-    while wanted := report.plan.wanted({run: one.final for run, one in lost.items()}):
+    while wanted := report.plan.remaining({run: one.final for run, one in lost.items()}):
         lost |= {run: record(run, [6.5, math.nan], {1: 6.0}, diverged=2) for run in wanted}
     return lost

@@ -17,7 +17,7 @@ from titan_adam_mini import Partition
 from titan_adam_mini.check.meshes import DENSE, full_shapes
 from titan_adam_mini.checkpoint.stored import Stored
 from titan_adam_mini.inspect import Moments, inspect
-from titan_adam_mini.inspect.moments import moments_stored
+from titan_adam_mini.inspect.moments import stored_moments
 
 STATE = "optimizer.state."
 SHAPES = full_shapes(DENSE)
@@ -51,7 +51,7 @@ def test_parts_may_lie_in_any_order_and_in_any_type(tmp_path: Path) -> None:
 
 def test_a_checkpoint_says_what_the_tensors_in_it_say(adamw: Path) -> None:
     stored = Stored(adamw)
-    by_window = inspect(moments_stored(stored, SHAPES), partition(), window=17)
+    by_window = inspect(stored_moments(stored, SHAPES), partition(), window=17)
     options = {"step": STEPS, "betas": (0.9, 0.999), "eps": 1e-8}
     in_memory = inspect(
         [
@@ -85,7 +85,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     gc.collect()
 
     def look(path: Path, rows: int) -> None:
-        moments = moments_stored(Stored(path), {"wo.weight": (rows, 1024)})
+        moments = stored_moments(Stored(path), {"wo.weight": (rows, 1024)})
         inspect(moments, Partition.transformer(), window=1 << 16)
 
     def kilobytes(key: str) -> int:
@@ -111,11 +111,11 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state(tmp_path: Path) -> N
     state = get_optimizer_state_dict(model, optimizer, options=flat)
     dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "step-7", no_dist=True)
     stored = Stored(tmp_path / "step-7")
-    inspection = inspect(moments_stored(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6)}), Partition.transformer())
+    inspection = inspect(stored_moments(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6)}), Partition.transformer())
     assert inspection.without_gradient == {"w1.weight": 1}
     assert inspection.steps == {"wo.weight": 7, "w1.weight": 0}
     with pytest.raises(ValueError, match=r"has no state for w2.weight of the configuration's model"):
-        moments_stored(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6), "w2.weight": (6, 8)})
+        stored_moments(stored, {"wo.weight": (4, 6), "w1.weight": (8, 6), "w2.weight": (6, 8)})
 
 
 def test_what_cannot_be_looked_at_is_refused_in_words(adamw: Path, tmp_path: Path) -> None:
@@ -132,19 +132,19 @@ def test_what_cannot_be_looked_at_is_refused_in_words(adamw: Path, tmp_path: Pat
         (other, r"output\.weight is \(.*\) in .* and \(3, 4\) in the configuration's model"),
     ):
         with pytest.raises(ValueError, match=told):
-            moments_stored(stored, shapes)
+            stored_moments(stored, shapes)
     mini = Stored(saved(tmp_path, "AdamMini", "one rank"))
     with pytest.raises(
-        ValueError, match="holds AdamMini's optimizer state, which has only the means over its blocks; inspect"
+        ValueError, match="contains AdamMini's optimizer state, which has only the means over its blocks; inspect"
     ):
-        moments_stored(mini, SHAPES)
+        stored_moments(mini, SHAPES)
     model = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     dcp.save(model, checkpoint_id=tmp_path / "model", no_dist=True)
     with pytest.raises(
-        ValueError, match=r"has no optimizer state: it holds a model only .*last_save_model_only = false"
+        ValueError, match=r"has no optimizer state: it contains the model only .*last_save_model_only = false"
     ):
-        moments_stored(Stored(tmp_path / "model"), SHAPES)
+        stored_moments(Stored(tmp_path / "model"), SHAPES)
     theirs = {f"optimizer.state.{name}.vmean": torch.zeros(1) for name in model}
     dcp.save({**model, **theirs}, checkpoint_id=tmp_path / "theirs", no_dist=True)
     with pytest.raises(ValueError, match="authors' adam-mini"):
-        moments_stored(Stored(tmp_path / "theirs"), SHAPES)
+        stored_moments(Stored(tmp_path / "theirs"), SHAPES)

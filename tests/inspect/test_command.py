@@ -54,7 +54,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     moments = [Moments.of(name, torch.rand(shape) + 1) for name, shape in SHAPES.items()]
     step(command, "in_isolated_process", lambda *_: ("llama3 tiny", Partition.transformer(n_heads=2), SHAPES, []))
     step(checkpoint_stored, "Stored", lambda path: path)
-    step(moments_file, "moments_stored", lambda stored, shapes: moments)
+    step(moments_file, "stored_moments", lambda stored, shapes: moments)
     step(command, "short_run", trained)
     step(command, "write_json", command.write_json)
     step(tables, "show", tables.show)
@@ -70,10 +70,10 @@ def run(config: str, **flags: Any) -> str:
 
 def test_the_partition_is_read_before_anything_is_trained(config: str, done: list[str], tmp_path: Path) -> None:
     run(config, steps=3, out=tmp_path / "out", json=str(tmp_path / "told.json"))
-    assert done == ["in_isolated_process", "short_run", "Stored", "moments_stored", "write_json", "show", "heat_map"]
+    assert done == ["in_isolated_process", "short_run", "Stored", "stored_moments", "write_json", "show", "heat_map"]
     done.clear()
     run(config, checkpoint=tmp_path / "step-9")
-    assert done == ["Stored", "in_isolated_process", "moments_stored", "show"]
+    assert done == ["Stored", "in_isolated_process", "stored_moments", "show"]
 
 
 def test_what_the_configuration_gets_wrong_is_said_before_the_run(
@@ -110,7 +110,7 @@ def test_flags_that_cannot_be_served(
         ({"steps": 3, "json": str(tmp_path)}, "is a folder: name a file in it"),
         ({"checkpoint": tmp_path, "ngpu": 2}, "--ngpu is for the run of --steps"),
         ({"steps": 3, "ngpu": 0}, "must be a positive number, not 0"),
-        ({"steps": 3, "out": tmp_path / "used"}, "torchtitan would go on from its checkpoints"),
+        ({"steps": 3, "out": tmp_path / "used"}, "torchtitan would resume from its checkpoints"),
     ):
         with pytest.raises(ValueError, match=told):
             run(config, **flags)

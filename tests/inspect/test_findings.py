@@ -141,7 +141,7 @@ def test_one_line_takes_the_place_of_roles_that_amount_to_it() -> None:
         second[f"layers.{layer}.attention.wq.weight"] = torch.ones(12, 12)
     other = inspected(second, given)
     assert other.second_moment is None and len(knobs_of(other).roles) == 3 + len(given)
-    assert f'The best in one line: second_moment = "{other.best_option}".' in printed(other)
+    assert f'The best single setting: second_moment = "{other.best_option}".' in printed(other)
 
 
 def test_every_setting_is_measured() -> None:
@@ -158,8 +158,8 @@ def test_every_setting_is_measured() -> None:
         assert told[option]["below"] == sum(loss.snr < 1 for loss in default) > 0, "the role given is kept"
         assert told[option]["pattern"] == min(alone.patterns, key=lambda one: one.default.snr).pattern
     assert told["roles"]["below"] == 0 and told["roles"]["distance"] < told["blocks"]["distance"]
-    apart = sum(inspection.losses[name]["default"].apart for name in second)
-    own = sum(inspection.losses[name]["default"].own for name in second)
+    apart = sum(inspection.losses[name]["default"].difference for name in second)
+    own = sum(inspection.losses[name]["default"].update for name in second)
     assert told["blocks"]["distance"] == pytest.approx((apart / own) ** 0.5)
     lines = printed(inspection).splitlines()
     assert any(line.split()[:2] == ["blocks", "(configured)"] for line in lines)
@@ -219,9 +219,7 @@ def test_where_nothing_better_may_be_had_it_says_so() -> None:
     inspection = inspected({"layers.0.wo.weight": uneven})
     assert inspection.roles == {} and inspection.patterns[0].default.snr < 1
     lines = printed(inspection)
-    assert (
-        "No roles to try: where the default's ratio is below 1, no other at no more second moments than rows" in lines
-    )
+    assert "No roles to try: where the default's ratio is below 1, no other with at most rows" in lines
     assert "[optimizer.adam_mini]" not in lines
 
 
@@ -270,7 +268,7 @@ def test_what_never_had_a_gradient() -> None:
 
 def test_roles_that_end_weight_decay_say_so() -> None:
     v = torch.exp(3 * torch.randn(12))
-    assert "takes weight decay from norm.weight." in printed(inspected({"norm.weight": v}, undecayed=["bias"]))
+    assert "removes weight decay from norm.weight." in printed(inspected({"norm.weight": v}, undecayed=["bias"]))
     for undecayed in ([], ["norm", "bias"]):
         assert "weight decay" not in printed(inspected({"norm.weight": v}, undecayed=undecayed))
 

@@ -182,7 +182,9 @@ def test_losses_add_up_over_parameters() -> None:
     one, other = (inspection.losses[name]["default"] for name in names)
     assert pattern.names == tuple(names) and pattern.default.entries == 12
     assert pattern.default.noise == pytest.approx((one.noise + other.noise) / 2)
-    assert pattern.default.distance == pytest.approx(sqrt((one.apart + other.apart) / (one.own + other.own)))
+    assert pattern.default.distance == pytest.approx(
+        sqrt((one.difference + other.difference) / (one.update + other.update))
+    )
     assert Loss() + one == one
 
 

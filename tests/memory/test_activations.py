@@ -25,12 +25,12 @@ def estimated(arguments: list[str]) -> int | str:
 
 def estimated_and_whole(arguments: list[str], depths: list[int]) -> tuple[int | str, list[int]]:
     """The estimate, and what a sequence takes in models of several depths, each run whole."""
-    from titan_adam_mini.memory.activations import _grown, sequence_bytes
-    from titan_adam_mini.offline.build import a_rank, configured
+    from titan_adam_mini.memory.activations import _growth, sequence_bytes
+    from titan_adam_mini.offline.build import configured, fake_rank
 
     config = configured(arguments, 1)
-    with a_rank(0, config.parallelism.tensor_parallel_degree):
-        whole = [_grown(config, config.training.mixed_precision_param, depth) for depth in depths]
+    with fake_rank(0, config.parallelism.tensor_parallel_degree):
+        whole = [_growth(config, config.training.mixed_precision_param, depth) for depth in depths]
     return sequence_bytes(config, mixed=True), whole
 
 
@@ -73,6 +73,6 @@ def test_what_cannot_be_known_is_said() -> None:
     piped = estimated_in_process(words("--parallelism.pipeline_parallel_degree", "2"))
     assert isinstance(piped, str) and "schedule" in piped
     experts = estimated_in_process(words("--model.name", "deepseek_v3", "--model.flavor", "debugmodel"))
-    assert experts == "the layers of deepseek_v3 debugmodel are not alike"
+    assert experts == "the layers of deepseek_v3 debugmodel differ"
     flex = estimated_in_process(words("--model.name", "gpt_oss", "--model.flavor", "debugmodel"))
     assert isinstance(flex, str) and flex.startswith("gpt_oss does not run on tensors without values")

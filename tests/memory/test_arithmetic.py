@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_adam_mini.checkpoint.check import mixes_up
 from titan_adam_mini.layout import BlockLayout
-from titan_adam_mini.offline.holdings import (
+from titan_adam_mini.offline.rank_memory import (
     ROUNDING,
     Bytes,
     Kind,
@@ -50,13 +50,13 @@ def kinds(draw: st.DrawFn) -> Kind:
 
 
 def copies(kind: Kind) -> int:
-    return prod(size for axis, size in enumerate(kind.mesh.sizes) if axis not in kind.cut_axes)
+    return prod(size for axis, size in enumerate(kind.mesh.sizes) if axis not in kind.sharded_axes)
 
 
 @given(kinds())
 def test_all_ranks_hold_every_element(kind: Kind) -> None:
     ranks = range(prod(kind.mesh.sizes))
-    assert sum(counts(kind, kind.place(rank)).numel for rank in ranks) == copies(kind) * prod(kind.shape)
+    assert sum(counts(kind, kind.shard_coordinate(rank)).numel for rank in ranks) == copies(kind) * prod(kind.shape)
 
 
 @given(kinds())
@@ -74,7 +74,7 @@ def test_second_moments_cover_the_grid(kind: Kind) -> None:
     """At least every block once per copy; exactly that where the grid is sharded as the parameter is."""
     (layout,) = kind.layouts
     ranks = range(prod(kind.mesh.sizes))
-    held = sum(sum(counts(kind, kind.place(rank)).grids) for rank in ranks)
+    held = sum(sum(counts(kind, kind.shard_coordinate(rank)).grids) for rank in ranks)
     assert held >= copies(kind) * layout.num_blocks
     if layout.dims[0].is_unit and not any(cut.dim == 1 for cut in kind.shard((0, 0, 0)).cuts):
         assert held == copies(kind) * layout.num_blocks
@@ -86,7 +86,7 @@ def test_state_of_one_rank_is_the_sum_of_its_tensors(kind: Kind, seed: int) -> N
     blocks = Blocks("w", kind.shape, "neuron", *kind.layouts, True, "*")
     stage = Stage(range(prod(kind.mesh.sizes)), (tuple(Param(name, kind, 0, blocks) for name in "abc"),))
     optimizers = {"adamw": Optimizer("", mini=False), "bf16": Optimizer("", True, torch.bfloat16)}
-    held, seen = stage.held(rank, optimizers), counts(kind, kind.place(rank))
+    held, seen = stage.memory_of(rank, optimizers), counts(kind, kind.shard_coordinate(rank))
     assert held.parameters.bytes == 3 * 4 * seen.numel
     assert held.state["adamw"].bytes == 3 * (8 * seen.numel + 4)
     assert held.state["bf16"].bytes == 3 * (2 * seen.numel + 4 * sum(seen.grids) + 4)

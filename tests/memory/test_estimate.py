@@ -140,7 +140,7 @@ def _wrong_plan() -> None:
 
     from titan_adam_mini.memory.peaks import _simulate_checked
 
-    with patch("titan_adam_mini.offline.holdings.STEP", 0):
+    with patch("titan_adam_mini.offline.rank_memory.STEP", 0):
         _simulate_checked(["--job.config_file", CONFIG, *SHALLOW, *SMALL], 2, 0, ["AdamW"])
 
 
@@ -155,8 +155,8 @@ def test_plan_and_simulation_must_agree() -> None:
     ("words", "reason"),
     [
         (("--ngpu", ""), "the number of ranks is not known"),
-        (("--ngpu", "2,x"), "numbers of ranks are positive"),
-        (("--ngpu", "2", "--fit", "80"), "--fit '80' is no amount of memory: write it as 80GiB"),
+        (("--ngpu", "2,x"), "give positive numbers of ranks"),
+        (("--ngpu", "2", "--fit", "80"), "--fit '80' is not an amount of memory: write it like 80GiB"),
         (("--ngpu", "2", "--fit", "4GiB"), "--reserve 6GiB leaves nothing of --fit 4GiB"),
         (("--ngpu", "2,4", "--fit", "80GiB"), "give one, not 2,4"),
         (("--ngpu", "2", "--fit", "80GiB", "--vary", "layers"), "--vary layers: it takes local batch, sequence, GPUs"),

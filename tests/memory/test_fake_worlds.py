@@ -15,7 +15,7 @@ import torch
 
 from titan_adam_mini.memory.facts import facts, optimizers_of
 from titan_adam_mini.memory.plan import _read_run
-from titan_adam_mini.offline.holdings import Run
+from titan_adam_mini.offline.rank_memory import Run
 from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "llama3_8b.toml"
@@ -107,7 +107,7 @@ def check(words: list[str], ngpu: int, rank: int, plan: Run) -> int:
     """The plan of one rank against what is made there; its bytes of parameters."""
     optimizers, _ = optimizers_of(plan)
     made = in_isolated_process(really_made, words, ngpu, rank)
-    held = plan.stage_of(rank).held(rank, optimizers)
+    held = plan.stage_of(rank).memory_of(rank, optimizers)
     assert held.parameters.bytes == made["parameters"], rank
     assert {key: one.bytes for key, one in held.state.items()} == made["state"], rank
     return held.parameters.bytes
@@ -144,7 +144,7 @@ def test_the_whole_model_at_every_number_of_ranks(mesh: str, ngpu: int) -> None:
 def test_parameters_counted_by_hand() -> None:
     for ngpu in sorted({ngpu for ngpu, _ in KNOWN}):
         stage = in_isolated_process(_read_run, arguments("FSDP2"), ngpu, False).stages[0]
-        found = {(ngpu, rank): stage.held(rank, {}).parameters.bytes for of, rank in KNOWN if of == ngpu}
+        found = {(ngpu, rank): stage.memory_of(rank, {}).parameters.bytes for of, rank in KNOWN if of == ngpu}
         assert found == {key: size for key, size in KNOWN.items() if key[0] == ngpu}
 
 

@@ -15,7 +15,7 @@ from titan_adam_mini.cli import main
 from titan_adam_mini.memory import facts as facts_file
 from titan_adam_mini.memory.facts import facts
 from titan_adam_mini.memory.plan import _read_run
-from titan_adam_mini.offline.holdings import Run
+from titan_adam_mini.offline.rank_memory import Run
 from titan_adam_mini.tools.isolated_process import in_isolated_process
 
 LARGE = Path(__file__).resolve().parents[2] / "train_configs" / "llama3_8b.toml"
@@ -82,7 +82,7 @@ def test_an_adamw_configuration_is_planned_for_adam_mini(capfd: pytest.CaptureFi
     words = (str(CONFIG), "--ngpu", "2")
     mine = planned(capfd, *words)
     other = planned(capfd, *words, "--optimizer.name", "AdamW")
-    assert other.pop("notes") == ["The configuration asks for AdamW; this is the plan of AdamMini beside AdamW."]
+    assert other.pop("notes") == ["The configuration uses AdamW; this plan compares AdamMini with AdamW."]
     assert mine.pop("notes") == [] and other == mine
     half = planned(capfd, *words, "--training.dtype", "bfloat16")
     assert half["configured"] == "adam_mini_bfloat16", "the parameters' own type"
@@ -103,7 +103,7 @@ def test_the_verdict_at_both_ends() -> None:
     few, many = (facts(large(ngpu))["verdict"] for ngpu in (8, 512))
     assert few["worth_it"] and few["saved_bytes"] == 4_014_395_260 and few["further_sequences"] == 0
     assert (
-        "saves 7.5 -> 3.7 GiB of optimizer state per GPU: worth it for memory, but no room for local batch 2"
+        "saves 7.5 -> 3.7 GiB of optimizer state per GPU: worth it for memory, but not enough for local batch 2"
         in (few["sentence"])
     )
     assert not many["worth_it"]
@@ -113,16 +113,16 @@ def test_the_verdict_at_both_ends() -> None:
 
 
 @pytest.mark.slow
-def test_the_verdict_makes_room_where_there_is_some() -> None:
+def test_further_sequences_where_the_savings_are_enough() -> None:
     run = large(8, "--training.seq_len", "1024")
     told = facts(run)["verdict"]
     assert told["further_sequences"] == told["saved_bytes"] // told["sequence_bytes"] >= 1
-    assert f"room for local batch {1 + told['further_sequences']} instead of 1 (an estimate)" in told["sentence"]
-    # What is not known is not said; memory of the host makes no room on a GPU.
+    assert f"enough for local batch {1 + told['further_sequences']} instead of 1 (an estimate)" in told["sentence"]
+    # What is not known is not said; host memory frees nothing on a GPU.
     silent = facts(replace(run, sequence="it is not known"))["verdict"]
     assert silent["sequence_bytes"] is silent["further_sequences"] is None
     assert silent["sequence_unknown"] == "it is not known" and silent["worth_it"]
-    assert "per GPU: worth it for memory; checkpoints" in silent["sentence"] and "room" not in silent["sentence"]
+    assert "per GPU: worth it for memory; checkpoints" in silent["sentence"] and "enough" not in silent["sentence"]
     host = facts(replace(run, offloaded=True))["verdict"]
     assert host["further_sequences"] is None and "of host memory per rank: worth it" in host["sentence"]
 

@@ -40,7 +40,7 @@ def test_to_the_byte(name: str, tmp_path: Path) -> None:
     real = run(weigh, case.ranks, case, str(tmp_path), timeout=200)
     optimizers, _ = optimizers_of(plan)
     for rank, held in enumerate(real):
-        mine = plan.stage_of(rank).held(rank, optimizers, offloaded=plan.offloaded)
+        mine = plan.stage_of(rank).memory_of(rank, optimizers, offloaded=plan.offloaded)
         assert (mine.parameters.bytes, mine.gradients.bytes) == (held["parameters"], held["gradients"]), rank
         assert mine.buffers.bytes == held["buffers"]
         assert mine.parameters.bytes + mine.parameters.padding == held["parameters padded"]

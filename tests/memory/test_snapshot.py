@@ -17,7 +17,7 @@ import titan_adam_mini
 from titan_adam_mini import AdamMini
 from titan_adam_mini.cli import main
 from titan_adam_mini.exchange import Exchange
-from titan_adam_mini.memory.snapshot import HELD, _device, read, summarize
+from titan_adam_mini.memory.snapshot import TENSORS_KEY, _device, read, summarize
 from titan_adam_mini.momentum import empty_momentum
 from titan_adam_mini.state import new_state
 
@@ -92,7 +92,7 @@ def play(operations: list[tuple[str, Any, Any]]) -> Allocator:
 def test_what_is_found_is_what_the_books_have(operations: list[tuple[str, Any, Any]], kept: int | None) -> None:
     books = play([("alloc", 1000, "weight"), *operations])
     held = [(one.address, one.size, "parameters") for one in books.open.values() if one.tag == "weight"]
-    data = {**books.snapshot(kept), HELD: {"optimizer": "AdamW", "tensors": held}}
+    data = {**books.snapshot(kept), TENSORS_KEY: {"optimizer": "AdamW", "tensors": held}}
     assume(data["segments"] or data["device_traces"][0])
     found = summarize(_device(Path("built"), pickle.loads(pickle.dumps(data)), None))
 
@@ -167,7 +167,7 @@ def run(state: int, name: str, first: int = 6) -> dict[str, Any]:
             held.append((books.alloc(state * MIB, "adamw", STACKS["adamw"][1]), state * MIB, "optimizer state"))
         books.free(books.alloc(MIB, "stepping", STACKS["stepping"][1]))
     held += [(address, 2 * MIB, "gradients") for address in gradients]
-    return {**books.snapshot(), HELD: {"optimizer": name, "tensors": held}}
+    return {**books.snapshot(), TENSORS_KEY: {"optimizer": name, "tensors": held}}
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_gradients_of_earlier_steps_are_known_by_the_line_that_made_the_last(fir
         "reduce-scatter": 4 * MIB,
     }
     assert found.end.categories["gradients"] == 6 * MIB
-    del data[HELD]
+    del data[TENSORS_KEY]
     bare = summarize(_device(Path("built"), data, None))
     assert bare.peak.allocated == found.peak.allocated
     assert bare.peak.categories == {"activations": saved, "reduce-scatter": 6 * MIB, "other": 16 * MIB}
@@ -232,7 +232,7 @@ def test_how_far_the_trace_reaches_is_said(tmp_path: Path, capsys: pytest.Captur
     assert "the last 6 entries" in told([str(path)], capsys)
     path.write_bytes(pickle.dumps(books.snapshot(kept=3)))
     text = told([str(path)], capsys)
-    assert "the last 3 entries" in text and "does not say which tensors" in text
+    assert "the last 3 entries" in text and "does not name parameters" in text
     assert summarize(read(path)).peak.allocated == MIB, "what was freed before the trace is not known"
     path.write_bytes(pickle.dumps(books.snapshot(kept=0)))
     assert "It has no trace" in told([str(path)], capsys)
@@ -245,11 +245,14 @@ def test_entries_and_tensors_that_do_not_fit_are_counted(tmp_path: Path, capsys:
     books = play([("record", None, None), ("alloc", MIB, "batch")])
     data = books.snapshot()
     data["device_traces"][0].append({"action": "alloc", "addr": 1, "size": 5, "stream": 0, "frames": []})
-    data[HELD] = {"optimizer": "AdamW", "tensors": [(7, 64, "parameters")]}
+    data[TENSORS_KEY] = {"optimizer": "AdamW", "tensors": [(7, 64, "parameters")]}
     path = tmp_path / "a.pickle"
     path.write_bytes(pickle.dumps(data))
     text = told([str(path)], capsys)
-    assert "1 entries do not fit the blocks" in text and "64 bytes of the run's tensors are in no block" in text
+    assert (
+        "1 entries are inconsistent with the blocks" in text
+        and "64 bytes of the tensors that it names are in no block" in text
+    )
 
 
 class Trap:
@@ -270,14 +273,14 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
     for content, words in (
         (None, "cannot be read: No such file"),
         (b"", "is empty"),
-        (pickle.dumps(good)[:-100], "is damaged, or no pickle"),
-        (b"no pickle at all", "is damaged, or no pickle"),
-        (pickle.dumps({"segments": Trap()}), "print, and a snapshot holds"),
-        (pickle.dumps([1, 2]), "no memory snapshot of torch"),
-        (pickle.dumps({"model": 1}), "no memory snapshot of torch (KeyError: 'segments')"),
+        (pickle.dumps(good)[:-100], "is damaged, or not a pickle"),
+        (b"no pickle at all", "is damaged, or not a pickle"),
+        (pickle.dumps({"segments": Trap()}), "print, and a snapshot has"),
+        (pickle.dumps([1, 2]), "not a memory snapshot of torch"),
+        (pickle.dumps({"model": 1}), "not a memory snapshot of torch (KeyError: 'segments')"),
         (pickle.dumps(no_size), "total_size is 'large'"),
         (pickle.dumps(no_blocks), "(KeyError: 'blocks')"),
-        (pickle.dumps({"segments": [], "device_traces": [[]]}), "a snapshot of no memory"),
+        (pickle.dumps({"segments": [], "device_traces": [[]]}), "is an empty snapshot"),
         (pickle.dumps(both), "has devices 0, 2: choose one with --device N"),
     ):
         if content is not None:

@@ -30,8 +30,8 @@ def test_flags_that_cannot_be_served(
     for words, told in (
         (["--steps", "3"], "the model is not known"),
         (["no.toml", "--steps", "3"], "there is no configuration no.toml"),
-        ([config], "whose second moments? give --checkpoint outputs/checkpoint/step-N, or --steps N"),
-        ([config, "--steps", "3", "--checkpoint", "x"], "whose second moments?"),
+        ([config], "give one source: --checkpoint outputs/checkpoint/step-N, or --steps N"),
+        ([config, "--steps", "3", "--checkpoint", "x"], "give one source"),
         ([config, "--steps", "0"], "--steps must be 1 or more, not 0"),
         ([config, "--steps", "1", "--ngpu", "0"], "must be a positive number, not 0"),
         ([config, "--checkpoint", str(tmp_path / "step-9")], "is not a folder: a checkpoint is a folder such as"),
@@ -41,7 +41,7 @@ def test_flags_that_cannot_be_served(
     ):
         assert told in refused(capsys, words)
     (tmp_path / "run").mkdir()
-    assert "torchtitan would go on" in refused(capsys, [config, "--steps", "1", "--out", str(tmp_path)])
+    assert "torchtitan would resume" in refused(capsys, [config, "--steps", "1", "--out", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_a_run(
     assert (out / "heat_map.png").is_file()
     assert refused(capsys, ["--checkpoint", str(path), str(CONFIG), "--model.flavor", "debugmodel"]).count("\n") == 1
     seed = trainer.checkpoint("seed", 0)
-    assert "holds a model only" in refused(capsys, ["--checkpoint", str(seed), str(CONFIG), *SMALL])
+    assert "contains the model only" in refused(capsys, ["--checkpoint", str(seed), str(CONFIG), *SMALL])
     half = ["--checkpoint", str(trainer.checkpoint("adamw", HALF)), str(CONFIG), *SMALL, "--json"]
     main(["inspect", *half])
     assert json.loads(capsys.readouterr().out)["parameters"][0]["step"] == HALF

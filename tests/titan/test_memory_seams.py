@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from forked import HALF, STEPS, Trainer
 
-from titan_adam_mini.memory.snapshot import HELD, read, summarize
+from titan_adam_mini.memory.snapshot import TENSORS_KEY, read, summarize
 
 from .cpu_memory import give_memory
 
@@ -122,7 +122,7 @@ def test_snapshots_know_the_tensors_of_the_run(request: Any, name: str, ranks: i
         assert found.end.categories["optimizer state"] == state
         for key in ("parameters", "gradients"):
             assert sizes[key] <= found.end.categories[key] <= 1.01 * sizes[key]
-        tensors = pickle.loads(path.read_bytes())[HELD]["tensors"]
+        tensors = pickle.loads(path.read_bytes())[TENSORS_KEY]["tensors"]
         assert len({address for address, _, _ in tensors}) == len(tensors), "each storage once"
 
 

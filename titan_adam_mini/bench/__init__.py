@@ -1,5 +1,8 @@
-"""`titan-adam-mini bench`: step time and state of optimizers side by side, on what one rank of a run really holds.
+"""`titan-adam-mini bench`: step time and state of optimizers side by side, on the parameters of one rank of a run.
 
-`part.py` says what a rank holds and allocates it, `competitors.py` who is measured, `measure.py` how; `tables.py` what
-is shown of it, and `command.py` is what a user calls.
+rank_params  the parameters of one rank, as data and allocated (shards: from torchtitan's configuration)
+competitors  the optimizers that are measured
+measure      how they are measured
+tables       the results as JSON and as a table
+command      the command `bench`
 """

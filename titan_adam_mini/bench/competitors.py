@@ -1,4 +1,4 @@
-"""Who is measured: one row per optimizer, built with the configuration's hyper-parameters."""
+"""The optimizers that are measured: one row each, built with the configuration's hyper-parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..optimizer import AdamMini
-from .part import Named, Part
+from .rank_params import Named, RankParams
 
 BASELINE = "AdamW fused"
 
@@ -21,21 +21,21 @@ class Competitor:
     """One row of the table.
 
     Attributes:
-        name: as shown.
-        build: makes the optimizer of named parameters; raises what it raises.
-        sharded: it steps the parameters as the training has them (DTensors), not the plain local tensors.
-        package: distribution on PyPI that it comes from, "" for torch and this one.
-        module: what is imported of it.
+        name: in the table.
+        build: builds the optimizer for named parameters; the optimizer's own errors propagate.
+        sharded: whether it steps the run's own parameters (DTensors) instead of the plain local tensors.
+        package: its distribution on PyPI, "" for torch and this package.
+        module: the module to import.
     """
 
     name: str
-    build: Callable[[Named, Part], Any]
+    build: Callable[[Named, RankParams], Any]
     sharded: bool = False
     package: str = ""
     module: str = ""
 
     def installed(self) -> bool:
-        """Is its package there? An import that fails for another reason raises."""
+        """Whether its package is installed. An import that fails for another reason raises."""
         if not self.module:
             return True
         try:
@@ -48,45 +48,47 @@ class Competitor:
 
     @property
     def version(self) -> str:
-        """Version of its package; "" for torch and this one, and if it is not known."""
+        """Version of its package; "" for torch and this package, or if it is unknown."""
         try:
             return version(self.package) if self.package else ""
         except PackageNotFoundError:
             return ""
 
 
-def _adamw(**flags: bool) -> Callable[[Named, Part], Any]:
-    def build(named: Named, part: Part) -> Any:
-        return torch.optim.AdamW([param for _, param in named], **part.hyper, **flags)
+def _adamw(**flags: bool) -> Callable[[Named, RankParams], Any]:
+    def build(named: Named, rank_params: RankParams) -> Any:
+        return torch.optim.AdamW([param for _, param in named], **rank_params.hyper, **flags)
 
     return build
 
 
-def _adam_mini(momentum_dtype: torch.dtype | None, **flags: Any) -> Callable[[Named, Part], Any]:
-    def build(named: Named, part: Part) -> Any:
-        return AdamMini(named, **part.hyper, partition=part.partition, momentum_dtype=momentum_dtype, **flags)
+def _adam_mini(momentum_dtype: torch.dtype | None, **flags: Any) -> Callable[[Named, RankParams], Any]:
+    def build(named: Named, rank_params: RankParams) -> Any:
+        return AdamMini(
+            named, **rank_params.hyper, partition=rank_params.partition, momentum_dtype=momentum_dtype, **flags
+        )
 
     return build
 
 
-def _authors(named: Named, part: Part) -> Any:
-    if None in (part.heads.get("dim"), part.heads.get("n_heads")):
+def _authors(named: Named, rank_params: RankParams) -> Any:
+    if None in (rank_params.heads.get("dim"), rank_params.heads.get("n_heads")):
         raise ValueError("it needs `dim` and `n_heads`, which this model does not have")
-    return import_module("adam_mini").Adam_mini(named, **part.hyper, **part.heads, verbose=False)
+    return import_module("adam_mini").Adam_mini(named, **rank_params.hyper, **rank_params.heads, verbose=False)
 
 
-def _peer(module: str, name: str) -> Callable[[Named, Part], Any]:
-    def build(named: Named, part: Part) -> Any:
-        return getattr(import_module(module), name)([param for _, param in named], **part.hyper)
+def _peer(module: str, name: str) -> Callable[[Named, RankParams], Any]:
+    def build(named: Named, rank_params: RankParams) -> Any:
+        return getattr(import_module(module), name)([param for _, param in named], **rank_params.hyper)
 
     return build
 
 
-def _flash(named: Named, part: Part) -> Any:
-    """Its 24-bit master weights are for bfloat16 parameters only: it refuses them for float32 ones."""
+def _flash(named: Named, rank_params: RankParams) -> Any:
+    """flashoptim's optimizer; its 24-bit master weights are only for bfloat16 parameters."""
     bits = None if all(param.dtype == torch.float32 for _, param in named) else 24
     build = import_module("flashoptim").FlashAdamW
-    return build([param for _, param in named], **part.hyper, master_weight_bits=bits)
+    return build([param for _, param in named], **rank_params.hyper, master_weight_bits=bits)
 
 
 COMPETITORS = (
@@ -109,14 +111,14 @@ COMPETITORS = (
 )
 
 
-def chosen(only: str, part: Part) -> list[Competitor]:
-    """The competitors whose names hold one of the words in `only` ("a,b"; "" for all), and always the baseline.
+def chosen(only: str, rank_params: RankParams) -> list[Competitor]:
+    """The competitors whose names contain one of the words in `only` ("a,b"; "" for all), and always the baseline.
 
-    Raises ValueError for a word that no name holds.
+    Raises ValueError for a word that is in no name.
     """
-    rows = [one for one in COMPETITORS if part.sharded or "on DTensors" not in one.name]
+    rows = [row for row in COMPETITORS if rank_params.sharded or "on DTensors" not in row.name]
     words = [word.strip().lower() for word in only.split(",") if word.strip()]
     for word in words:
-        if not any(word in one.name.lower() for one in rows):
-            raise ValueError(f"--only {word!r} is in no name; the names are {'; '.join(one.name for one in rows)}")
-    return [one for one in rows if not words or one.name == BASELINE or any(w in one.name.lower() for w in words)]
+        if not any(word in row.name.lower() for row in rows):
+            raise ValueError(f"--only {word!r} is in no name; the names are {'; '.join(row.name for row in rows)}")
+    return [row for row in rows if not words or row.name == BASELINE or any(w in row.name.lower() for w in words)]

@@ -1,7 +1,7 @@
-"""How optimizers are measured: in turns within one process, on the same parameters and gradients.
+"""Measures optimizers in turns within one process, on the same parameters and gradients.
 
-A step changes parameters in place, which harms nobody's time, so all competitors share them and only the state is
-each one's own. A large `copy_` takes its turn as one more competitor: it is what a step's bytes are compared with.
+All competitors share the parameters, because a step in place does not affect another's time; each has its own state. A
+large `copy_` takes turns with them: its bandwidth is the reference for the bytes that a step moves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .competitors import Competitor
-from .part import Part, Tensors
+from .rank_params import RankParams, Tensors
 
 WARM_UP = 3
 BLOCK_ROUNDS = 4
@@ -35,7 +35,7 @@ COLLECTIVES = (
 
 @dataclass
 class Result:
-    """What was seen of one competitor.
+    """The result of one competitor.
 
     Attributes:
         status: "measured", "not installed" or "failed".
@@ -62,7 +62,7 @@ class Result:
 
 @dataclass
 class Measured:
-    """All results, the copy's, and how turns were taken."""
+    """All results, that of the copy, and a description of the turns."""
 
     results: list[Result]
     copy: Result
@@ -83,17 +83,17 @@ def bytes_moved(params: float, grads: float, state: float) -> float:
     return 2 * params + grads + 2 * state
 
 
-def bytes_needed(part: Part, device: torch.device) -> int:
+def bytes_needed(rank_params: RankParams, device: torch.device) -> int:
     """Memory for parameters, gradients, the largest state (two moments), one temporary, and the copy."""
-    return 2 * part.bytes + _largest_state(part) + 2 * COPY_BYTES[device.type]
+    return 2 * rank_params.bytes + _largest_state(rank_params) + 2 * COPY_BYTES[device.type]
 
 
-def _largest_state(part: Part) -> int:
-    return 3 * sum(one.numel * max(4, one.dtype.itemsize) for one in part.held)
+def _largest_state(rank_params: RankParams) -> int:
+    return 3 * sum(param.numel * max(4, param.dtype.itemsize) for param in rank_params.params)
 
 
 def bytes_free(device: torch.device) -> int | None:
-    """Memory that can still be allocated on a device; None where the system does not say."""
+    """Memory that can still be allocated on a device; None if it is unknown."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -107,7 +107,7 @@ def bytes_free(device: torch.device) -> int | None:
 
 
 def stored_bytes(value: Any) -> int:
-    """Bytes of all tensors in an optimizer's state on this rank, memory that several share counted once."""
+    """Bytes of all tensors in an optimizer's state on this rank; shared memory is counted once."""
     seen: dict[int, int] = {}
     for tensor in _tensors_in(value):
         storage = tensor.untyped_storage()
@@ -116,7 +116,7 @@ def stored_bytes(value: Any) -> int:
 
 
 def _tensors_in(value: Any) -> Iterable[Tensor]:
-    """The plain tensors inside containers, DTensors, tensor subclasses, and objects that hold tensors."""
+    """The plain tensors inside containers, DTensors, tensor subclasses, and objects with tensors as attributes."""
     if isinstance(value, DTensor):
         yield from _tensors_in(value.to_local())
     elif isinstance(value, Tensor):
@@ -128,15 +128,15 @@ def _tensors_in(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, dict):
         yield from _tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_in(one)
+        for item in value:
+            yield from _tensors_in(item)
     elif type(value).__module__.split(".")[0] not in ("builtins", "torch") and hasattr(value, "__dict__"):
         yield from _tensors_in(vars(value))
 
 
 class Collectives(AbstractContextManager["Collectives"]):
-    """`with Collectives() as seen: ...` counts the calls of torch.distributed's collectives, and their bytes: those of
-    the larger side, what goes in or what comes out."""
+    """`with Collectives() as seen: ...` counts the calls of torch.distributed's collectives and their bytes, those of
+    the inputs or of the outputs, whichever are more."""
 
     def __init__(self) -> None:
         self.count = self.bytes = 0
@@ -153,13 +153,13 @@ class Collectives(AbstractContextManager["Collectives"]):
 
     def _called(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.count += 1
-        sides = [one if isinstance(one, list) else [one] for one in (*args, *kwargs.values())]
-        self.bytes += max(sum(one.nbytes for one in side if isinstance(one, Tensor)) for side in sides)
+        sides = [arg if isinstance(arg, list) else [arg] for arg in (*args, *kwargs.values())]
+        self.bytes += max(sum(value.nbytes for value in side if isinstance(value, Tensor)) for side in sides)
         return function(*args, **kwargs)
 
 
 class _Copy:
-    """A copy of memory in an optimizer's clothes."""
+    """A copy of memory, with the interface of an optimizer."""
 
     def __init__(self, device: torch.device) -> None:
         self.source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
@@ -169,8 +169,8 @@ class _Copy:
         self.target.copy_(self.source)
 
 
-class _Lane:
-    """One competitor at work: its optimizer while it has one, and its result."""
+class _Measurement:
+    """The measurement of one competitor: its optimizer, while it has one, and its result."""
 
     def __init__(self, result: Result, build: Callable[[], Any], device: torch.device) -> None:
         self.result, self._build, self._device = result, build, device
@@ -178,10 +178,10 @@ class _Lane:
         self._counted = False
 
     def prepare(self) -> None:
-        """Build and warm up; what a step launches and sends is counted on the way, once, never while timing."""
+        """Build and warm up; kernels and collectives of a step are counted once during warm-up, never while timing."""
         if self.result.status != "measured":
             return
-        with _Told(self):
+        with _RecordFailure(self):
             self.optimizer = self._build()
             for number in range(WARM_UP):
                 if self._counted or number == 0:
@@ -199,37 +199,37 @@ class _Lane:
     def step(self) -> None:
         """One timed step."""
         if self.optimizer is not None:
-            with _Told(self):
+            with _RecordFailure(self):
                 self.result.ms.append(_milliseconds(self.optimizer.step, self._device))
 
     def release(self) -> None:
-        """Give the state back."""
+        """Free the state."""
         self.optimizer = None
         gc.collect()
 
 
-class _Told(AbstractContextManager["_Told"]):
-    """Turns an exception into a row that tells it."""
+class _RecordFailure(AbstractContextManager["_RecordFailure"]):
+    """Records an exception in the result instead of raising it."""
 
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
+    def __init__(self, measurement: _Measurement) -> None:
+        self._measurement = measurement
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> bool:
         if not isinstance(error, Exception):
             return False
-        self._lane.result.status, self._lane.result.note = "failed", first_line(error)
-        self._lane.result.ms.clear()
-        self._lane.optimizer = None
+        self._measurement.result.status, self._measurement.result.note = "failed", first_line(error)
+        self._measurement.result.ms.clear()
+        self._measurement.optimizer = None
         return True
 
 
 def first_line(error: Exception) -> str:
-    """An exception as its type and the first line of what it says."""
+    """An exception's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 QUEUED = 4
-"""Steps that a GPU is given in a row, as training queues its work: one's preparation runs beside another's kernels."""
+"""Steps queued on a GPU in a row, as in training: the host prepares a step while the GPU runs the previous one."""
 
 
 def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -248,7 +248,7 @@ def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def _launches(step: Callable[[], Any], device: torch.device) -> int | None:
-    """CUDA kernels of one step; None without CUDA, where the step is taken all the same."""
+    """The number of CUDA kernels of one step; without CUDA, take the step and return None."""
     if device.type != "cuda":
         step()
         return None
@@ -257,80 +257,80 @@ def _launches(step: Callable[[], Any], device: torch.device) -> int | None:
         step()
         torch.cuda.synchronize(device)
     kernels = [
-        one
-        for one in seen.events()
-        if one.device_type == torch.autograd.DeviceType.CUDA
-        and not one.is_user_annotation
-        and not one.name.startswith(("Memcpy", "Memset"))
+        event
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.startswith(("Memcpy", "Memset"))
     ]
     return len(kernels)
 
 
 def measure(
-    competitors: Sequence[Competitor], part: Part, tensors: Tensors, device: torch.device, repeats: int
+    competitors: Sequence[Competitor], rank_params: RankParams, tensors: Tensors, device: torch.device, repeats: int
 ) -> Measured:
-    """Step every competitor `repeats` times, in turns of one step; in turns of several if memory is short.
+    """Step every competitor `repeats` times, in turns of one step, or of several if memory is short.
 
     Args:
-        competitors: who; the first is the baseline.
-        part, tensors: what the rank holds, as data and allocated.
-        device: where.
-        repeats: timed steps of each.
+        competitors: the first is the baseline.
+        rank_params, tensors: the rank's parameters, as data and allocated.
+        device: the device of the tensors.
+        repeats: timed steps of each competitor.
     """
     copy = Result("copy_")
-    lanes = [_Lane(copy, lambda: _Copy(device), device)]
-    for one in competitors:
-        result = Result(one.name, one.version)
-        named = tensors.sharded if one.sharded else tensors.local
-        lane = _Lane(result, partial(one.build, named, part), device)
-        with _Told(lane):
-            if not one.installed():
+    measurements = [_Measurement(copy, lambda: _Copy(device), device)]
+    for competitor in competitors:
+        result = Result(competitor.name, competitor.version)
+        named = tensors.sharded if competitor.sharded else tensors.local
+        measurement = _Measurement(result, partial(competitor.build, named, rank_params), device)
+        with _RecordFailure(measurement):
+            if not competitor.installed():
                 result.status = "not installed"
-        lanes.append(lane)
+        measurements.append(measurement)
     with _current(device), _no_collection():
-        short = _prepare_all(lanes, part, device)
+        short = _prepare_all(measurements, rank_params, device)
         if not short:
             each = f"{QUEUED} steps in a row" if device.type == "cuda" else "one step"
-            turns = f"all states held at once, {repeats} rounds of {each} each"
+            turns = f"all states allocated at once, {repeats} rounds of {each} each"
             for number in range(repeats):
-                for lane in _rotated(lanes, number):
-                    lane.step()
+                for measurement in _rotated(measurements, number):
+                    measurement.step()
         else:
-            turns = _in_blocks(lanes, repeats, device, short)
-    return Measured([lane.result for lane in lanes[1:]], copy, COPY_BYTES[device.type], turns)
+            turns = _one_at_a_time(measurements, repeats, device, short)
+    return Measured([measurement.result for measurement in measurements[1:]], copy, COPY_BYTES[device.type], turns)
 
 
-def _prepare_all(lanes: Sequence[_Lane], part: Part, device: torch.device) -> str:
-    """Prepare all lanes; if memory falls short on the way release them, and say so."""
-    for lane in lanes:
+def _prepare_all(measurements: Sequence[_Measurement], rank_params: RankParams, device: torch.device) -> str:
+    """Prepare all measurements; if memory runs short, release them and return a note, else ""."""
+    for measurement in measurements:
         free = bytes_free(device)
-        if free is not None and free < _largest_state(part):
-            for one in lanes:
-                one.release()
-            return f"{free / 2**30:.1f} GiB were left before {lane.result.name}"
-        lane.prepare()
+        if free is not None and free < _largest_state(rank_params):
+            for prepared in measurements:
+                prepared.release()
+            return f"{free / 2**30:.1f} GiB were left before {measurement.result.name}"
+        measurement.prepare()
     return ""
 
 
-def _in_blocks(lanes: Sequence[_Lane], repeats: int, device: torch.device, short: str) -> str:
-    """Only one state at a time: several rounds in which each competitor starts anew and takes several steps."""
+def _one_at_a_time(measurements: Sequence[_Measurement], repeats: int, device: torch.device, short: str) -> str:
+    """Measure with one state at a time: in several rounds, each competitor is built again and takes several steps."""
     rounds = min(BLOCK_ROUNDS, repeats)
-    for lane in lanes:
-        lane.result.ms.clear()
+    for measurement in measurements:
+        measurement.result.ms.clear()
     for number in range(rounds):
-        for lane in _rotated(lanes, number):
-            bytes_free(device)  # returns what was released to the device
-            lane.prepare()
+        for measurement in _rotated(measurements, number):
+            bytes_free(device)  # returns released memory to the device
+            measurement.prepare()
             for _ in range(repeats // rounds + (number < repeats % rounds)):
-                lane.step()
-            lane.release()
-    return f"memory holds too few states at once ({short}): one at a time, {rounds} rounds, {repeats} steps in all"
+                measurement.step()
+            measurement.release()
+    return f"memory fits too few states at once ({short}): one at a time, {rounds} rounds, {repeats} steps in all"
 
 
-def _rotated(lanes: Sequence[_Lane], number: int) -> list[_Lane]:
-    """Another one begins in every round, so that nobody always finds the caches that the same neighbour left."""
-    shift = number % len(lanes)
-    return [*lanes[shift:], *lanes[:shift]]
+def _rotated(measurements: Sequence[_Measurement], number: int) -> list[_Measurement]:
+    """Start each round with another measurement, so that the contents of caches do not favour the same one."""
+    shift = number % len(measurements)
+    return [*measurements[shift:], *measurements[:shift]]
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -338,12 +338,12 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class _no_collection(AbstractContextManager[None]):
-    """No garbage collection by itself inside a timed step."""
+    """Disables automatic garbage collection, which would disturb timed steps."""
 
     def __enter__(self) -> None:
-        self._was = gc.isenabled()
+        self._was_enabled = gc.isenabled()
         gc.disable()
 
     def __exit__(self, *_: object) -> None:
-        if self._was:
+        if self._was_enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""What was measured, as rows for JSON and as a table with its caption."""
+"""The results as rows for JSON and as a table with its caption."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from rich.table import Table
 
 from .competitors import BASELINE
 from .measure import WARM_UP, Measured, Result, bytes_moved
-from .part import Part
+from .rank_params import RankParams
 
 WIDTH = 180
 DTENSORS = (
-    "It steps the run's own DTensors; the others, unless the name says otherwise, plain local tensors, their best case."
+    "It steps the run's own DTensors; the others, unless their name mentions DTensors, step plain local tensors, their "
+    "best case."
 )
 PLAIN = "Nothing is sharded: all step plain tensors."
 
 
 def show(facts: dict[str, Any], rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the caption and the table, for reading."""
+    """Print the caption and the table."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
     for line in caption(facts):
@@ -29,8 +30,8 @@ def show(facts: dict[str, Any], rows: list[dict[str, Any]], console: Console) ->
     console.print(_table(rows))
 
 
-def row_of(result: Result, part: Part, measured: Measured) -> dict[str, Any]:
-    """A result with the figures that follow from it; those that were not seen are None."""
+def row_of(result: Result, rank_params: RankParams, measured: Measured) -> dict[str, Any]:
+    """A result with the figures derived from it; unknown ones are None."""
     row: dict[str, Any] = asdict(result)
     derived = (
         "p10_ms",
@@ -50,16 +51,18 @@ def row_of(result: Result, part: Part, measured: Measured) -> dict[str, Any]:
         p10_ms=low,
         median_ms=median,
         p90_ms=high,
-        ns_per_parameter=median * 1e6 / part.numel,
+        ns_per_parameter=median * 1e6 / rank_params.numel,
         ratio=median / baseline.spread()[1] if baseline.status == "measured" else None,
-        state_bytes_per_parameter=result.state_bytes / part.numel,
-        share_of_copy=bytes_moved(part.bytes, part.bytes, result.state_bytes) / (median / 1e3) / measured.bandwidth,
+        state_bytes_per_parameter=result.state_bytes / rank_params.numel,
+        share_of_copy=bytes_moved(rank_params.bytes, rank_params.bytes, result.state_bytes)
+        / (median / 1e3)
+        / measured.bandwidth,
     )
     return row
 
 
 def caption(facts: dict[str, Any]) -> list[str]:
-    """What was measured, where and how, in lines."""
+    """What was measured, where and how, as lines of text."""
     layers = ""
     if facts["layers"] and facts["layers"][0] != facts["layers"][1]:
         layers = f", {facts['layers'][0]} of its {facts['layers'][1]} layers kept"
@@ -69,11 +72,11 @@ def caption(facts: dict[str, Any]) -> list[str]:
         f"{facts['parameters']:,} parameters in {facts['tensors']} tensors, {' and '.join(facts['dtypes'])}",
         f"{facts['device']}; torch {facts['torch']}, {triton}; copy_ of {facts['copy_bytes'] / 2**20:,.0f} MiB: "
         f"{facts['copy_bytes_per_second'] / 1e9:,.1f} GB/s read and written",
-        f"In turns, after {WARM_UP} steps of warm-up: {facts['turns']}.",
-        "Collectives are counted with the bytes that this rank puts into them, and not timed: no other rank is there.",
-        "AdamMini's rows name the type of its momentum. " + (DTENSORS if facts["sharded"] else PLAIN),
-        "% of copy_: bytes that a step must move (parameters and state read and written, gradients read) over its "
-        "time, as a share of what copy_ moves.",
+        f"In turns, after {WARM_UP} warm-up steps: {facts['turns']}.",
+        "Collectives are counted, with the bytes of this rank, and not timed, because there is no other rank.",
+        "AdamMini's rows name the dtype of its momentum. " + (DTENSORS if facts["sharded"] else PLAIN),
+        "% of copy_: bytes that a step must move (parameters and state read and written, gradients read) per time, "
+        "relative to copy_.",
         facts["command"],
     ]
 
@@ -88,8 +91,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         name = f"{row['name']} {row['version']}".strip()
         if row["status"] != "measured":
-            told = row["status"] if row["status"] == "not installed" else row["note"]
-            table.add_row(name, *[""] * (len(headings) + 1), told)
+            note = row["status"] if row["status"] == "not installed" else row["note"]
+            table.add_row(name, *[""] * (len(headings) + 1), note)
             continue
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         launches = "-" if row["launches"] is None else f"{row['launches']:,}"

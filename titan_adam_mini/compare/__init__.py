@@ -1,6 +1,12 @@
-"""Does AdamMini reach AdamW's loss on this model? Runs with equal data and equal starts, and a report of them.
+"""Trains a model with AdamW and AdamMini from the same initial weights on the same data, and reports the difference.
 
-variants -> what is compared; settled -> what a folder was made with; plan -> which runs that takes; training -> one
-run; work -> all of them, side by side; record -> what a run said; statistics, report, tables, picture -> what follows
-from it; command -> the command `compare`.
+command         the command `compare`
+configurations  torchtitan's configuration of every variant
+variants        the optimizers and settings that are compared
+folder          the folder of a comparison: its lock, and the settings it was made with
+plan            which runs there are: the sweep of learning rates, then the seeds
+training        one run of the trainer
+runner          all runs, several at a time
+record          losses and other figures of one run
+statistics, report, tables, picture  the results
 """

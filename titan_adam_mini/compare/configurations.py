@@ -1,11 +1,11 @@
-"""From a torchtitan configuration to what a comparison of optimizers must know of it before anything is run."""
+"""The torchtitan configuration of a variant, checked and summarized before anything is run."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from ..offline.build import configured
 from ..offline.checks import check
-from ..offline.holdings import ADAMW, optimizers_of
+from ..offline.rank_memory import ADAMW, optimizers_of
 from ..offline.refusals import data_ranks
 from ..offline.stages import run_of
 from ..titan.builder import NAME
@@ -18,29 +18,29 @@ class Compared:
     Attributes:
         config: torchtitan's job configuration as a dictionary.
         model: its name and flavor.
-        parameters: of the whole model.
+        parameters: of the full model.
         state_bytes: of the optimizer's state, every element counted once.
-        shown: the rank that knows the loss.
-        data_ranks: how many ranks read data of their own.
+        loss_rank: the rank that reports the loss.
+        data_ranks: number of ranks that read different data.
     """
 
     config: dict[str, Any]
     model: str
     parameters: int
     state_bytes: int
-    shown: int
+    loss_rank: int
     data_ranks: int
 
 
 def read_compared(arguments: list[str], ngpu: int) -> Compared:
-    """What a variant is, if its run could start. Takes the whole process: see `tools/isolated_process.py`.
+    """A variant's configuration. Needs a process of its own: see `tools/isolated_process.py`.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` among it.
+        arguments: torchtitan's command line, with `--job.config_file X`.
         ngpu: number of ranks.
 
     Raises:
-        ValueError: the run could not start, in words.
+        ValueError: the run could not start.
     """
     config = configured(arguments, ngpu)
     run = run_of(config, ngpu)
@@ -48,12 +48,12 @@ def read_compared(arguments: list[str], ngpu: int) -> Compared:
     check(run, optimizers[mini])
     degrees = config.parallelism
     stages = degrees.pipeline_parallel_degree
-    last = degrees.pipeline_parallel_schedule != "ZBVZeroBubble"
+    loss_on_last_stage = degrees.pipeline_parallel_schedule != "ZBVZeroBubble"
     return Compared(
         config=config.to_dict(),
         model=run.model,
         parameters=run.parameters,
         state_bytes=run.checkpoint_bytes(optimizers[mini if config.optimizer.name == NAME else ADAMW]),
-        shown=ngpu // stages * (stages - 1) if last else 0,
+        loss_rank=ngpu // stages * (stages - 1) if loss_on_last_stage else 0,
         data_ranks=data_ranks(degrees, ngpu),
     )

@@ -1,4 +1,4 @@
-"""Which runs a comparison takes: learning rates first, with one seed, then the other seeds at each variant's best."""
+"""Which runs a comparison needs: learning rates first, with one seed, then the other seeds at each variant's best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 EXTENSIONS = 4
-"""So many times at most a variant's list of learning rates is extended in search of its best."""
+"""The list of learning rates of a variant is extended at most this many times in search of its best."""
 
 
 class Run(NamedTuple):
@@ -20,7 +20,7 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where it lies below the comparison's folder."""
+        """Its folder, relative to the comparison's."""
         return f"runs/{self.variant}/lr-{self.lr}/seed-{self.seed}"
 
     def __str__(self) -> str:
@@ -33,20 +33,20 @@ Losses = Mapping[Run, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be found out.
+    """The runs of a comparison.
 
     Attributes:
         variants: name -> the learning rate of its configuration.
         lrs: the learning rates of a sweep, for every variant; empty for none.
-        seeds: how many; they are 0, 1, ...
+        seeds: number of seeds; they are 0, 1, ...
     """
 
     variants: Mapping[str, float]
     lrs: Sequence[float]
     seeds: int
 
-    def wanted(self, losses: Losses) -> list[Run]:
-        """The runs still to be done, as far as can be known now, in the order to do them in; none if all is done."""
+    def remaining(self, losses: Losses) -> list[Run]:
+        """The runs that can be determined now and are not finished, in the order to run them in."""
         runs = []
         for name in self.variants:
             swept, best = self.sweep(name, losses)
@@ -55,16 +55,16 @@ class Plan:
         return sorted((run for run in runs if run not in losses), key=lambda run: run.seed)
 
     def expected(self, losses: Losses) -> int:
-        """How many runs there will be in all, as far as can be known now."""
+        """The total number of runs, as far as can be determined now."""
         return sum(len(self.sweep(name, losses)[0]) + self.seeds - 1 for name in self.variants)
 
     def sweep(self, variant: str, losses: Losses) -> tuple[list[float], float | None]:
-        """The learning rates of a variant in rising order, extended as far as is known, and the best of them.
+        """The learning rates of a variant in ascending order, with the extensions known so far, and the best of them.
 
-        Without a sweep its own is the only one, and the best. Else the best is None while runs are missing. While it
-        lies at an edge, that edge moves on by the factor between the last two values (2 if there is one value only),
-        EXTENSIONS times at most. Of equal losses the smaller rate's is the best, so that where all diverge, only
-        smaller ones are tried.
+        Without a sweep there is only the configured one. In a sweep, the best is None while runs are missing. While it
+        is at an edge, that edge is extended by the factor between the last two values (2 if there is only one value),
+        at most EXTENSIONS times. Of equal losses, that of the smaller rate is the best, so that only smaller rates are
+        tried if all diverge.
         """
         if not self.lrs:
             return [self.variants[variant]], self.variants[variant]
@@ -82,12 +82,12 @@ class Plan:
 
 
 def at_edge(swept: Sequence[float], best: float) -> bool:
-    """Whether a better learning rate may lie outside."""
+    """Whether a better learning rate may lie beyond those tried."""
     return best in (swept[0], swept[-1])
 
 
 def _beyond(swept: Sequence[float], best: float, up: bool) -> list[float]:
-    """The next learning rates at the edges where the best lies, of three digits: folders are called after them."""
+    """The next learning rates at the edges where the best lies, with three digits: they are in the names of folders."""
     beyond = []
     if best == swept[0]:
         beyond.append(swept[0] / (swept[1] / swept[0] if len(swept) > 1 else 2))

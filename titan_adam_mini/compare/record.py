@@ -1,4 +1,4 @@
-"""What a run said: every step, to the bit, from torchtitan's TensorBoard files. Its log has five decimals."""
+"""The figures of a run, to the bit, from torchtitan's TensorBoard files (its log has five decimals only)."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ COLUMNS = {
 seconds of the step without validation, GiB of the rank that reports."""
 VALIDATION = "validation_metrics/loss"
 WINDOW, DEVIATIONS = 50, 5.0
-"""A spike is a loss above the mean of so many losses before it by more than so many standard deviations."""
+"""A spike is a loss more than DEVIATIONS standard deviations above the mean of the WINDOW losses before it."""
 WARM_UP = 5
-"""Steps that count for no speed: they allocate and compile."""
+"""Steps that do not count for speed: they allocate and compile."""
 
 
 @dataclass
 class Record:
-    """A run, or as much of it as there is.
+    """The figures of a run, finished or not.
 
     Attributes:
-        run: which one.
+        run: the run.
         ranks: number of processes.
-        columns: those of COLUMNS, one value per step, from step 1 on without a hole.
+        columns: those of COLUMNS, one value per step, from step 1 on without gaps.
         validation: step -> loss.
-        diverged: the first step whose loss is no finite number; None if there is none.
-        made: device, versions and commit, by name; what is not known is left out.
+        diverged: the first step whose loss is not finite; None if there is none.
+        made: device, versions and commit, by name; unknown ones are left out.
     """
 
     run: Run
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """The sum over all ranks."""
         rates = self.columns["tokens_per_second"]
         return median(rates[WARM_UP:] or rates) * self.ranks
 
@@ -91,49 +91,51 @@ class Record:
         """Median and maximum."""
         return median(self.columns["grad_norm"]), self.peak("grad_norm")
 
-    def known(self, frequency: int) -> int:
-        """The last step up to which there is everything, validation that was due included."""
+    def complete_steps(self, validation_freq: int) -> int:
+        """The last step up to which nothing is missing, with every validation that was due."""
         for step in range(1, self.steps + 1):
-            if (step == 1 or step % frequency == 0) and step not in self.validation:
+            if (step == 1 or step % validation_freq == 0) and step not in self.validation:
                 return step - 1
         return self.steps
 
     def write(self, file: Path) -> None:
-        """Into a file that is whole at any moment."""
+        """Write to a file, atomically."""
         atomic_write(file, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, file: Path) -> Record:
-        """What `write` wrote."""
-        told = json.loads(file.read_text())
-        told["run"] = Run(*told["run"])
-        told["validation"] = {int(step): loss for step, loss in told["validation"].items()}
-        return cls(**told)
+        """Read a file that `write` wrote."""
+        data = json.loads(file.read_text())
+        data["run"] = Run(*data["run"])
+        data["validation"] = {int(step): loss for step, loss in data["validation"].items()}
+        return cls(**data)
 
 
 def read(board: Path, run: Run, ranks: int) -> Record:
-    """What TensorBoard's files hold of a run so far, cut off after the first loss that is no finite number.
+    """The figures of a run so far, up to the first loss that is not finite.
 
     Args:
         board: the folder with torchtitan's event files.
-        run: which one it is.
+        run: the run.
         ranks: number of processes.
     """
     found: dict[str, dict[int, float]] = {}
     if board.is_dir():
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every further start of a run
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns each time that a run was restarted
         events = EventAccumulator(str(board), size_guidance={"scalars": 0})
         events.Reload()
-        there = set(events.Tags()["scalars"])
-        for tag in there.intersection({*COLUMNS.values(), VALIDATION}):
-            found[tag] = {one.step: one.value for one in events.Scalars(tag)}
-    every = [found.get(tag, {}) for tag in COLUMNS.values()]
+        tags = set(events.Tags()["scalars"])
+        for tag in tags.intersection({*COLUMNS.values(), VALIDATION}):
+            found[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    series = [found.get(tag, {}) for tag in COLUMNS.values()]
     steps = 0
-    while all(steps + 1 in one for one in every):
+    while all(steps + 1 in values for values in series):
         steps += 1
-    columns = {name: [one[step] for step in range(1, steps + 1)] for name, one in zip(COLUMNS, every, strict=True)}
+    columns = {
+        name: [values[step] for step in range(1, steps + 1)] for name, values in zip(COLUMNS, series, strict=True)
+    }
     validation = {step: loss for step, loss in sorted(found.get(VALIDATION, {}).items()) if step <= steps}
     record = Record(run, ranks, columns, validation)
     bad = [step for step, loss in enumerate(columns["loss"], 1) if not math.isfinite(loss)]
@@ -146,7 +148,7 @@ def read(board: Path, run: Run, ranks: int) -> Record:
 
 
 def spikes(losses: Sequence[float]) -> int:
-    """How many losses are above the mean of the WINDOW before them by more than DEVIATIONS standard deviations."""
+    """The number of losses more than DEVIATIONS standard deviations above the mean of the WINDOW losses before them."""
     count = 0
     for place in range(WINDOW, len(losses)):
         before = losses[place - WINDOW : place]

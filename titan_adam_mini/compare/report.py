@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a comparison besides its runs.
+    """Writes the report of a comparison.
 
     Attributes:
         out: the folder.
-        command: as it was given.
+        command: the command line.
         config: the TOML file.
-        plan: which runs there are to be.
-        variants: what is compared; the first is what the others are held against.
+        plan: the runs of the comparison.
+        variants: the variants; the others are compared with the first.
         compared: name -> its configuration.
         ranks: processes of a run.
     """
@@ -44,27 +44,27 @@ class Report:
     ranks: int
 
     def write(self, records: Mapping[Run, Record], *, pictures: bool = True) -> list[str]:
-        """Write everything anew from the runs there are; returns the findings, a sentence each.
+        """Write all files from the finished runs; returns the findings, a sentence each.
 
-        Raises ValueError, once all but the pictures is written, if matplotlib is not installed.
+        Raises ValueError, after writing everything but the pictures, if matplotlib is not installed.
         """
         losses = {run: record.final for run, record in records.items()}
         best = {name: self.plan.sweep(name, losses)[1] for name in self.plan.variants}
-        chosen = {name: _at(records, name, lr, self.plan.seeds) for name, lr in best.items()}
-        optimizers = {one.name: one.optimizer for one in self.variants}
-        state = {name: one.state_bytes / one.parameters for name, one in self.compared.items()}
+        chosen = {name: _records_at(records, name, lr, self.plan.seeds) for name, lr in best.items()}
+        optimizers = {variant.name: variant.optimizer for variant in self.variants}
+        state = {name: compared.state_bytes / compared.parameters for name, compared in self.compared.items()}
         write_runs(self.out / "runs.csv", records, optimizers, state)
         write_steps(self.out / "steps.csv", records)
         findings = [*self._starts(records), *self._verdicts(chosen), *self._edges(losses)]
-        missing = self.plan.wanted(losses)
+        missing = self.plan.remaining(losses)
         if missing:
-            findings.append(f"Not all runs are there yet; missing: {'; '.join(map(str, missing))}.")
+            findings.append(f"Not all runs are finished; missing: {'; '.join(map(str, missing))}.")
         *others, last = self.plan.variants
         title = f"{', '.join(others)}{' and ' if others else ''}{last} on {self._first.model}"
         lines = [
             f"# {title}",
             "",
-            *(f"- {one}" for one in findings),
+            *(f"- {finding}" for finding in findings),
             "",
             *self._about(records),
             "",
@@ -82,8 +82,8 @@ class Report:
         atomic_write(file, "\n".join(lines) + "\n")
         if pictures:
             drawn = draw(self.out, title, chosen, {name: self._swept(name, losses) for name in best if self.plan.lrs})
-            shown = [f"![{Path(name).stem}]({name})" for name in drawn]
-            atomic_write(file, "\n".join([*lines, "", "## Pictures", "", *shown]) + "\n")
+            links = [f"![{Path(name).stem}]({name})" for name in drawn]
+            atomic_write(file, "\n".join([*lines, "", "## Pictures", "", *links]) + "\n")
         return findings
 
     @property
@@ -98,31 +98,33 @@ class Report:
     # Findings
 
     def _starts(self, records: Mapping[Run, Record]) -> Iterator[str]:
-        """Whether all runs with a seed had the same loss before any update, to the bit."""
+        """Whether all runs with the same seed had the same loss before any update, to the bit."""
         first: dict[int, dict[float, list[Run]]] = {}
         for run, record in records.items():
             if record.losses:
                 first.setdefault(run.seed, {}).setdefault(record.losses[0], []).append(run)
         unequal = {seed: found for seed, found in first.items() if len(found) > 1}
         if first and not unequal:
-            told = ", ".join(f"{next(iter(found))!r} with seed {seed}" for seed, found in sorted(first.items()))
-            yield f"Equal starts: the loss of step 1, before any update, is the same to the bit in all runs ({told})."
+            losses = ", ".join(f"{next(iter(found))!r} with seed {seed}" for seed, found in sorted(first.items()))
+            yield f"Equal starts: the loss of step 1, before any update, is the same to the bit in all runs ({losses})."
         for seed, found in sorted(unequal.items()):
-            told = "; ".join(f"{loss!r} for {', '.join(map(str, runs))}" for loss, runs in found.items())
-            yield f"UNEQUAL STARTS with seed {seed}: the loss of step 1, before any update, is {told}."
+            losses = "; ".join(f"{loss!r} for {', '.join(map(str, runs))}" for loss, runs in found.items())
+            yield f"UNEQUAL STARTS with seed {seed}: the loss of step 1, before any update, is {losses}."
 
     def _verdicts(self, chosen: Mapping[str, Mapping[int, Record]]) -> Iterator[str]:
         first, *others = chosen
-        lost = {name: told for name, found in chosen.items() if (told := _lost(name, found))}
-        said = []
+        diverged = {name: note for name, records in chosen.items() if (note := _diverged(name, records))}
+        mentioned = []
         for name in others:
             found = difference(_finals(chosen[name]), _finals(chosen[first]))
             if found is not None:
-                there = [one for one in (name, first) if one in lost]
-                but = f" ({' and '.join(lost[one] for one in there)}, which is left out.)" if there else ""
-                yield found.sentence(name, first) + but
-                said += there
-        yield from (f"{told}, which is left out of the means." for name, told in lost.items() if name not in said)
+                names = [variant for variant in (name, first) if variant in diverged]
+                note = f" ({' and '.join(diverged[variant] for variant in names)}, which is left out.)" if names else ""
+                yield found.sentence(name, first) + note
+                mentioned += names
+        yield from (
+            f"{note}, which is left out of the means." for name, note in diverged.items() if name not in mentioned
+        )
 
     def _edges(self, losses: Mapping[Run, float]) -> Iterator[str]:
         for name in self.plan.variants:
@@ -151,20 +153,22 @@ class Report:
             f"- validation: every {validation['freq']} steps on {times} of {validation['local_batch_size']} x "
             f"{validation['seq_len']} tokens of {_data(validation)}, each time on the same documents"
         )
-        yield f"- settings, where a variant has no others: {_settings(config)}"
+        yield f"- settings, unless a variant overrides them: {_settings(config)}"
         yield f"- ranks: {self.ranks}"
         for key in ("device", "versions", "commit"):
             found: dict[str, list[Run]] = {}
             for run, record in sorted(records.items()):
                 found.setdefault(record.made.get(key, "not known"), []).append(run)
-            told = [one if len(found) == 1 else f"{one} ({len(runs)} runs)" for one, runs in found.items()]
-            if told:
-                yield f"- {key}: {'; '.join(told)}"
+            values = [value if len(found) == 1 else f"{value} ({len(runs)} runs)" for value, runs in found.items()]
+            if values:
+                yield f"- {key}: {'; '.join(values)}"
         yield f"- configuration: {self.config}"
         yield f"- command: `{self.command}`"
-        for one in self.variants:
-            if one.words or one.name != one.optimizer:
-                yield f"- {one.name}: {one.optimizer}" + (f" with `{shlex.join(one.words)}`" if one.words else "")
+        for variant in self.variants:
+            if variant.flags or variant.name != variant.optimizer:
+                yield f"- {variant.name}: {variant.optimizer}" + (
+                    f" with `{shlex.join(variant.flags)}`" if variant.flags else ""
+                )
 
     def _table(self, chosen: Mapping[str, Mapping[int, Record]], best: Mapping[str, float | None]) -> Iterator[str]:
         headings = [
@@ -175,27 +179,27 @@ class Report:
         first = next(iter(chosen))
         for name, records in chosen.items():
             finals = _finals(records)
-            there = [one for one in records.values() if one.diverged is None]
+            converged = [record for record in records.values() if record.diverged is None]
             loss = mean(finals.values())
             found = None if name == first else difference(finals, _finals(chosen[first]))
-            norms = [norm for one in there for norm in one.columns["grad_norm"]]
+            norms = [norm for record in converged for norm in record.columns["grad_norm"]]
             rate = best[name]
             rows.append(
                 (
                     name,
                     "" if rate is None else f"{rate:g}",
-                    str(len(there)),
+                    str(len(converged)),
                     _number(loss),
                     _number(perplexity(loss), 3),
                     "" if found is None else f"{found.mean:+.4f}",
-                    "" if found is None or found.error is None else f"{found.error:.4f}",
-                    str(sum(one.spikes for one in there)),
+                    "" if found is None or found.standard_error is None else f"{found.standard_error:.4f}",
+                    str(sum(record.spikes for record in converged)),
                     _number(median(norms), 3),
                     _number(max(norms, default=math.nan), 3),
-                    _number(max((one.peak("active_gib") for one in there), default=math.nan), 3),
-                    _number(max((one.peak("reserved_gib") for one in there), default=math.nan), 3),
-                    _number(mean(one.tokens_per_second for one in there), 0),
-                    _number(mean(one.seconds_per_step for one in there)),
+                    _number(max((record.peak("active_gib") for record in converged), default=math.nan), 3),
+                    _number(max((record.peak("reserved_gib") for record in converged), default=math.nan), 3),
+                    _number(mean(record.tokens_per_second for record in converged), 0),
+                    _number(mean(record.seconds_per_step for record in converged)),
                     f"{self.compared[name].state_bytes / self.compared[name].parameters:.4f}",
                 )
             )
@@ -206,44 +210,44 @@ class Report:
             "Validation losses are those of the last step, means over the seeds; perplexity is exp of that mean; "
             f"differences are to {next(iter(self.plan.variants))}, seed by seed. A spike is a training loss more than "
             f"{DEVIATIONS:g} standard deviations above the mean of the {WINDOW} before it. Gradient norms are those "
-            "before clipping. Memory is that of the rank that reports (on a CPU its process's, since it began); "
-            "state is the optimizer's, every element counted once. Speeds are medians over the steps, with whatever "
-            "else the machine did at the time, other runs of the comparison among it."
+            "before clipping. Memory is that of the rank that reports (on a CPU, of its process since its start); "
+            "state is the optimizer's, every element counted once. Speeds are medians over the steps, and depend on "
+            "whatever else the machine did at the time, such as other runs of the comparison."
         )
         yield ""
         yield (
             "A seed gives the initial weights, one checkpoint per seed that every variant starts from, and torch's "
-            "generators. torchtitan reads data in one order; a seed has another where {seed} stands in the path of the "
-            "data set, and only there. Runs use deterministic algorithms (--debug.deterministic), which may be slower "
-            "than others. The best learning rate is the first seed's, which is among the seeds of the means."
+            "generators. torchtitan reads data in one order; seeds differ in it only if {seed} is in the path of the "
+            "data set. Runs use deterministic algorithms (--debug.deterministic), which may be slower than others. The "
+            "best learning rate is chosen with the first seed, which is also one of the seeds of the means."
         )
 
     def _runs(self, records: Mapping[Run, Record], best: Mapping[str, float | None]) -> Iterator[str]:
         headings = ("variant", "lr", "seed", "steps", "validation loss", "spikes", "grad norm, max", "")
         rows = []
         for run, record in sorted(records.items()):
-            told = f"diverged at step {record.diverged}" if record.diverged else ""
+            note = f"diverged at step {record.diverged}" if record.diverged else ""
             if self.plan.lrs and run.lr == best.get(run.variant):
-                told = told or "best"
+                note = note or "best"
             loss = "" if record.diverged else _number(record.final)
             norm = _number(record.grad_norm[1], 3)
-            row = (run.variant, f"{run.lr:g}", str(run.seed), str(record.steps), loss, str(record.spikes), norm, told)
+            row = (run.variant, f"{run.lr:g}", str(run.seed), str(record.steps), loss, str(record.spikes), norm, note)
             rows.append(row)
         yield from _markdown(headings, rows)
 
 
-def _at(records: Mapping[Run, Record], name: str, lr: float | None, seeds: int) -> dict[int, Record]:
+def _records_at(records: Mapping[Run, Record], name: str, lr: float | None, seeds: int) -> dict[int, Record]:
     """seed -> record of a variant at one learning rate."""
-    there = {} if lr is None else {seed: records.get(Run(name, lr, seed)) for seed in range(seeds)}
-    return {seed: record for seed, record in there.items() if record is not None}
+    found = {} if lr is None else {seed: records.get(Run(name, lr, seed)) for seed in range(seeds)}
+    return {seed: record for seed, record in found.items() if record is not None}
 
 
 def _finals(records: Mapping[int, Record]) -> dict[int, float]:
     return {seed: record.final for seed, record in records.items() if record.diverged is None}
 
 
-def _lost(name: str, records: Mapping[int, Record]) -> str:
-    seeds = [str(seed) for seed, one in records.items() if one.diverged is not None]
+def _diverged(name: str, records: Mapping[int, Record]) -> str:
+    seeds = [str(seed) for seed, record in records.items() if record.diverged is not None]
     return f"{name} diverged with seed {', '.join(seeds)}" if seeds else ""
 
 
@@ -263,7 +267,7 @@ def _data(section: Mapping[str, Any]) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """What a reader without the configuration asks for first."""
+    """The most important settings, for readers without the configuration."""
     optimizer, schedule, training = config["optimizer"], config["lr_scheduler"], config["training"]
     degrees = {name: value for name, value in config["parallelism"].items() if name.endswith("_degree") and value > 1}
     return ", ".join(

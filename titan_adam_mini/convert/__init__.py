@@ -1,1 +1,1 @@
-"""A checkpoint of AdamW becomes one of AdamMini, and back: the command `convert`."""
+"""The command `convert`: checkpoints of AdamW to AdamMini, and back."""

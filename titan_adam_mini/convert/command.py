@@ -1,4 +1,4 @@
-"""The command `convert`: its flags, and the order of what is done."""
+"""The command `convert`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 class Convert:
     """Convert a checkpoint of torchtitan between AdamW and AdamMini, into a new folder.
 
-    The source is left as it is. Momentum (in the configuration's type) and step stay; a block's second moment becomes
-    the mean of AdamW's over the block, or is spread over it. Model, scheduler, data position and train state come
-    along. Needs the configuration of the run: --job.config_file X, and after it any of torchtitan's --section.key
-    value; or CONFIG_FILE=X.
+    The source is not changed. Momentum (in the configured dtype) and step are copied; a block's second moment becomes
+    the mean of AdamW's over the block, or is spread over it. Model, scheduler, data position and train state are copied
+    too. Needs the configuration of the run: --job.config_file X, followed by any torchtitan --section.key value; or
+    CONFIG_FILE=X.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC/step-N")]
     """The checkpoint, such as outputs/checkpoint/step-1000."""
 
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST/step-N")]
-    """The new one; must not exist."""
+    """The new checkpoint; must not exist."""
 
     to: Literal["adam_mini", "adamw"]
-    """The optimizer that is to go on."""
+    """The optimizer to convert to."""
 
     lr: float | None = None
-    """A new base learning rate; where the schedule stands is kept."""
+    """A new base learning rate; the position in the schedule is kept."""
 
     dry_run: bool = False
-    """Check everything and say what would be done."""
+    """Check everything and print what would be done, without writing."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         if self.target.exists():
@@ -60,9 +60,9 @@ class Convert:
         stored = Stored(self.source)
         blocks, group, momentum_dtype = in_isolated_process(_target, arguments, self.to)
         conversion = Conversion(stored, self.to, blocks, group, self.lr, momentum_dtype)
-        seconds = sum(one.second_moments for one in blocks.values())
-        total = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
-        old, new = (total, seconds) if self.to == "adam_mini" else (seconds, total)
+        per_block = sum(layout.second_moments for layout in blocks.values())
+        per_element = sum(stored.tensors[f"optimizer.state.{name}.exp_avg"].size.numel() for name in blocks)
+        old, new = (per_element, per_block) if self.to == "adam_mini" else (per_block, per_element)
         console.print(
             f"{self.source}: {stored.optimizer()}'s state of {len(blocks)} parameters, {stored.size:,} bytes; "
             f"second moments {old:,} -> {new:,}",
@@ -81,7 +81,7 @@ class Convert:
         console.print(table)
         name = {"adam_mini": "AdamMini --experimental.custom_import titan_adam_mini.titan", "adamw": "AdamW"}[self.to]
         console.print(
-            f"Written: {self.target}. Go on from it, in a dump folder without checkpoints, with\n"
+            f"Written: {self.target}. Resume from it, in a dump folder without checkpoints, with\n"
             f"--optimizer.name {name} --checkpoint.enable --checkpoint.initial_load_path {self.target} "
             "--checkpoint.no_initial_load_model_only",
             soft_wrap=True,
@@ -91,6 +91,6 @@ class Convert:
 
 def _target(arguments: list[str], to: str) -> Any:
     from ..offline.build import configured
-    from ..offline.whole_model import target_of
+    from ..offline.full_model import target_of
 
     return target_of(configured(arguments, ngpu=1), to)

@@ -1,4 +1,4 @@
-"""The command `inspect`: its flags, and the order of what is done."""
+"""The command `inspect`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PICTURE = "heat_map.png"
 
 @dataclass
 class Inspect:
-    """Say where one second moment per block loses information, and which blocks would lose less.
+    """Show where one second moment per block loses information, and which blocks would lose less.
 
-    Looks at the second moments of an AdamW checkpoint of torchtitan (--checkpoint), or of a short AdamW run of the
+    Reads the second moments of an AdamW checkpoint of torchtitan (--checkpoint), or of a short AdamW run of the
     configuration (--steps), a window of one tensor at a time; needs no GPU and no weights. How even they are within
-    blocks is a signal-to-noise ratio: above 1 means stand for their elements. The line printed at the end goes into
-    [optimizer.adam_mini]. Takes any of torchtitan's --section.key value besides; the configuration may also be given as
-    --job.config_file X or CONFIG_FILE=X.
+    blocks is given as a signal-to-noise ratio: above 1 a block's mean represents its elements well. The line printed
+    at the end belongs into [optimizer.adam_mini]. Takes any torchtitan --section.key value as well; the configuration
+    may also be given as --job.config_file X or CONFIG_FILE=X.
     """
 
     config: ConfigFile
@@ -49,7 +49,7 @@ class Inspect:
     """A checkpoint with AdamW's state, such as outputs/checkpoint/step-1000."""
 
     steps: int | None = None
-    """Without a checkpoint: train the configuration with AdamW for its first so many steps, and look at that."""
+    """Without a checkpoint: train the configuration with AdamW for this many steps, and inspect the result."""
 
     ngpu: int | None = None
     """Number of ranks of this short run; NGPU, or one, if not given."""
@@ -58,7 +58,8 @@ class Inspect:
     """A folder for the heat map (heat_map.png), and for the short run, which is otherwise removed."""
 
     json: JsonFile = None
-    """JSON in place of the table; into a file, if one is named, beside it. For its keys see inspect/findings.py."""
+    """Print JSON instead of the table; with a file name, write it there and print the table. Its keys:
+    inspect/findings.py."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         self._check()
@@ -77,19 +78,19 @@ class Inspect:
             self._inspect(Stored(path), source, console, *found)
 
     def _check(self) -> None:
-        """ValueError for flags that cannot be served."""
+        """Raise ValueError for invalid flags."""
         check_config(self.config)
         check_file("--json", self.json)
         check_folder("--out", self.out)
         if (self.checkpoint is None) == (self.steps is None):
-            raise ValueError("whose second moments? give --checkpoint outputs/checkpoint/step-N, or --steps N to train")
+            raise ValueError("give one source: --checkpoint outputs/checkpoint/step-N, or --steps N to train")
         if self.checkpoint is not None and self.ngpu is not None:
-            raise ValueError("--ngpu is for the run of --steps, and nothing is run with --checkpoint: leave it out")
+            raise ValueError("--ngpu is for the run of --steps, and nothing is run with --checkpoint: omit it")
         if self.steps is not None:
             if self.steps < 1:
                 raise ValueError(f"--steps must be 1 or more, not {self.steps}")
             check_out(self.out)
-            ranks_of_a_run(self.ngpu)  # raises for what is no number
+            ranks_of_a_run(self.ngpu)  # raises for an invalid number
         if self.out is not None:
             require_matplotlib()
 
@@ -104,10 +105,10 @@ class Inspect:
     ) -> None:
         from .findings import inspect
         from .heat_map import heat_map
-        from .moments import moments_stored
+        from .moments import stored_moments
         from .tables import show
 
-        moments = moments_stored(stored, shapes)
+        moments = stored_moments(stored, shapes)
         with _progress(console, len(moments)) as advance:
             inspection = inspect(moments, partition, on_parameter=lambda name: advance())
         if self.json:
@@ -122,9 +123,9 @@ class Inspect:
 
 
 def _read(arguments: list[str], steps: int | None) -> Any:
-    """Model, partition, shapes, and what a short run of `steps` does in another way than the configuration."""
+    """Model, partition, shapes, and the settings in which a short run of `steps` differs from the configuration."""
     from ..offline.build import configured
-    from ..offline.whole_model import partition_of
+    from ..offline.full_model import partition_of
 
     config = configured(arguments, ngpu=1)
     return *partition_of(config), [] if steps is None else settings_of(config, steps)

@@ -1,4 +1,4 @@
-"""The ways to keep fewer second moments that are compared: for each parameter by itself, and one for all of them."""
+"""The estimates of second moments that are compared: several for each parameter, and one per `second_moment`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT = "default"
 
 
 def _everywhere(*roles: str) -> Rules:
-    """The first of these roles that takes the parameter's number of dims."""
+    """Rules that give any parameter the first of these roles that fits its number of dims."""
     return tuple(Rule("*", role) for role in roles)
 
 
@@ -28,19 +28,19 @@ CANDIDATES: Mapping[str, Rules] = {
     "tensor": _everywhere("tensor"),
     "elementwise": _everywhere("bias"),
 }
-"""What stands beside the default: name -> the rules that cut a parameter. One that no rule fits is without it."""
+"""Alternatives to the default: name -> the rules that cut a parameter. They do not apply if no rule fits."""
 
 _REST = Rule("**", "bias")
-"""Takes what no other rule fits."""
+"""Matches parameters that no other rule fits."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The second moments of one parameter from the means over blocks.
+    """The second moments of one parameter from means over blocks.
 
     Attributes:
-        role: the one that has these blocks, by its name in `roles` of [optimizer.adam_mini].
-        layouts: one, or three of a factored estimate: rows, columns, and the whole.
+        role: the role with these blocks, as named in `roles` of [optimizer.adam_mini].
+        layouts: one, or three for a factored estimate: rows, columns, and the whole matrix.
     """
 
     role: str
@@ -48,37 +48,37 @@ class Estimate:
 
     @staticmethod
     def of(blocks: Blocks) -> Estimate:
-        """The estimate that a parameter's blocks are."""
+        """The estimate with a parameter's blocks."""
         return Estimate(FACTORED if blocks.factored else blocks.role, blocks.layouts)
 
     @property
     def blocks(self) -> BlockLayout:
-        """The blocks in which the estimate has the right mean: those of the layout; factored, whole matrices."""
+        """The blocks in which the estimate has the exact mean: those of the layout; if factored, whole matrices."""
         return self.layouts[-1]
 
     @property
     def entries(self) -> int:
-        """Number of second moments that are kept."""
+        """Number of second moments."""
         return sum(layout.num_blocks for layout in self.layouts)
 
     @property
     def elementwise(self) -> bool:
-        """Every element has its own."""
+        """Whether every element has its own second moment."""
         return all(tiles.is_unit for tiles in self.blocks.dims)
 
 
 def budget(shape: Sequence[int]) -> int:
-    """How many second moments the best alternative may have: rows + columns + 1 of every matrix, but fewer than it has
-    elements; all of a vector, a matrix of one row or column among them."""
+    """How many second moments the best alternative may have: rows + columns + 1 per matrix, but fewer than elements;
+    for a vector (or a matrix of one row or column) as many as elements."""
     if sum(size > 1 for size in shape) < 2:
         return prod(shape)
     return min(prod(shape[:-2]) * (shape[-2] + shape[-1] + 1), prod(shape) - 1)
 
 
 def estimates(partition: Partition, shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Estimate]]:
-    """Parameter -> candidate -> estimate; the partition's own is the first, `DEFAULT`.
+    """Parameter -> candidate -> estimate; the first is that of the partition, `DEFAULT`.
 
-    Raises ValueError where the partition cannot cut a parameter.
+    Raises ValueError if the partition cannot cut a parameter.
     """
     own = partition.assign(shapes)
     found = {name: {DEFAULT: Estimate.of(one)} for name, one in own.items()}
@@ -91,8 +91,8 @@ def estimates(partition: Partition, shapes: Mapping[str, Sequence[int]]) -> dict
 def options(
     partition: Partition, shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
-    """What every `second_moment` makes of the model: option -> parameter -> estimate, and option -> why not, for those
-    that do not go with the partition."""
+    """The estimates of every `second_moment`: option -> parameter -> estimate, and option -> reason, for those that are
+    incompatible with the partition."""
     found, refused = {}, {}
     for option in SECOND_MOMENTS:
         try:
@@ -100,7 +100,7 @@ def options(
         except ValueError as error:
             refused[option] = str(error)
         else:
-            found[option] = {name: Estimate.of(one) for name, one in blocks.items()}
+            found[option] = {name: Estimate.of(cut) for name, cut in blocks.items()}
     return found, refused
 
 
@@ -108,6 +108,6 @@ def _cut(partition: Partition, rules: Rules, shapes: Mapping[str, Sequence[int]]
     """The blocks of the parameters that the rules fit."""
     try:
         blocks = replace(partition, rules=(*rules, _REST), second_moment="blocks").assign(shapes)
-    except ValueError:  # heads that the model does not tell, where the user's roles do without them
+    except ValueError:  # the number of heads is unknown, and the user's roles do not need it
         return {}
-    return {name: one for name, one in blocks.items() if one.pattern != _REST.pattern}
+    return {name: cut for name, cut in blocks.items() if cut.pattern != _REST.pattern}

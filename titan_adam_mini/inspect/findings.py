@@ -1,24 +1,25 @@
-"""What the losses say: per parameter, per pattern of names, for the model as a whole, and what would lose less.
+"""The results of an inspection: losses per parameter, per pattern of names and of the whole model, and suggestions.
 
-`Inspection.facts` are the keys of the JSON. Ratios that are infinite are null there, their noise is 0; noise, ratios
-and `best` are null for parameters that never had a gradient; `rms_ratio` and `distance`, of the last update that AdamW
-took, are null where nothing is known of updates.
+`Inspection.facts` has the keys of the JSON. Ratios that are infinite are null there, with noise 0; noise, ratios and
+`best` are null for parameters that never had a gradient; `rms_ratio` and `distance`, about AdamW's last update, are
+null if the update is unknown.
 
-    config, model, source   what the command was given, and its model
+    config, model, source   the command's configuration, its model, and where the second moments come from
     candidates  names, the partition's own first
     parameters  [{name, pattern, shape, step, elements (with v > 0), candidates: {name: {role, layout, entries, noise,
                 snr, block_snr, rms_ratio, distance}}}]
     patterns    the same for all parameters of a pattern together, with `parameters` (how many), `entries` and `budget`
                 (see `estimates.budget`) of them all, `best` (the candidate with the highest snr within the budget) and
-                `suggested` (a role, or null); most is lost in the first
+                `suggested` (a role, or null); the pattern that loses most comes first
     configured  the partition's second_moment
     settings    {name: {entries, below, snr, pattern, rms_ratio, distance}}: the whole model with each second_moment,
-                and with the suggested "roles"; how many patterns are below the threshold, the lowest ratio, and whose
-    refused     {second_moment: why it does not go with the partition}
-    roles       the suggested table for [optimizer.adam_mini], those that the configuration has among it; empty if
-                nothing is suggested
-    second_moment           the one that amounts to the same as `roles`, or null
-    threshold, factor       a role is suggested where the default's snr is below the one, and another's so many times it
+                and with the suggested "roles"; how many patterns are below the threshold, the lowest ratio and its
+                pattern
+    refused     {second_moment: why it is incompatible with the partition}
+    roles       the suggested table for [optimizer.adam_mini], with the configured roles; empty without suggestions
+    second_moment           the one equivalent to `roles`, or null
+    threshold, factor       a role is suggested if the default's snr is below `threshold` and another role's is at least
+                            `factor` times the default's
 """
 
 from __future__ import annotations
@@ -38,24 +39,25 @@ from .moments import Moments
 from .roles import roles_table
 
 THRESHOLD = 1.0
-"""SlimAdam's: below it the deviation of v within blocks is larger than its mean. SlimAdam asks it of `block_snr`, the
-plain mean of the blocks' ratios; here it is asked of `snr`, which a few uneven blocks pull down: mostly stricter."""
+"""SlimAdam's threshold: below it the deviation of v within blocks is larger than its mean. SlimAdam applies it to
+`block_snr`, the plain mean of the blocks' ratios; here it applies to `snr`, which a few uneven blocks pull down, and so
+is mostly stricter."""
 FACTOR = 2.0
 ROLES = "roles"
-"""The setting that is suggested."""
+"""The name of the suggested setting."""
 
 Layouts = tuple[BlockLayout, ...]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Parameters that are alike but for the numbers in their names.
+    """Parameters whose names differ only in their numbers.
 
     Attributes:
         pattern, shape: their name with `*` for numbers, and their shape.
         names: of the parameters.
-        estimates: candidate -> how it cuts each of them.
-        losses: candidate -> what it loses on all of them together.
+        estimates: candidate -> its estimate for each of them.
+        losses: candidate -> its loss on all of them together.
     """
 
     pattern: str
@@ -66,7 +68,7 @@ class Pattern:
 
     @property
     def default(self) -> Loss:
-        """What the partition's own blocks lose."""
+        """The loss of the partition's own blocks."""
         return self.losses[DEFAULT]
 
     @property
@@ -75,13 +77,13 @@ class Pattern:
         default first. None if there never was a gradient."""
         if not self.default.known:
             return None
-        allowed = budget(self.shape)
-        within = [name for name, one in self.estimates.items() if name == DEFAULT or one.entries <= allowed]
-        return max(within, key=lambda name: (self.losses[name].snr, -self.losses[name].entries))
+        most = budget(self.shape)
+        allowed = [name for name, estimate in self.estimates.items() if name == DEFAULT or estimate.entries <= most]
+        return max(allowed, key=lambda name: (self.losses[name].snr, -self.losses[name].entries))
 
     @property
     def chosen(self) -> str:
-        """The best where it is clearly better than the default: see the head of this file; else the default."""
+        """The best candidate if it is clearly better than the default (see the head of this file), else the default."""
         best = self.best
         if best is None or self.default.snr >= THRESHOLD or self.losses[best].snr < FACTOR * self.default.snr:
             return DEFAULT
@@ -95,11 +97,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to set [optimizer.adam_mini], for the whole model.
+    """A setting of [optimizer.adam_mini], for the whole model.
 
     Attributes:
-        estimates: how it cuts each parameter.
-        losses: what it loses on each pattern, in the order of `Inspection.patterns`.
+        estimates: parameter -> estimate.
+        losses: its loss on each pattern, in the order of `Inspection.patterns`.
     """
 
     estimates: Mapping[str, Estimate]
@@ -107,7 +109,7 @@ class Setting:
 
     @property
     def total(self) -> Loss:
-        """What it loses on all parameters together."""
+        """Its loss on all parameters together."""
         return sum((loss for _, loss in self.losses), Loss())
 
     @property
@@ -117,13 +119,13 @@ class Setting:
 
     @property
     def lowest(self) -> tuple[Pattern, Loss]:
-        """Where the ratio is lowest."""
-        return min(self.losses, key=lambda one: one[1].snr)
+        """The pattern with the lowest ratio, and its loss."""
+        return min(self.losses, key=lambda pair: pair[1].snr)
 
     @property
     def layouts(self) -> dict[str, Layouts]:
         """The blocks of every parameter."""
-        return {name: one.layouts for name, one in self.estimates.items()}
+        return {name: estimate.layouts for name, estimate in self.estimates.items()}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Inspection:
         steps: parameter -> step of its optimizer.
         estimates: parameter -> candidate -> estimate.
         options: `second_moment` -> parameter -> estimate.
-        refused: `second_moment` -> why it does not go with the partition.
+        refused: `second_moment` -> why it is incompatible with the partition.
         measured: parameter -> blocks -> loss.
     """
 
@@ -150,131 +152,143 @@ class Inspection:
     def losses(self) -> dict[str, dict[str, Loss]]:
         """Parameter -> candidate -> loss."""
         return {
-            name: {candidate: self.measured[name][one.layouts] for candidate, one in found.items()}
+            name: {candidate: self.measured[name][estimate.layouts] for candidate, estimate in found.items()}
             for name, found in self.estimates.items()
         }
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: one[DEFAULT].layouts[0].shape for name, one in self.estimates.items()}
+        return {name: candidates[DEFAULT].layouts[0].shape for name, candidates in self.estimates.items()}
 
     @cached_property
     def patterns(self) -> list[Pattern]:
-        """All patterns; the one that loses most under the default first."""
+        """All patterns; the one that loses most with the default first."""
         found = []
         for row in summarize(self.partition.assign(self._shapes).values()):
             first = self.estimates[row.names[0]]
-            losses = {name: sum((self.losses[one][name] for one in row.names), Loss()) for name in first}
+            losses = {name: sum((self.losses[param][name] for param in row.names), Loss()) for name in first}
             found.append(Pattern(row.pattern, row.shape, row.names, first, losses))
-        return sorted(found, key=lambda one: one.default.snr)
+        return sorted(found, key=lambda pattern: pattern.default.snr)
 
     @property
     def without_gradient(self) -> dict[str, int]:
-        """Pattern -> number of its parameters that never had a gradient, where there are any."""
-        return dict(Counter(collapse(name) for name, one in self.losses.items() if not one[DEFAULT].known))
+        """Pattern -> number of its parameters that never had a gradient, if there are any."""
+        return dict(Counter(collapse(name) for name, losses in self.losses.items() if not losses[DEFAULT].known))
 
     @property
     def candidates(self) -> list[str]:
-        """The default, and those that cut any parameter in another way."""
+        """The default, and the candidates that cut any parameter differently."""
         other = {name for all in self.estimates.values() for name in all if all[name].layouts != all[DEFAULT].layouts}
         return [DEFAULT, *(name for name in CANDIDATES if name in other)]
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """Pattern -> role for [optimizer.adam_mini]: what is suggested, then what the configuration has already; empty
-        if nothing is suggested."""
-        wanted = {name: one.suggested for one in self.patterns for name in one.names if one.suggested}
-        new = roles_table(wanted, {name: one[DEFAULT].role for name, one in self.estimates.items()})
-        given = {rule.pattern: rule.role for rule in self.partition.rules if rule.custom}
-        return new | {pattern: role for pattern, role in given.items() if pattern not in new} if new else {}
+        """Pattern -> role for [optimizer.adam_mini]: the suggested roles, then the configured ones; empty without
+        suggestions."""
+        suggested = {
+            name: pattern.suggested for pattern in self.patterns for name in pattern.names if pattern.suggested
+        }
+        new = roles_table(suggested, {name: candidates[DEFAULT].role for name, candidates in self.estimates.items()})
+        configured = {rule.pattern: rule.role for rule in self.partition.rules if rule.custom}
+        return new | {pattern: role for pattern, role in configured.items() if pattern not in new} if new else {}
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Every `second_moment` that goes with the partition, and the suggested roles, if there are any."""
-        found = {option: self._setting(cut) for option, cut in self.options.items()}
+        """Every `second_moment` that is compatible with the partition, and the suggested roles, if there are any."""
+        found = {option: self._setting(chosen) for option, chosen in self.options.items()}
         if self.roles:
-            cut = {name: self.estimates[name][one.chosen] for one in self.patterns for name in one.names}
-            found[ROLES] = self._setting(cut)
+            chosen = {name: self.estimates[name][pattern.chosen] for pattern in self.patterns for name in pattern.names}
+            found[ROLES] = self._setting(chosen)
         return found
 
-    def _setting(self, cut: Mapping[str, Estimate]) -> Setting:
-        def lost(one: Pattern) -> Loss:
-            return sum((self.measured[name][cut[name].layouts] for name in one.names), Loss())
+    def _setting(self, chosen: Mapping[str, Estimate]) -> Setting:
+        def loss(pattern: Pattern) -> Loss:
+            return sum((self.measured[name][chosen[name].layouts] for name in pattern.names), Loss())
 
-        return Setting(cut, tuple((one, lost(one)) for one in self.patterns))
+        return Setting(chosen, tuple((pattern, loss(pattern)) for pattern in self.patterns))
 
     @property
     def second_moment(self) -> str | None:
-        """The one with the same blocks as the suggested roles, if there is one."""
+        """The `second_moment` with the same blocks as the suggested roles, if there is one."""
         if not self.roles:
             return None
-        wanted = self.settings[ROLES].layouts
-        return next((option for option in self.options if self.settings[option].layouts == wanted), None)
+        suggested = self.settings[ROLES].layouts
+        return next((option for option in self.options if self.settings[option].layouts == suggested), None)
 
     @property
     def best_option(self) -> str:
-        """The `second_moment` whose last update would have been nearest to AdamW's; where nothing is known of updates,
-        the one with the least noise in all. To three digits; of equals the configured one, then the smallest."""
+        """The `second_moment` whose last update would have been nearest to AdamW's; if the update is unknown, the one
+        with the least total noise. To three digits; of equals the configured one, then the smallest."""
 
-        def lost(option: str) -> tuple[float, bool, int]:
+        def rank(option: str) -> tuple[float, bool, int]:
             total = self.settings[option].total
-            much = total.noise if total.distance is None else total.distance
-            return round(much, 3), option != self.partition.second_moment, total.entries
+            loss = total.noise if total.distance is None else total.distance
+            return round(loss, 3), option != self.partition.second_moment, total.entries
 
-        return min(self.options, key=lost)
+        return min(self.options, key=rank)
 
     @property
     def undecayed(self) -> list[str]:
-        """Patterns of the parameters that the suggested roles would take weight decay from, as `undecayed` has it."""
+        """Patterns of the parameters that would lose weight decay by the suggested roles, because of `undecayed`."""
         if not self.roles:
             return []
-        then = self.partition.with_roles(self.roles).assign(self._shapes)
-        now = self.partition.assign(self._shapes)
-        return list(dict.fromkeys(collapse(name) for name in now if now[name].decay and not then[name].decay))
+        after = self.partition.with_roles(self.roles).assign(self._shapes)
+        before = self.partition.assign(self._shapes)
+        return list(dict.fromkeys(collapse(name) for name in before if before[name].decay and not after[name].decay))
 
     def facts(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; see the head of this file."""
+        """All results for JSON; see the head of this file."""
         patterns = self.patterns
-        pattern_of = {name: one.pattern for one in patterns for name in one.names}
+        pattern_of = {name: pattern.pattern for pattern in patterns for name in pattern.names}
         return {
             "candidates": self.candidates,
             "threshold": THRESHOLD,
             "factor": FACTOR,
             "parameters": [
-                {"name": name, "pattern": pattern_of[name], "shape": list(one[DEFAULT].layouts[0].shape)}
+                {"name": name, "pattern": pattern_of[name], "shape": list(candidates[DEFAULT].layouts[0].shape)}
                 | {"step": self.steps[name], "elements": self.losses[name][DEFAULT].elements}
-                | {"candidates": _told(one, self.losses[name])}
-                for name, one in self.estimates.items()
+                | {"candidates": _candidates(candidates, self.losses[name])}
+                for name, candidates in self.estimates.items()
             ],
             "patterns": [
-                {"pattern": one.pattern, "shape": list(one.shape), "parameters": len(one.names)}
-                | {"elements": one.default.elements, "budget": len(one.names) * budget(one.shape)}
-                | {"best": one.best, "suggested": one.suggested}
-                | {"candidates": _told(one.estimates, one.losses)}
-                for one in patterns
+                {"pattern": pattern.pattern, "shape": list(pattern.shape), "parameters": len(pattern.names)}
+                | {"elements": pattern.default.elements, "budget": len(pattern.names) * budget(pattern.shape)}
+                | {"best": pattern.best, "suggested": pattern.suggested}
+                | {"candidates": _candidates(pattern.estimates, pattern.losses)}
+                for pattern in patterns
             ],
             "configured": self.partition.second_moment,
-            "settings": {name: _summed(one) for name, one in self.settings.items()},
+            "settings": {name: _summary(one) for name, one in self.settings.items()},
             "refused": dict(self.refused),
             "roles": self.roles,
             "second_moment": self.second_moment,
         }
 
 
-def _told(estimates: Mapping[str, Estimate], losses: Mapping[str, Loss]) -> dict[str, Any]:
+def _candidates(estimates: Mapping[str, Estimate], losses: Mapping[str, Loss]) -> dict[str, Any]:
     return {
-        name: {"role": one.role, "layout": " and ".join(map(str, one.layouts)), "entries": losses[name].entries}
+        name: {
+            "role": estimate.role,
+            "layout": " and ".join(map(str, estimate.layouts)),
+            "entries": losses[name].entries,
+        }
         | {"noise": losses[name].noise if losses[name].known else None}
         | {"snr": _finite(losses[name].snr), "block_snr": _finite(losses[name].block_snr)}
         | {"rms_ratio": losses[name].rms_ratio, "distance": losses[name].distance}
-        for name, one in estimates.items()
+        for name, estimate in estimates.items()
     }
 
 
-def _summed(setting: Setting) -> dict[str, Any]:
+def _summary(setting: Setting) -> dict[str, Any]:
     total, (pattern, lowest) = setting.total, setting.lowest
-    told = {"entries": total.entries, "below": setting.below, "snr": _finite(lowest.snr), "pattern": pattern.pattern}
-    return told | {"rms_ratio": total.rms_ratio, "distance": total.distance}
+    return {
+        "entries": total.entries,
+        "below": setting.below,
+        "snr": _finite(lowest.snr),
+        "pattern": pattern.pattern,
+        "rms_ratio": total.rms_ratio,
+        "distance": total.distance,
+    }
 
 
 def _finite(value: float) -> float | None:
@@ -288,24 +302,26 @@ def inspect(
     window: int = WINDOW,
     on_parameter: Callable[[str], None] = lambda name: None,
 ) -> Inspection:
-    """Measure what every candidate loses on each parameter, one after the other and `window` elements at a time.
+    """Measure the loss of every candidate on each parameter, one after the other and `window` elements at a time.
 
     Args:
         moments: AdamW's state of all parameters of the model, such as `moments_of(model, optimizer)`.
         partition: the default, such as `Partition.from_config(config)`.
-        on_parameter: called with the name of each parameter that is done.
+        on_parameter: called with the name of each finished parameter.
 
     Raises:
         ValueError: the partition cannot cut a parameter, or second moments are not finite.
     """
-    given = {clean_name(one.name): one for one in moments}
-    shapes = {name: one.shape for name, one in given.items()}
-    found = estimates(partition, shapes)
-    ready, refused = options(partition, shapes)
+    by_name = {clean_name(one.name): one for one in moments}
+    shapes = {name: one.shape for name, one in by_name.items()}
+    candidates = estimates(partition, shapes)
+    compatible, refused = options(partition, shapes)
     measured = {}
-    for name, one in given.items():
-        wanted = {**found[name], **{f"second_moment = {option}": cut[name] for option, cut in ready.items()}}
-        losses = measure(one, wanted, window)
-        measured[name] = {wanted[key].layouts: loss for key, loss in losses.items()}
+    for name, one in by_name.items():
+        compared = dict(candidates[name])
+        compared |= {f"second_moment = {option}": chosen[name] for option, chosen in compatible.items()}
+        losses = measure(one, compared, window)
+        measured[name] = {compared[key].layouts: loss for key, loss in losses.items()}
         on_parameter(name)
-    return Inspection(partition, {name: one.step for name, one in given.items()}, found, ready, refused, measured)
+    steps = {name: one.step for name, one in by_name.items()}
+    return Inspection(partition, steps, candidates, compatible, refused, measured)

@@ -1,4 +1,4 @@
-"""The picture of an inspection: layers down, kinds of parameters across, a panel per candidate."""
+"""The heat map of an inspection: layers from top to bottom, kinds of parameters across, a panel per candidate."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .findings import THRESHOLD, Inspection
 from .measure import Loss
 
 _CELL, _PANEL_EDGE, _WIDE = 0.21, 0.5, 16.0
-"""Inches: width of a cell, from panel to panel, of all panels at most."""
+"""Inches: width of a cell, distance between panels, maximum width of all panels."""
 _ROW, _LAYERS = (0.09, 0.24), 5.0
-"""Inches: height of a layer at least and at most, of all layers together if there is room."""
+"""Inches: minimum and maximum height of a layer, preferred height of all layers together."""
 _GAP = 0.4
-"""Cells between the kinds in layers and the others."""
+"""Distance, in cells, between the kinds inside layers and the others."""
 _DECADES = 2
-"""The colours reach from 1 / 10^n to 10^n."""
+"""The colours range from 1 / 10^n to 10^n."""
 _TEXT, _TITLE = 7.5, 11
 _UNKNOWN = "#B0B0B0"
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where parameters stand in a panel: kinds in order of appearance, those outside layers last."""
+    """The positions of parameters in a panel: kinds in order of appearance, those outside layers last."""
 
     kinds: tuple[str, ...]
     outside: int
@@ -34,7 +34,7 @@ class _Grid:
 
 
 def heat_map(path: Path, title: str, inspection: Inspection) -> None:
-    """Draw the signal-to-noise ratio of every candidate into a file, whose ending says the format.
+    """Draw the signal-to-noise ratio of every candidate to a file, whose suffix gives the format.
 
     Raises ValueError if matplotlib is not installed.
     """
@@ -53,7 +53,11 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     colours = ScalarMappable(Normalize(-_DECADES, _DECADES), "RdBu")
     panels = picture.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axes, candidate in zip(panels, candidates, strict=False):
-        losses = {name: one[candidate] for name, one in inspection.losses.items() if candidate in one}
+        losses = {
+            name: by_candidate[candidate]
+            for name, by_candidate in inspection.losses.items()
+            if candidate in by_candidate
+        }
         _panel(axes, candidate, grid, losses, colours)
     for axes in panels[len(candidates) :]:
         axes.set_visible(False)
@@ -62,10 +66,10 @@ def heat_map(path: Path, title: str, inspection: Inspection) -> None:
     ticks = range(-_DECADES, _DECADES + 1)
     bar = picture.colorbar(colours, ax=list(panels), ticks=ticks, extend="both", aspect=30, shrink=0.9, pad=0.01)
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks], fontsize=_TEXT + 0.5)
-    bar.set_label(f"signal-to-noise ratio (above {THRESHOLD:g} means stand for elements)", fontsize=_TEXT + 1)
+    bar.set_label(f"signal-to-noise ratio (above {THRESHOLD:g}: means represent elements)", fontsize=_TEXT + 1)
     picture.suptitle(title, x=0.01, ha="left", fontsize=_TITLE)
     picture.supxlabel(
-        "Hatched: not cut in this way. Grey: never had a gradient.", x=0.01, ha="left", fontsize=_TEXT, color="#505050"
+        "Hatched: does not apply. Grey: never had a gradient.", x=0.01, ha="left", fontsize=_TEXT, color="#505050"
     )
     save(picture, path)
 
@@ -83,7 +87,7 @@ def _grid(names: list[str]) -> _Grid:
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """What stands before the first number of a name, the number, and the kind: what comes after, numbers as `*`."""
+    """The parts of a name before its first number, the number, and the kind: the rest, with `*` for numbers."""
     parts = name.removesuffix(".weight").split(".")
     number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if number is None:
@@ -97,19 +101,19 @@ def _panel(axes: Any, candidate: str, grid: _Grid, losses: dict[str, Loss], colo
     found: dict[tuple[int | None, str], Loss] = {}
     for name, loss in losses.items():
         found[grid.places[name]] = found.get(grid.places[name], Loss()) + loss
-    # Kinds outside layers stand apart, as high as all layers.
+    # Kinds outside layers are set apart, as high as all layers together.
     places = [place + _GAP * (place >= inside > 0) for place in range(len(grid.kinds))]
     axes.set_facecolor("white")
     for place, kind in zip(places, grid.kinds, strict=True):
         column: list[tuple[int | None, float, float]] = [(None, 0, rows)] if place >= inside else []
         column = column or [(layer, number, 1) for number, layer in enumerate(grid.layers)]
         for layer, top, height in column:
-            look: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#D0D0D0", "hatch": "/////", "linewidth": 0}
+            style: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#D0D0D0", "hatch": "/////", "linewidth": 0}
             if (layer, kind) in found:
                 here = found[layer, kind]
                 colour = colours.to_rgba(_decades(here.snr)) if here.known else _UNKNOWN
-                look = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.5 if rows <= 40 else 0.2}
-            axes.add_patch(_rectangle((place, top), height, look))
+                style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.5 if rows <= 40 else 0.2}
+            axes.add_patch(_rectangle((place, top), height, style))
     axes.set_xlim(0, places[-1] + 1)
     axes.set_ylim(rows, 0)
     axes.set_xticks([place + 0.5 for place in places], grid.kinds, rotation=90, fontsize=_TEXT)
@@ -122,10 +126,10 @@ def _panel(axes: Any, candidate: str, grid: _Grid, losses: dict[str, Loss], colo
         side.set_visible(False)
 
 
-def _rectangle(corner: tuple[float, float], height: float, look: dict[str, Any]) -> Any:
+def _rectangle(corner: tuple[float, float], height: float, style: dict[str, Any]) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, 1, height, **look)
+    return Rectangle(corner, 1, height, **style)
 
 
 def _decades(snr: float) -> float:

@@ -1,4 +1,4 @@
-"""What estimates of one parameter's second moments lose: a pass for the means and a pass for the errors, in windows."""
+"""The losses of estimates of one parameter's second moments: one pass for the means, one for the errors, in windows."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from .estimates import Estimate
 from .moments import Moments
 
 WINDOW = 1 << 20
-"""Elements that are looked at together: a dozen float64 tensors of this size are the memory that is needed, beside the
-block means."""
+"""Elements processed at once: memory is a dozen float64 tensors of this size, and the block means."""
 
 EXACT = 1e-14
-"""Noise up to which an estimate is exact: the square of what float32 rounds a number by."""
+"""Noise up to which an estimate counts as exact: the square of float32's relative rounding error."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What one estimate loses, as sums, so that those of several parameters add up.
+    """The loss of one estimate, as sums, so that the losses of several parameters can be added.
 
     Attributes:
-        elements: those with v > 0.
-        entries: second moments that are kept.
+        elements: number of elements with v > 0.
+        entries: number of second moments.
         errors: sum over these elements of (v / v^ - 1)^2.
-        ratios, noisy: sum of the signal-to-noise ratios of the blocks that are not even, and how many these are.
-        own: sum of squares of the last update that AdamW took, without learning rate and decay: m / (sqrt(v) + eps),
-            both moments corrected as in that step; 0 if nothing is known of updates.
-        new: the same with v^ in place of v.
-        apart: sum of squares of the difference of the two.
+        ratios, noisy: sum of the signal-to-noise ratios of the blocks that are not even, and their number.
+        update: sum of squares of AdamW's last update, without learning rate and decay: m / (sqrt(v) + eps), with the
+            bias correction of that step; 0 if the update is unknown.
+        new_update: the same with v^ in place of v.
+        difference: sum of squares of the difference of the two updates.
     """
 
     elements: int = 0
@@ -43,16 +42,16 @@ class Loss:
     errors: float = 0.0
     ratios: float = 0.0
     noisy: int = 0
-    own: float = 0.0
-    new: float = 0.0
-    apart: float = 0.0
+    update: float = 0.0
+    new_update: float = 0.0
+    difference: float = 0.0
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Loss)))
 
     @property
     def known(self) -> bool:
-        """Has any element had a gradient? If not, nothing is known of the estimate."""
+        """Whether any element has had a gradient; if not, the estimate's loss is unknown."""
         return self.elements > 0
 
     @property
@@ -67,48 +66,48 @@ class Loss:
 
     @property
     def block_snr(self) -> float:
-        """The plain mean of the blocks' ratios, as SlimAdam has it."""
+        """The plain mean of the blocks' ratios, as in SlimAdam."""
         return self.ratios / self.noisy if self.noisy else inf
 
     @property
     def rms_ratio(self) -> float | None:
-        """RMS of the update with v^ over that of AdamW's; None where nothing is known of updates."""
-        return sqrt(self.new / self.own) if self.own else None
+        """RMS of the update with v^, relative to AdamW's; None if the update is unknown."""
+        return sqrt(self.new_update / self.update) if self.update else None
 
     @property
     def distance(self) -> float | None:
-        """RMS of the difference of the two updates over that of AdamW's."""
-        return sqrt(self.apart / self.own) if self.own else None
+        """RMS of the difference of the two updates, relative to AdamW's; None if the update is unknown."""
+        return sqrt(self.difference / self.update) if self.update else None
 
 
 def measure(moments: Moments, estimates: Mapping[str, Estimate], window: int = WINDOW) -> dict[str, Loss]:
-    """What each estimate loses on one parameter. Reads v twice and m once, `window` elements at a time.
+    """The loss of each estimate on one parameter. Reads v twice and m once, `window` elements at a time.
 
     Raises ValueError, naming the parameter, if second moments are not finite.
     """
-    lossy = {one.layouts: one for one in estimates.values() if not one.elementwise}
-    means = _Means({layout for one in lossy.values() for layout in one.layouts})
+    lossy = {estimate.layouts: estimate for estimate in estimates.values() if not estimate.elementwise}
+    means = _Means({layout for estimate in lossy.values() for layout in estimate.layouts})
     for box in moments.windows(window):
         means.add(moments.second(box).double(), box)
     means.finish(moments.name)
     tallies = {layouts: _Tally(one) for layouts, one in lossy.items()}
-    elements, own = 0, 0.0
+    elements, update_squares = 0, 0.0
     for box in moments.windows(window):
         second = moments.second(box).double()
         first = moments.first(box).double() if moments.first is not None and moments.step > 0 else None
         update = None if first is None else _update(moments, first, second)
         elements += int((second > 0).sum())
-        own += 0.0 if update is None else float(update.square().sum())
+        update_squares += 0.0 if update is None else float(update.square().sum())
         for layouts, tally in tallies.items():
             hat = means.estimate(lossy[layouts], box)
             tally.add_errors(second, hat, box)
             if first is not None and update is not None:
                 tally.add_updates(update, _update(moments, first, hat))
     return {
-        name: tallies[one.layouts].loss(elements, own)
-        if one.layouts in tallies
-        else Loss(elements, one.entries, own=own, new=own)
-        for name, one in estimates.items()
+        name: tallies[estimate.layouts].loss(elements, update_squares)
+        if estimate.layouts in tallies
+        else Loss(elements, estimate.entries, update=update_squares, new_update=update_squares)
+        for name, estimate in estimates.items()
     }
 
 
@@ -117,27 +116,27 @@ class _Tally:
 
     def __init__(self, estimate: Estimate) -> None:
         self.estimate, self.blocks = estimate, estimate.blocks
-        self.errors, self.alive = torch.zeros(2, *self.blocks.grid_shape, dtype=torch.float64)
-        self.new = self.apart = 0.0
+        self.errors, self.counts = torch.zeros(2, *self.blocks.grid_shape, dtype=torch.float64)
+        self.new_update = self.difference = 0.0
 
     def add_errors(self, second: Tensor, hat: Tensor, box: Box) -> None:
         counted = second > 0
         _add(self.errors, torch.where(counted, second / hat - 1, 0.0).square_(), self.blocks, box)
-        _add(self.alive, counted.double(), self.blocks, box)
+        _add(self.counts, counted.double(), self.blocks, box)
 
-    def add_updates(self, update: Tensor, changed: Tensor) -> None:
-        self.new += float(changed.square().sum())
-        self.apart += float(changed.sub_(update).square_().sum())
+    def add_updates(self, update: Tensor, new_update: Tensor) -> None:
+        self.new_update += float(new_update.square().sum())
+        self.difference += float(new_update.sub_(update).square_().sum())
 
-    def loss(self, elements: int, own: float) -> Loss:
-        noise = self.errors / self.alive
+    def loss(self, elements: int, update: float) -> Loss:
+        noise = self.errors / self.counts
         ratios = noise[noise > EXACT].reciprocal()
         sums = float(self.errors.sum()), float(ratios.sum()), ratios.numel()
-        return Loss(elements, self.estimate.entries, *sums, own, self.new, self.apart)
+        return Loss(elements, self.estimate.entries, *sums, update, self.new_update, self.difference)
 
 
 class _Means:
-    """The means of one tensor over the blocks of several layouts, float64, gathered box by box."""
+    """The means of one tensor over the blocks of several layouts, float64, accumulated box by box."""
 
     def __init__(self, layouts: set[BlockLayout]) -> None:
         self.grids = {layout: torch.zeros(layout.grid_shape, dtype=torch.float64) for layout in layouts}
@@ -150,7 +149,7 @@ class _Means:
         for layout, grid in self.grids.items():
             grid /= _sizes(layout)
             if not isfinite(float(grid.sum())):
-                raise ValueError(f"{name} has second moments that are not finite: that run has diverged")
+                raise ValueError(f"{name} has second moments that are not finite: its run has diverged")
 
     def estimate(self, estimate: Estimate, box: Box) -> Tensor:
         """The estimate's second moments of a box."""
@@ -158,7 +157,7 @@ class _Means:
 
 
 def _update(moments: Moments, first: Tensor, second: Tensor) -> Tensor:
-    """The update that AdamW took in the moments' step, from float64 moments, without learning rate and decay."""
+    """AdamW's update in the step of the moments, from float64 moments, without learning rate and decay."""
     rate, square = (1 - beta**moments.step for beta in moments.betas)
     return (first / rate) / ((second / square).sqrt_().add_(moments.eps))
 

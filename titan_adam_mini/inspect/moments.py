@@ -1,4 +1,4 @@
-"""AdamW's state of one parameter, read box by box: of an optimizer in memory, or of a checkpoint."""
+"""AdamW's state of one parameter, read box by box from an optimizer in memory or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sharding import Box, box_shape
 from ..state import AUTHORS
 
 Read = Callable[[Box], Tensor]
-"""A box of a tensor, on the CPU."""
+"""Reads a box of a tensor, to the CPU."""
 
 _OPTIMIZER = "optimizer."
 _NEEDED = "inspect needs AdamW's state, with one second moment per element"
@@ -29,9 +29,9 @@ class Moments:
     Attributes:
         name, shape: of the parameter.
         second: reads `exp_avg_sq`.
-        first: reads `exp_avg`; None if only the second moments are known, and then nothing is said of updates.
+        first: reads `exp_avg`; None if only the second moments are known, so that updates are unknown.
         step, betas, eps: of the optimizer.
-        stored: the boxes as which it lies on disk; windows stay inside them.
+        stored: its boxes on disk; windows stay inside them.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Moments:
 
     @staticmethod
     def of(name: str, exp_avg_sq: Tensor, exp_avg: Tensor | None = None, **options: Any) -> Moments:
-        """Of tensors of the parameter's shape; `options` are `step`, `betas` and `eps`."""
+        """From tensors of the parameter's shape; `options` are `step`, `betas` and `eps`."""
         first = None if exp_avg is None else _reader(exp_avg)
         return Moments(name, tuple(exp_avg_sq.shape), _reader(exp_avg_sq), first, **options)
 
     @staticmethod
     def without_state(name: str, shape: Sequence[int]) -> Moments:
-        """Of a parameter that the optimizer keeps nothing of: it has had no gradient, so its second moments are 0."""
+        """For a parameter without optimizer state: it never had a gradient, so its second moments are 0."""
         return Moments(name, tuple(shape), lambda box: torch.zeros(box_shape(box)))
 
     def windows(self, elements: int) -> Iterator[Box]:
-        """Boxes of at most so many elements that together are the whole tensor."""
+        """Boxes of at most `elements` elements that together cover the tensor."""
         for box in self.stored or (tuple((0, size) for size in self.shape),):
             yield from _windows(box, elements)
 
@@ -65,7 +65,7 @@ def _reader(tensor: Tensor) -> Read:
 
 
 def _windows(box: Box, elements: int) -> Iterator[Box]:
-    """A box in pieces: cut between the rows of the outermost dim whose rows are small enough, index by index before."""
+    """Split a box into boxes of at most `elements` elements, along its outermost dims."""
     if prod(box_shape(box)) <= elements:
         yield box
         return
@@ -78,10 +78,10 @@ def _windows(box: Box, elements: int) -> Iterator[Box]:
 
 
 def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Moments]:
-    """The state of a torch AdamW (or Adam) over plain parameters of `model`, any model; nothing is copied.
+    """The state of a torch AdamW (or Adam) over plain parameters of any model; nothing is copied.
 
-    Parameters that are not trained are left out; those that never had a gradient are `Moments.without_state`.
-    Raises ValueError if none has second moments, or, naming the parameter, one has not one per element.
+    Frozen parameters are left out; those that never had a gradient are `Moments.without_state`. Raises ValueError if no
+    parameter has second moments, or if one does not have one per element.
     """
     names = {param: name for name, param in model.named_parameters()}
     found = []
@@ -97,41 +97,41 @@ def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list
                 raise ValueError(f"{names[param]} has second moments of shape {tuple(second.shape)}: {_NEEDED}")
             options = {"step": float(state["step"]), "betas": tuple(group["betas"]), "eps": float(group["eps"])}
             found.append(Moments.of(names[param], second, state["exp_avg"], **options))
-    if all(one.first is None for one in found):
-        told = f"no trainable parameter of {type(optimizer).__name__} has an exp_avg_sq"
-        raise ValueError(f"{told}: {_NEEDED}, after its first step")
+    if all(moments.first is None for moments in found):
+        reason = f"no trainable parameter of {type(optimizer).__name__} has an exp_avg_sq"
+        raise ValueError(f"{reason}: {_NEEDED}, after its first step")
     return found
 
 
-def moments_stored(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[Moments]:
-    """The state of a model's parameters in torchtitan's checkpoint, from its metadata: tensors are read when asked for.
+def stored_moments(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[Moments]:
+    """The state of a model's parameters in torchtitan's checkpoint; tensors are read when they are needed.
 
-    Parameters that have hyper-parameters there and no state never had a gradient: `Moments.without_state`.
+    Parameters that have hyper-parameters there but no state never had a gradient: `Moments.without_state`.
 
     Args:
         stored: the checkpoint.
         shapes: of the model's trainable parameters.
 
     Raises:
-        ValueError: the checkpoint is not AdamW's, or not of these parameters.
+        ValueError: the checkpoint is not AdamW's, or has other parameters.
     """
     kind = stored.optimizer()
     if kind is None:
         raise ValueError(
-            f"{stored.path} has no optimizer state: it holds a model only (the last step is saved so unless "
+            f"{stored.path} has no optimizer state: it contains the model only (the last step is saved this way unless "
             f"checkpoint.last_save_model_only = false); {_NEEDED}"
         )
     if kind != "AdamW":
-        told = (
+        content = (
             AUTHORS if kind == "adam-mini" else "AdamMini's optimizer state, which has only the means over its blocks"
         )
-        raise ValueError(f"{stored.path} holds {told}; {_NEEDED}")
+        raise ValueError(f"{stored.path} contains {content}; {_NEEDED}")
     stored.check_files()
-    kept = set(stored.parameters())
-    without = {name for name in shapes if name not in kept and _group(name) + "betas" in stored}
-    check_parameters(stored, shapes.keys() - without)
+    with_state = set(stored.parameters())
+    without_state = {name for name in shapes if name not in with_state and _group(name) + "betas" in stored}
+    check_parameters(stored, shapes.keys() - without_state)
     return [
-        Moments.without_state(name, shape) if name in without else _stored(stored, name, tuple(shape))
+        Moments.without_state(name, shape) if name in without_state else _stored(stored, name, tuple(shape))
         for name, shape in shapes.items()
     ]
 

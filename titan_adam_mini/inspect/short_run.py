@@ -1,4 +1,4 @@
-"""A short AdamW run of a configuration by torchtitan's own trainer, for its checkpoint."""
+"""A short AdamW run of a configuration with torchtitan's own trainer, for its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tools.signals import ending_in_order
+from ..tools.signals import sigterm_as_exit
 from ..tools.trainer import end, errors_in, torchrun
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 RUN = "run"
-"""Its folder's name."""
+"""The name of its folder."""
 
 
 def check_out(out: Path | None) -> None:
-    """Raise ValueError if a folder holds a run already."""
+    """Raise ValueError if a folder contains a run already."""
     if out is not None and (out / RUN).exists():
-        raise ValueError(f"{out / RUN} exists, and torchtitan would go on from its checkpoints: remove it")
+        raise ValueError(f"{out / RUN} exists, and torchtitan would resume from its checkpoints: remove it")
 
 
 @contextmanager
 def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, console: Console) -> Iterator[Path]:
-    """The checkpoint after the first `steps` steps of a configuration with AdamW, the schedule as in the whole run.
+    """The checkpoint after the first `steps` steps of a configuration with AdamW, with the schedule of the full run.
 
     Args:
-        arguments: torchtitan's command line, `--job.config_file X` and what `settings_of` gives among it.
-        steps: how many; if more than the configuration has, the schedule is longer too.
-        ranks: number of them.
-        out: a folder for the run and its log, which stay; if None they are removed once the context ends.
-        console: says that it trains, and where the log is.
+        arguments: torchtitan's command line, with `--job.config_file X` and the flags of `settings_of`.
+        steps: number of steps; if the configuration has fewer, the schedule is extended.
+        ranks: number of ranks.
+        out: a folder in which the run and its log are kept; if None they are removed when the context ends.
+        console: shows that it trains, and where the log is.
 
     Raises:
-        ValueError: the run failed, with its reason and the log, which then stays.
+        ValueError: the run failed; the message has the reason and the log, which is then kept.
     """
-    with ending_in_order():
+    with sigterm_as_exit():
         folder = Path(tempfile.mkdtemp(prefix="titan-adam-mini-inspect-")) if out is None else out / RUN
         if out is not None:
-            folder.mkdir()  # no other's: it is removed if the run is stopped
+            folder.mkdir()  # must be new, because it is removed if the run is interrupted
         try:
             with console.status(f"training {steps} steps with AdamW; its log is {folder / 'log'}"):
                 _train([*arguments, "--job.dump_folder", str(folder)], ranks, folder / "log")
@@ -59,9 +59,9 @@ def short_run(arguments: list[str], steps: int, ranks: int, out: Path | None, co
 
 
 def settings_of(config: Any, steps: int) -> list[str]:
-    """What the short run does in another way than torchtitan's job configuration `config`."""
+    """The flags in which the short run differs from torchtitan's job configuration `config`."""
     settings = ["--optimizer.name", "AdamW", "--training.steps", str(steps), "--validation.no-enable"]
-    # Past the end of its decay a linear schedule goes on below zero.
+    # Beyond the end of its decay a linear schedule continues below zero.
     total = max(steps, config.lr_scheduler.total_steps or config.training.steps)
     settings += ["--lr_scheduler.total_steps", str(total)]
     settings += ["--checkpoint.enable", "--checkpoint.folder", "checkpoint", "--checkpoint.interval", str(steps)]
@@ -72,7 +72,7 @@ def settings_of(config: Any, steps: int) -> list[str]:
 
 
 def _train(arguments: list[str], ranks: int, log: Path) -> None:
-    """torchrun, whose output goes into `log`. Raises ValueError if it fails; ends it if anything happens here."""
+    """Run torchrun with its output in `log`. Raises ValueError if it fails; stops it if this process is interrupted."""
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [*torchrun(ranks, "--log-dir", str(log.parent / "ranks")), *arguments],
@@ -88,5 +88,5 @@ def _train(arguments: list[str], ranks: int, log: Path) -> None:
             end(process)
     if status:
         lines = log.read_text(errors="replace").splitlines()
-        reason = (errors_in(lines) or lines[-1:] or ["it said nothing"])[0]  # the first is what stopped the others
+        reason = (errors_in(lines) or lines[-1:] or ["it printed nothing"])[0]  # the first error caused the others
         raise ValueError(f"the AdamW run ended with status {status}: {reason} (its log is {log})")

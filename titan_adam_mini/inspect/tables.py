@@ -1,4 +1,4 @@
-"""What `inspect` found as tables for reading, and the lines for a configuration."""
+"""The results of `inspect` as tables, and the lines for a configuration."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from .estimates import DEFAULT
 from .findings import FACTOR, ROLES, THRESHOLD, Inspection, Pattern
 
 WIDTH = 200
-_BUDGET = "no more second moments than rows + columns + 1, and fewer than elements"
+_BUDGET = "at most rows + columns + 1 second moments, and fewer than elements"
 
 
 def show(inspection: Inspection, console: Console) -> None:
-    """Print what was found, for reading: the tables, what their figures are, and what to try."""
+    """Print the tables, what their figures mean, and what to try."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
 
-    def say(line: str, **how: Any) -> None:
-        console.print(line, soft_wrap=True, highlight=False, markup=False, **how)
+    def print_line(line: str, **style: Any) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False, **style)
 
     console.print(_table(inspection))
     for line in _notes(inspection):
-        say(line)
-    say("All parameters together, with each second_moment and the roles that the configuration has:")
+        print_line(line)
+    print_line("All parameters together, with each second_moment and the configured roles:")
     console.print(_settings(inspection))
-    for left_out, why in inspection.refused.items():
-        say(f'second_moment = "{left_out}" is left out: {why}.')
+    for name, reason in inspection.refused.items():
+        print_line(f'second_moment = "{name}" is left out: {reason}.')
     roles, option = inspection.roles, inspection.second_moment
     if not roles:
-        say(_nothing(inspection), style="bold")
+        print_line(_nothing(inspection), style="bold")
         return
     if not option and inspection.best_option != inspection.partition.second_moment:
-        say(f'The best in one line: second_moment = "{inspection.best_option}".')
+        print_line(f'The best single setting: second_moment = "{inspection.best_option}".')
     if not option and inspection.undecayed:
-        say(f"With the roles below, `undecayed` takes weight decay from {', '.join(inspection.undecayed)}.")
-    other = f"another role where the ratio is below {THRESHOLD:g} and the other's at least {FACTOR:g} times that"
-    other = f"the same as {other}" if option else other
-    say(f"To try ({other}; roles that the configuration has stay):", style="bold")
-    say(toml(f'second_moment = "{option}"' if option else f"roles = {_inline(roles)}"))
+        print_line(f"With the roles below, `undecayed` removes weight decay from {', '.join(inspection.undecayed)}.")
+    other = f"another role if the ratio is below {THRESHOLD:g} and the other role's at least {FACTOR:g} times that"
+    other = f"equivalent to {other}" if option else other
+    print_line(f"To try ({other}; configured roles are kept):", style="bold")
+    print_line(toml(f'second_moment = "{option}"' if option else f"roles = {_inline(roles)}"))
 
 
 def toml(line: str) -> str:
@@ -57,11 +57,11 @@ def _inline(roles: Mapping[str, str]) -> str:
 
 def _nothing(inspection: Inspection) -> str:
     """Why no role is suggested."""
-    if all(one.default.snr >= THRESHOLD for one in inspection.patterns):
+    if all(pattern.default.snr >= THRESHOLD for pattern in inspection.patterns):
         return f"Nothing to change: no ratio is below {THRESHOLD:g}."
     return (
-        f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other at {_BUDGET} is {FACTOR:g} times "
-        "that."
+        f"No roles to try: where the default's ratio is below {THRESHOLD:g}, no other with {_BUDGET} is {FACTOR:g} "
+        "times that."
     )
 
 
@@ -70,28 +70,28 @@ def _table(inspection: Inspection) -> Table:
     candidates = [name for name in inspection.candidates if name != "elementwise"]
     for column in ("pattern", "n", "shape", "role"):
         table.add_column(column, justify="right" if column == "n" else "left", overflow="fold")
-    for column in (*candidates, "RMS", "apart"):
+    for column in (*candidates, "RMS", "distance"):
         table.add_column(column, justify="right")
     table.add_column("best")
-    for one in inspection.patterns:
-        estimate, default = one.estimates[DEFAULT], one.default
-        shape = "x".join(map(str, one.shape))
-        cells = [_cell(one, name) for name in candidates]
-        moved = [_share(default.rms_ratio), _share(default.distance)]
-        table.add_row(one.pattern, str(len(one.names)), shape, estimate.role, *cells, *moved, _best(one))
+    for pattern in inspection.patterns:
+        estimate, default = pattern.estimates[DEFAULT], pattern.default
+        shape = "x".join(map(str, pattern.shape))
+        cells = [_cell(pattern, name) for name in candidates]
+        updates = [_share(default.rms_ratio), _share(default.distance)]
+        table.add_row(pattern.pattern, str(len(pattern.names)), shape, estimate.role, *cells, *updates, _best(pattern))
     return table
 
 
-def _cell(one: Pattern, candidate: str) -> str:
-    if candidate not in one.losses or not one.default.known:
+def _cell(pattern: Pattern, candidate: str) -> str:
+    if candidate not in pattern.losses or not pattern.default.known:
         return ""
-    return f"{_ratio(one.losses[candidate].snr)} [dim]({_short(one.estimates[candidate].entries)})[/dim]"
+    return f"{_ratio(pattern.losses[candidate].snr)} [dim]({_short(pattern.estimates[candidate].entries)})[/dim]"
 
 
-def _best(one: Pattern) -> str:
-    if one.best is None:
+def _best(pattern: Pattern) -> str:
+    if pattern.best is None:
         return "no gradient"
-    return DEFAULT if one.best == DEFAULT else f"{one.best} ({_ratio(one.losses[one.best].snr)})"
+    return DEFAULT if pattern.best == DEFAULT else f"{pattern.best} ({_ratio(pattern.losses[pattern.best].snr)})"
 
 
 def _settings(inspection: Inspection) -> Table:
@@ -100,13 +100,13 @@ def _settings(inspection: Inspection) -> Table:
     for column in ("entries", f"patterns below {THRESHOLD:g}", "lowest"):
         table.add_column(column, justify="right")
     table.add_column("of", overflow="fold")
-    for column in ("RMS", "apart"):
+    for column in ("RMS", "distance"):
         table.add_column(column, justify="right")
     for name, setting in inspection.settings.items():
-        told = {inspection.partition.second_moment: f"{name} (configured)", ROLES: "the roles below"}.get(name, name)
+        label = {inspection.partition.second_moment: f"{name} (configured)", ROLES: "the roles below"}.get(name, name)
         total, (pattern, lowest) = setting.total, setting.lowest
         counts = [f"{total.entries:,}", str(setting.below), _ratio(lowest.snr)]
-        table.add_row(told, *counts, pattern.pattern, _share(total.rms_ratio), _share(total.distance))
+        table.add_row(label, *counts, pattern.pattern, _share(total.rms_ratio), _share(total.distance))
     return table
 
 
@@ -119,7 +119,7 @@ def _share(value: float | None) -> str:
 
 
 def _short(entries: int) -> str:
-    """A count in four letters: 512, 8.2k, 131k, 16M."""
+    """A count in at most four characters: 512, 8.2k, 131k, 16M."""
     value, unit = float(entries), ""
     for larger in ("k", "M", "G"):
         if value < 1000:
@@ -130,11 +130,11 @@ def _short(entries: int) -> str:
 
 def _notes(inspection: Inspection) -> list[str]:
     notes = [
-        "Per candidate: 1 / mean over elements of (v / estimate - 1)^2, and the second moments that one parameter then "
-        "keeps. Most is lost in the first row.",
-        "RMS and apart: AdamW's last update with the default's second moments in place of its own, its RMS and the RMS "
-        "of the difference, over the RMS of AdamW's.",
-        f"best: the highest ratio at {_BUDGET} (of a vector, as many).",
+        "Per candidate: 1 / mean over elements of (v / estimate - 1)^2, and the number of second moments of one "
+        "parameter. The first row loses most.",
+        "RMS and distance: of AdamW's last update with the default's second moments in place of its own, the RMS and "
+        "the RMS of the difference to AdamW's update, both relative to the RMS of AdamW's.",
+        f"best: the highest ratio with {_BUDGET} (for a vector, as many as elements).",
     ]
     if without := inspection.without_gradient:
         number = sum(without.values())

@@ -1,19 +1,20 @@
-"""From a run to everything that the plan says of it: refusals, all ranks' holdings, checkpoint size, the verdict.
+"""Everything that the plan of a run contains: refusals, the bytes of all ranks, checkpoint size, the verdict.
 
-`facts` gives a dictionary for JSON; all numbers in it are integers, bytes where not said otherwise:
+`facts` returns a dictionary for JSON; all numbers in it are integers, bytes unless stated otherwise:
 
     model, ngpu                  name and flavor; number of ranks
     mesh                         name of a mesh -> axis -> size: `dense`, and `experts` where they have their own
-    parameters, frozen           elements of the whole model; of these, without gradient
-    second_moments               second-moment entries of the whole model with AdamMini
+    parameters, frozen           elements of the full model; of these, without gradient
+    second_moments               second-moment entries of the full model with AdamMini
     second_moments_adamw         and with AdamW: one per trainable element
     configured                   the key, among those of `optimizers`, of AdamMini with the configured momentum
     optimizers                   key -> title: `adamw`, `adam_mini_float32`, `adam_mini_bfloat16`, `adam_mini_int8`, and
-                                 `adam_mini_own` where the parameters' own type is asked for and is none of these
+                                 `adam_mini_own` if momentum has the parameters' dtype, and that is none of these
     refused                      key -> why this optimizer cannot run on this mesh; its bytes are null everywhere
-    offloaded                    are parameters, gradients and state in host memory (`training.enable_cpu_offload`)?
-    step_on_device               is `step`, four bytes per parameter, on the accelerator? With `implementation` "fused"
-                                 it is (AdamMini's: where Triton can be imported), else in host memory
+    offloaded                    whether parameters, gradients and state are in host memory
+                                 (`training.enable_cpu_offload`)
+    step_on_device               whether `step`, four bytes per parameter, is on the accelerator: with `implementation`
+                                 "fused" it is (AdamMini's: if Triton can be imported), else in host memory
     notes                        sentences about what is not counted
     patterns                     one entry per kind of trainable parameter, numbers in names collapsed to *:
         pattern, shape, placements, role, layout, decay
@@ -21,22 +22,22 @@
         blocks                   of one of them
         local_bytes              of all of them, each on the first rank of its pipeline stage
         straddling               how many of them have blocks on several ranks there
-        exchanged_bytes          what that rank puts into AdamMini's exchange per step
-    ranks                        `largest`, `smallest` (by parameters, gradients, buffers and AdamW's state; of equals
-                                 the first) and `first`, rank 0:
+        exchanged_bytes          bytes that this rank contributes to AdamMini's exchange per step
+    ranks                        `largest`, `smallest` (by parameters, gradients, buffers and AdamW's state; the first
+                                 of equals) and `first`, rank 0:
         rank, stage              its number, and that of its pipeline stage
         parameters, gradients, buffers, state[key]
-                                 each {bytes, padding, rounding}: see `holdings`
+                                 each {bytes, padding, rounding}: see `offline/rank_memory.py`
     all_ranks                    the sum of `bytes` over all ranks: parameters, gradients, buffers, state[key]
-    checkpoint                   every tensor of model and optimizer once: model, optimizer[key], total[key]. Not the
-                                 positions in the data, schedule, settings of groups, metadata and file headers
+    checkpoint                   every tensor of model and optimizer once: model, optimizer[key], total[key]; without
+                                 the data loader's position, the schedule, group settings, metadata and file headers
     verdict                      about the largest rank, AdamW against `configured`:
         saved_bytes              of optimizer state
-        sequence_bytes           an estimate of what one more sequence takes (see `activations`), or null
+        sequence_bytes           an estimate of the memory of one more sequence (see `activations`), or null
         sequence_unknown         why it is null; else ""
-        further_sequences        how many of them the savings make room for, or null
-        worth_it                 a boolean: a GiB or more, or room for a sequence
-        sentence                 all this in words
+        further_sequences        how many more sequences fit into the savings, or null
+        worth_it                 a boolean: the savings are a GiB or more, or fit a sequence
+        sentence                 the verdict in words
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ from typing import Any
 import torch
 
 from ..offline.checks import check, refusal
-from ..offline.holdings import ADAMW, Held, Kind, Optimizer, Param, Run, optimizers_of
+from ..offline.rank_memory import ADAMW, Kind, Optimizer, Param, RankMemory, Run, optimizers_of
 from ..partition import summarize
 from ..plan import BlockPlan, bytes_in, grids_of, plan_buffers
 
 WORTH = 2**30
-"""Bytes per GPU: less than this, of the tens of GiB that a GPU has, changes no setting."""
+"""Bytes per GPU: saving less than this, of the tens of GiB that a GPU has, changes no setting."""
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Everything the plan says; see the head of this file.
+    """Everything that the plan of a run contains; see the head of this file.
 
     Raises:
         ValueError: the configured momentum, checkpoints, or the model itself are not possible on this mesh.
@@ -73,7 +74,7 @@ def facts(run: Run) -> dict[str, Any]:
     trained = [param for param in run.params.values() if param.blocks]
     total = run.parameters
     checkpoint = {key: run.checkpoint_bytes(one) for key, one in counted.items()}
-    told: dict[str, Any] = {
+    plan: dict[str, Any] = {
         "model": run.model,
         "ngpu": run.ngpu,
         "mesh": run.meshes,
@@ -82,13 +83,13 @@ def facts(run: Run) -> dict[str, Any]:
         "second_moments": sum(param.blocks.second_moments for param in trained if param.blocks),
         "second_moments_adamw": sum(prod(param.kind.shape) for param in trained),
         "configured": configured,
-        "optimizers": {key: one.title for key, one in optimizers.items()},
+        "optimizers": {key: optimizer.title for key, optimizer in optimizers.items()},
         "refused": refused,
         "offloaded": run.offloaded,
         "notes": list(run.notes),
         "step_on_device": run.fused and not run.offloaded,
         "patterns": _patterns(run),
-        "ranks": {which: _told(run, held, optimizers) for which, held in ranks.items()},
+        "ranks": {which: _rank(run, memory, optimizers) for which, memory in ranks.items()},
         "all_ranks": {**all_ranks, "state": {key: all_ranks["state"].get(key) for key in optimizers}},
         "checkpoint": {
             "model": run.model_checkpoint,
@@ -96,39 +97,39 @@ def facts(run: Run) -> dict[str, Any]:
             "total": {key: run.model_checkpoint + checkpoint[key] if key in checkpoint else None for key in optimizers},
         },
     }
-    return {**told, "verdict": _verdict(run, told)}
+    return {**plan, "verdict": _verdict(run, plan)}
 
 
 # Ranks
 
 
-def _ranks(run: Run, optimizers: dict[str, Optimizer]) -> tuple[dict[str, Held], dict[str, Any]]:
-    """The largest, the smallest and the first rank, and the sums of `bytes` over all."""
+def _ranks(run: Run, optimizers: dict[str, Optimizer]) -> tuple[dict[str, RankMemory], dict[str, Any]]:
+    """The largest, the smallest and the first rank, and the sums of `bytes` over all ranks."""
     largest = smallest = first = None
     total, state = Counter[str](), Counter[str]()
     for stage in run.stages:
         for rank in stage.ranks:
-            held = stage.held(rank, optimizers, offloaded=run.offloaded)
-            first = first or held
-            largest = held if largest is None or _size(held) > _size(largest) else largest
-            smallest = held if smallest is None or _size(held) < _size(smallest) else smallest
+            found = stage.memory_of(rank, optimizers, offloaded=run.offloaded)
+            first = first or found
+            largest = found if largest is None or _size(found) > _size(largest) else largest
+            smallest = found if smallest is None or _size(found) < _size(smallest) else smallest
             for name in ("parameters", "gradients", "buffers"):
-                total[name] += getattr(held, name).bytes
-            state.update({key: one.bytes for key, one in held.state.items()})
+                total[name] += getattr(found, name).bytes
+            state.update({key: memory.bytes for key, memory in found.state.items()})
     assert largest and smallest and first
     return {"largest": largest, "smallest": smallest, "first": first}, {**total, "state": dict(state)}
 
 
-def _size(held: Held) -> int:
-    return sum(one.bytes for one in (held.parameters, held.gradients, held.buffers, held.state[ADAMW]))
+def _size(found: RankMemory) -> int:
+    return sum(memory.bytes for memory in (found.parameters, found.gradients, found.buffers, found.state[ADAMW]))
 
 
-def _told(run: Run, held: Held, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+def _rank(run: Run, found: RankMemory, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
     return {
-        "rank": held.rank,
-        "stage": run.stages.index(run.stage_of(held.rank)),
-        **{name: asdict(getattr(held, name)) for name in ("parameters", "gradients", "buffers")},
-        "state": {key: asdict(held.state[key]) if key in held.state else None for key in optimizers},
+        "rank": found.rank,
+        "stage": run.stages.index(run.stage_of(found.rank)),
+        **{name: asdict(getattr(found, name)) for name in ("parameters", "gradients", "buffers")},
+        "state": {key: asdict(found.state[key]) if key in found.state else None for key in optimizers},
     }
 
 
@@ -139,12 +140,14 @@ def _patterns(run: Run) -> list[dict[str, Any]]:
     """One entry per kind of parameter; see the head of this file."""
     rows = []
     seen = _on_first_ranks(run)
-    by_place: dict[str, list[Param]] = {}
+    by_placements: dict[str, list[Param]] = {}
     for param in run.params.values():
-        by_place.setdefault(_placed(param.kind), []).append(param)
-    for placements, params in by_place.items():
+        by_placements.setdefault(_placements(param.kind), []).append(param)
+    for placements, params in by_placements.items():
         for row in summarize(param.blocks for param in params if param.blocks):
-            local, cut, sent = (sum(numbers) for numbers in zip(*(seen[name] for name in row.names), strict=True))
+            local, straddling, sent = (
+                sum(numbers) for numbers in zip(*(seen[name] for name in row.names), strict=True)
+            )
             rows.append(
                 {
                     "pattern": row.pattern,
@@ -156,7 +159,7 @@ def _patterns(run: Run) -> list[dict[str, Any]]:
                     "layout": row.cuts,
                     "decay": row.decay,
                     "local_bytes": local,
-                    "straddling": cut,
+                    "straddling": straddling,
                     "exchanged_bytes": sent,
                 }
             )
@@ -166,7 +169,7 @@ def _patterns(run: Run) -> list[dict[str, Any]]:
 
 
 def _on_first_ranks(run: Run) -> dict[str, tuple[int, int, int]]:
-    """Parameter -> on the first rank of its stage: bytes held, whether its blocks straddle, bytes exchanged."""
+    """Parameter -> on the first rank of its stage: local bytes, whether its blocks straddle, bytes exchanged."""
     seen: dict[str, tuple[int, int, int]] = {}
     for stage in run.stages:
         rank = stage.ranks[0]
@@ -178,8 +181,8 @@ def _on_first_ranks(run: Run) -> dict[str, tuple[int, int, int]]:
             widths = [8 if param.kind.dtype == torch.float64 else 4 for param in params]
             sent = bytes_in(plan_buffers(grids, axes), grids, widths)
             for number, (param, own) in enumerate(zip(params, plans, strict=True)):
-                held = prod(stop - start for start, stop in own[0].shard.box()) * param.kind.dtype.itemsize
-                seen[param.name] = (held, int(any(plan.axes for plan in own)), sent.get(number, 0))
+                local = prod(stop - start for start, stop in own[0].shard.box()) * param.kind.dtype.itemsize
+                seen[param.name] = (local, int(any(plan.axes for plan in own)), sent.get(number, 0))
     return seen
 
 
@@ -188,17 +191,17 @@ def _block_plans(param: Param, rank: int) -> list[BlockPlan]:
     return [BlockPlan.of(layout, shard) for layout in param.kind.layouts]
 
 
-def _placed(kind: Kind) -> str:
+def _placements(kind: Kind) -> str:
     pairs = zip(kind.mesh.names, kind.placements, strict=True)
-    return ", ".join(f"{axis} {placement}" for axis, placement in pairs) or "whole"
+    return ", ".join(f"{axis} {placement}" for axis, placement in pairs) or "unsharded"
 
 
 # Verdict
 
 
-def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
-    configured = told["configured"]
-    state = told["ranks"]["largest"]["state"]
+def _verdict(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
+    configured = plan["configured"]
+    state = plan["ranks"]["largest"]["state"]
     before, after = state[ADAMW]["bytes"], state[configured]["bytes"]
     saved = before - after
     unknown = run.sequence if isinstance(run.sequence, str) else ""
@@ -209,17 +212,17 @@ def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
     if worth:
         words = f"saves {_from_to(before, after)} of optimizer state {where}: "
         if further:
-            words += f"room for local batch {run.batch + further} instead of {run.batch} (an estimate)"
+            words += f"enough for local batch {run.batch + further} instead of {run.batch} (an estimate)"
         elif sequence is not None and not run.offloaded:
             words += (
-                f"worth it for memory, but no room for local batch {run.batch + 1}: one more sequence of "
+                f"worth it for memory, but not enough for local batch {run.batch + 1}: one more sequence of "
                 f"{run.seq_len:,} tokens takes about {size(sequence)} (an estimate)"
             )
         else:
             words += "worth it for memory"
     else:
         words = f"saves {size(saved)} {where} at this sharding: not worth it for memory"
-    total = told["checkpoint"]["total"]
+    total = plan["checkpoint"]["total"]
     words += f"; checkpoints shrink {_from_to(total[ADAMW], total[configured], _DECIMAL)}"
     return {
         "saved_bytes": saved,
@@ -227,7 +230,7 @@ def _verdict(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
         "sequence_unknown": unknown,
         "further_sequences": further,
         "worth_it": worth,
-        "sentence": f"{told['optimizers'][configured]}: {words}.",
+        "sentence": f"{plan['optimizers'][configured]}: {words}.",
     }
 
 
@@ -236,13 +239,13 @@ _DECIMAL = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 def _from_to(before: int, after: int, units: Sequence[tuple[int, str]] = _BINARY) -> str:
-    """Two numbers of bytes in words, in one unit, with digits enough for the smaller."""
-    unit, name = next(one for one in units if before >= one[0] or one[0] == 1)
+    """Two numbers of bytes as text, in one unit, with enough digits for the smaller."""
+    unit, name = next(unit for unit in units if before >= unit[0] or unit[0] == 1)
     digits = 0 if after >= 20 * unit or unit == 1 else 1 if after >= unit else 2
     return f"{before / unit:,.{digits}f} -> {after / unit:,.{digits}f} {name}"
 
 
 def size(number: int) -> str:
-    """A number of bytes in words."""
-    unit, name = next(one for one in _BINARY if abs(number) >= one[0] or one[0] == 1)
+    """A number of bytes as text."""
+    unit, name = next(unit for unit in _BINARY if abs(number) >= unit[0] or unit[0] == 1)
     return f"{number / unit:,.{0 if abs(number) >= 20 * unit or unit == 1 else 1}f} {name}"

@@ -1,4 +1,4 @@
-"""What an allocation was for: known by its address, by a call site seen before, or by the functions that led to it."""
+"""The category of an allocation, from its call site if that is known, else from the functions on its stack."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Frames = Sequence[Mapping[str, Any]]
 
 OTHER = "other"
 
-# category, pattern of a file, pattern of a function: the first row that any frame of a stack matches. More special
-# callers stand first: a forward pass calls FSDP, whose hooks call collectives.
+# category, pattern of a file, pattern of a function: the first row that any frame of a stack matches. More specific
+# callers come first: a forward pass calls FSDP, whose hooks call collectives.
 _TABLE = (
     (
         "optimizer state",
@@ -40,13 +40,13 @@ _ROWS = tuple((re.compile(file), re.compile(function)) for _, file, function in 
 
 
 class Origins:
-    """Categories of stacks; knows the call sites of the tensors that it is given.
+    """Maps stacks to categories; learns call sites from allocations whose category is known.
 
-    FSDP makes the buffers of a reduce-scatter and the gradients in one function: their lines differ, and the tensors
-    whose category is known by their address say which line makes which.
+    FSDP allocates the buffers of a reduce-scatter and the gradients in one function, on different lines; tensors whose
+    category is known by their address show which line allocates which.
 
     Args:
-        known: (frames, category) of allocations whose category is known. A call site with two of them teaches nothing.
+        known: (frames, category) of allocations whose category is known. A call site with two categories is ignored.
     """
 
     def __init__(self, known: Iterable[tuple[Frames, str]]) -> None:
@@ -57,7 +57,7 @@ class Origins:
         self._sites = {site: min(categories) for site, categories in seen.items() if len(categories) == 1}
 
     def of(self, frames: Frames) -> str:
-        """The category of an allocation made there."""
+        """The category of an allocation with this stack."""
         if (category := self._sites.get(_site(frames))) is not None:
             return category
         row = min((_row(frame["filename"], frame["name"]) for frame in frames), default=len(_ROWS))
@@ -73,7 +73,7 @@ def _site(frames: Frames) -> tuple[Any, ...]:
 
 @lru_cache(1 << 16)
 def _row(filename: str, name: str) -> int:
-    """The first row that a frame matches; one past the last if none."""
+    """The number of the first row that a frame matches; one past the last if none."""
     path = filename.replace("\\", "/")
-    found = (number for number, (file, function) in enumerate(_ROWS) if file.search(path) and function.search(name))
-    return next(found, len(_ROWS))
+    matches = (number for number, (file, function) in enumerate(_ROWS) if file.search(path) and function.search(name))
+    return next(matches, len(_ROWS))

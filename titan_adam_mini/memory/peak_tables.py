@@ -26,7 +26,7 @@ CAVEAT = (
 
 
 def show(console: Console, runs: Sequence[Simulated], fits: Sequence[Fit], budget: str, reserve: str) -> None:
-    """Print every run and what fits the last one's budget, for reading; `budget` "" if nothing was searched."""
+    """Print every run, and what fits the budget of the last one; `budget` is "" if nothing was searched."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
     for run in runs:
@@ -60,7 +60,7 @@ def _show(console: Console, run: Simulated) -> None:
     table.add_row("total", *(_gib(peak.total) for peak in peaks), style="bold")
     table.add_row("reached in", *(peak.phase for peak in peaks))
     lower = [min(run.peaks[name], key=lambda peak: peak.total) for name in names]
-    table.add_row("the other phase", *(_gib(peak.total) for peak in lower))
+    table.add_row("peak of the other phase", *(_gib(peak.total) for peak in lower))
     console.print(table)
     console.print(
         f"* as configured. {'; '.join(f'{name}: {why}' for name, why in run.refused.items())}", soft_wrap=True
@@ -68,19 +68,19 @@ def _show(console: Console, run: Simulated) -> None:
 
 
 def _show_fits(console: Console, run: Simulated, fits: Sequence[Fit], budget: str, reserve: str) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"What fits {budget}, {reserve} of it left free")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"What fits in {budget}, {reserve} of it left free")
     for heading in ("", "activation checkpointing", *PAIR):
         table.add_column(heading, justify="right" if heading in PAIR else "left")
-    asked = {BATCH: "largest local batch", SEQUENCE: "longest sequence", GPUS: "fewest GPUs"}
+    titles = {BATCH: "largest local batch", SEQUENCE: "longest sequence", GPUS: "fewest GPUs"}
     for question in dict.fromkeys(fit.question for fit in fits):
         for mode in MODES:
             pair = [_answer(fit) for fit in fits if (fit.question, fit.checkpointing) == (question, mode)]
-            table.add_row(asked[question], mode, *pair)
+            table.add_row(titles[question], mode, *pair)
         table.add_section()
     console.print(table)
     console.print(
         f"Each with the other two as configured: {run.ngpu:,} GPUs, local batch {run.batch}, sequence {run.seq_len:,}. "
-        "In brackets the peak there, and one step beyond, where it does not fit.",
+        "In brackets: the peak at that value, and at the next one, which does not fit.",
         soft_wrap=True,
         highlight=False,
     )
@@ -99,13 +99,16 @@ def _gib(size: int) -> str:
 
 
 def as_json(run: Simulated) -> dict[str, Any]:
-    """Everything about one run; sizes are bytes."""
+    """One run for JSON; sizes are in bytes."""
     facts = {key: value for key, value in asdict(run).items() if key != "peaks"}
     facts["optimizers"] = {}
     for name, phases in run.peaks.items():
         peak = run.peak(name)
-        told = {"peak_bytes": peak.total, "phase": peak.phase, "phases": [asdict(one) for one in phases]}
-        facts["optimizers"][name] = told
+        facts["optimizers"][name] = {
+            "peak_bytes": peak.total,
+            "phase": peak.phase,
+            "phases": [asdict(phase) for phase in phases],
+        }
     return facts
 
 

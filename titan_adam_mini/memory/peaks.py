@@ -1,6 +1,6 @@
 """Peaks of simulated runs: one run, the largest stage of a pipeline, and the searches of `estimate --fit`.
 
-Simulations import torchtitan, so they are made in processes of their own.
+Simulations import torchtitan, so they run in separate processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PAIR = ("AdamW", "AdamMini")
 MOMENTA = tuple(f"AdamMini {name}" for name in TYPES)
 MODES = ("none", "selective", "full")
-"""Activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
+"""The modes of activation checkpointing that `--fit` tries; "selective" with the configuration's option."""
 
 
 def simulated(call: IsolatedProcess, arguments: list[str], ngpu: int, rank: int | None) -> Simulated:
@@ -37,19 +37,19 @@ def simulated(call: IsolatedProcess, arguments: list[str], ngpu: int, rank: int 
         call: calls a function in another process.
         arguments: torchtitan's command line.
         ngpu: number of ranks.
-        rank: the rank to simulate; None for the first of the pipeline stage that needs most.
+        rank: the rank to simulate; None for the first of the pipeline stage that needs most memory.
     """
     return _largest(call, _simulate_checked, arguments, ngpu, rank, (*PAIR, *MOMENTA))
 
 
 def fits(
-    run: Simulated, arguments: list[str], questions: Sequence[str], room: int, rank: int | None, progress: Progress
+    run: Simulated, arguments: list[str], questions: Sequence[str], budget: int, rank: int | None, progress: Progress
 ) -> list[Fit]:
-    """What fits into `room` bytes, for every mode of checkpointing, each searched in a process of its own."""
+    """What fits in `budget` bytes, for every mode of checkpointing, each searched in a separate process."""
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(len(MODES)))
         searches = [
-            _Search(stack.enter_context(isolated_process()), run, arguments, mode, room, rank, progress)
+            _Search(stack.enter_context(isolated_process()), run, arguments, mode, budget, rank, progress)
             for mode in MODES
         ]
         found = list(threads.map(lambda search: [search.answer(question) for question in questions], searches))
@@ -75,13 +75,13 @@ class Fit:
 
 @dataclass
 class _Search:
-    """Simulations with one mode of checkpointing; none is made twice."""
+    """Simulations with one mode of checkpointing; none is repeated."""
 
     call: IsolatedProcess
     run: Simulated
     arguments: list[str]
     mode: str
-    room: int
+    budget: int
     rank: int | None
     progress: Progress
     seen: dict[tuple[str, int], Simulated] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class _Search:
                 question,
                 self.mode,
                 name,
-                search(self._peak(question, name), self.room, unit[question], start[question], LIMITS[question]),
+                search(self._peak(question, name), self.budget, unit[question], start[question], LIMITS[question]),
             )
             for name in PAIR
         ]
@@ -134,7 +134,7 @@ def _simulate_checked(arguments: list[str], ngpu: int, *args: Any) -> Any:
     from ..offline.build import configured
     from .simulate import simulate_checked
 
-    os.dup2(2, 1)  # torchtitan's output is none of the command's
+    os.dup2(2, 1)  # torchtitan's output must not mix with the command's
     return simulate_checked(configured(arguments, ngpu), ngpu, *args)
 
 
@@ -147,7 +147,7 @@ def _simulate(arguments: list[str], ngpu: int, *args: Any) -> Any:
 
 
 def _quiet() -> None:
-    # torchtitan tells about every model that it builds, and this builds dozens.
+    # torchtitan logs every model that it builds, and this builds dozens.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
@@ -155,13 +155,13 @@ def _quiet() -> None:
 def _largest(
     call: IsolatedProcess, simulate: Any, arguments: list[str], ngpu: int, rank: int | None, *more: Any
 ) -> Simulated:
-    """A simulation of one rank, or, if `rank` is None, that of the pipeline stage whose first rank holds most.
+    """A simulation of one rank, or, if `rank` is None, of the first rank of the pipeline stage that needs most memory.
 
-    Stages but the first have a process each: torch keeps what it derives from a mesh, and would give one rank another's
-    place on it.
+    Each stage after the first runs in a separate process: torch caches what it derives from a mesh, and would give one
+    rank the coordinate of another.
     """
     first = call(simulate, arguments, ngpu, rank or 0, *more)
     stages = first.mesh.get("pp", 1) if rank is None else 1
     ranks = [stage * ngpu // stages for stage in range(1, stages)]
-    others = [in_isolated_process(simulate, arguments, ngpu, one, *more) for one in ranks]
+    others = [in_isolated_process(simulate, arguments, ngpu, first_rank, *more) for first_rank in ranks]
     return max([first, *others], key=lambda run: run.peak(PAIR[0]).total)

@@ -23,7 +23,7 @@ CATEGORIES = {
     "other": "#8C8C8C",
     "reserved, unused": "#FFFFFF",
 }
-"""category -> colour; `reserved, unused` is hatched."""
+"""Category -> colour; `reserved, unused` is hatched."""
 
 _HATCHED = "reserved, unused"
 _DARK = ("parameters", "optimizer state", "activations")
@@ -44,15 +44,15 @@ def stacked_bars(
     """Draw one stacked bar per run into a file.
 
     Args:
-        path: where to; the ending says the format (png, svg, pdf).
+        path: the file; its suffix gives the format (png, svg, pdf).
         title: above the picture.
         bars: (label, category -> bytes) from left to right; a label may have several lines. Categories are keys of
             CATEGORIES; those that are zero everywhere are left out.
-        budget: in bytes, a dashed line.
+        budget: bytes at which a dashed line is drawn.
         note: small text below.
 
     Raises:
-        ValueError: matplotlib is not installed, a category is unknown, or the format is.
+        ValueError: matplotlib is not installed, or a category or the format is unknown.
     """
     unknown = sorted({category for _, sizes in bars for category in sizes if category not in CATEGORIES})
     if unknown:
@@ -62,29 +62,29 @@ def stacked_bars(
     totals = [sum(sizes.values()) / GIB for _, sizes in bars]
     top = 1.12 * max([*totals, (budget or 0) / GIB]) or 1.0
     bottoms = [0.0] * len(bars)
-    drawn = []
+    handles = []
     for category, colour in CATEGORIES.items():
         heights = [sizes.get(category, 0) / GIB for _, sizes in bars]
         if not any(heights):
             continue
-        # A thin segment would vanish under its own white edge.
+        # A white edge would hide a thin segment.
         edges = [0.8 if height >= 0.01 * top else 0 for height in heights]
-        look: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": edges}
+        style: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": edges}
         if category == _HATCHED:
-            look |= {"edgecolor": "#B0B0B0", "hatch": "////", "linewidth": 0.8}
-        drawn.append(axes.bar(range(len(bars)), heights, 0.66, bottoms, label=category, zorder=2, **look))
+            style |= {"edgecolor": "#B0B0B0", "hatch": "////", "linewidth": 0.8}
+        handles.append(axes.bar(range(len(bars)), heights, 0.66, bottoms, label=category, zorder=2, **style))
         for place, (height, bottom) in enumerate(zip(heights, bottoms, strict=True)):
             if height >= 0.033 * top:
-                look = {"ha": "center", "va": "center", "fontsize": _TEXT, "zorder": 4}
-                look["color"] = "white" if category in _DARK else "black"
-                # A ground of its own keeps hatch and budget out of a figure.
-                look["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-                axes.text(place, bottom + height / 2, _number(height), **look)
+                style = {"ha": "center", "va": "center", "fontsize": _TEXT, "zorder": 4}
+                style["color"] = "white" if category in _DARK else "black"
+                # A background keeps numbers legible over the hatch and the budget line.
+                style["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+                axes.text(place, bottom + height / 2, _number(height), **style)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for place, total in enumerate(totals):
-        look = {"ha": "center", "va": "bottom", "fontsize": _TEXT + 1.5, "fontweight": "bold", "zorder": 4}
-        look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-        axes.annotate(_number(total), (place, total), (0, 3), textcoords="offset points", **look)
+        style = {"ha": "center", "va": "bottom", "fontsize": _TEXT + 1.5, "fontweight": "bold", "zorder": 4}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.annotate(_number(total), (place, total), (0, 3), textcoords="offset points", **style)
     if budget is not None:
         axes.axhline(budget / GIB, color="black", linestyle=(0, (5, 3)), linewidth=1.2, zorder=3)
         words = f"budget\n{_number(budget / GIB)} GiB"
@@ -98,8 +98,8 @@ def stacked_bars(
     axes.set_xticks(range(len(bars)), labels, fontsize=_TEXT + 1)
     axes.tick_params(axis="x", length=0)
     bare(axes)
-    # Read as the bars are: what is on top in a bar is on top in the legend.
-    drawing.legend(handles=drawn[::-1], loc="outside right upper", frameon=False, fontsize=_TEXT + 1)
+    # The legend has the order of the bars, from top to bottom.
+    drawing.legend(handles=handles[::-1], loc="outside right upper", frameon=False, fontsize=_TEXT + 1)
     if note:
         words = wrapped(note, 0.96 * drawing.get_figwidth(), _TEXT)
         drawing.supxlabel(words, x=0.02, ha="left", fontsize=_TEXT, color="#505050", linespacing=1.3)
@@ -107,7 +107,7 @@ def stacked_bars(
 
 
 def _number(gib: float) -> str:
-    """Three digits that count: 53.9, 4.02, 0.0584."""
+    """Three significant digits: 53.9, 4.02, 0.0584."""
     if not gib:
         return "0"
     return f"{gib:.{max(0, 2 - floor(log10(abs(gib))))}f}"

@@ -1,4 +1,4 @@
-"""The command `plan`: its flags, and the order of what is done."""
+"""The command `plan`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..tools.isolated_process import in_isolated_process
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..offline.holdings import Run
+    from ..offline.rank_memory import Run
 
 
 @dataclass
 class Plan:
-    """Say what every rank of a run will hold, exactly, and whether AdamMini is worth it; needs no GPU.
+    """Show the exact memory of every rank of a run, and whether AdamMini is worth it; needs no GPU.
 
     Needs no weights either: torchtitan builds the model on the meta device, one rank of every pipeline stage; all other
-    ranks follow by arithmetic. Exits with status 1 and a sentence if the run could not start. The plan is for AdamMini
-    with [optimizer.adam_mini], whatever the optimizer's name, beside AdamW. Takes any of torchtitan's --section.key
-    value besides; the configuration may also be given as --job.config_file X or CONFIG_FILE=X, the number of ranks as
+    ranks follow by arithmetic. Exits with status 1 and a message if the run could not start. The plan compares AdamMini
+    with [optimizer.adam_mini] to AdamW, whichever optimizer the configuration names. Takes any torchtitan --section.key
+    value as well; the configuration may also be given as --job.config_file X or CONFIG_FILE=X, the number of ranks as
     NGPU=N.
     """
 
@@ -33,7 +33,8 @@ class Plan:
     """Number of ranks of the run."""
 
     json: JsonFile = None
-    """JSON in place of the tables; into a file, if one is named, beside them. For its keys see memory/facts.py."""
+    """Print JSON instead of the tables; with a file name, write it there and print the tables. Its keys:
+    memory/facts.py."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         ngpu = self._checked()
@@ -41,23 +42,23 @@ class Plan:
         from .facts import facts
         from .plan_tables import show
 
-        told = {"config": self.config, **facts(run)}
+        plan = {"config": self.config, **facts(run)}
         if self.json:
-            write_json(self.json, told)
+            write_json(self.json, plan)
         if self.json != STDOUT:
-            show(told, console)
+            show(plan, console)
 
     def _checked(self) -> int:
-        """The number of ranks; ValueError for flags that cannot be served."""
+        """The number of ranks; raises ValueError for invalid flags."""
         check_config(self.config)
         check_file("--json", self.json)
         return number_of_ranks(self.ngpu)
 
 
 def _read_run(arguments: list[str], ngpu: int, sequence: bool = True) -> Run:
-    """What a run holds, with an estimate of what one more `sequence` takes, which is most of the time.
+    """A `Run`, with an estimate of the memory of one more `sequence`, which takes most of the time.
 
-    Takes the whole process. Nothing is written to standard output.
+    Needs a process of its own: it redirects standard output.
     """
     from ..offline.build import configured
     from ..offline.stages import run_of

@@ -1,7 +1,7 @@
 """One rank's training step on fake tensors: torchtitan's own model, parallelisation, loss and clipping, torch's own
-trackers, a fake process group. Nothing is allocated and nothing is sent.
+memory trackers, a fake process group. Nothing is allocated and nothing is sent.
 
-Takes a process for itself, because torchtitan is imported and device and attention are replaced: see `estimate.py`.
+Needs a process of its own, because it imports torchtitan and replaces device and attention: see `estimate.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
 
 from titan_adam_mini import AdamMini
-from titan_adam_mini.memory.standins import NoMask, Still, as_on_a_gpu
+from titan_adam_mini.memory.gpu_stubs import EmptyBlockMask, NoOpEngine, gpu_operators
 from titan_adam_mini.memory.tracker import state_of, tracker_of
 from titan_adam_mini.momentum import TYPES
 from titan_adam_mini.offline.build import Built, built
-from titan_adam_mini.offline.holdings import Optimizer
+from titan_adam_mini.offline.rank_memory import Optimizer
 from titan_adam_mini.offline.stages import run_of
 from titan_adam_mini.private import FakeTensorMode
 from titan_adam_mini.titan.builder import optimizer_of
@@ -33,17 +33,17 @@ from titan_adam_mini.titan.device import prepare_model_parts
 from titan_adam_mini.titan.knobs import read_knobs
 
 TRAINING, STEP = "forward and backward", "optimizer step"
-_TABLES = {"llama4": ("rope", "nope")}
-"""torchtitan's models whose layers choose a mask by name."""
+_NAMED_MASKS = {"llama4": ("rope", "nope")}
+"""torchtitan's models whose layers choose a mask by name -> the names."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a phase at which most is held.
+    """Memory at the peak of a phase.
 
     Attributes:
         phase: TRAINING or STEP.
-        held: category -> bytes; optimizer state among them.
+        held: category -> bytes, including optimizer state.
     """
 
     phase: str
@@ -57,23 +57,23 @@ class Peak:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one rank holds while it trains.
+    """Simulated memory of one rank during a training step.
 
     Attributes:
         model: name and flavor.
-        mesh: axis -> degree, those above one.
+        mesh: axis -> degree, where it is above one.
         ngpu, rank: the rank that was simulated, and of how many.
         batch: sequences per rank and pass (torchtitan's local_batch_size).
         passes: passes per step (gradient accumulation).
         seq_len: tokens per sequence.
         checkpointing: mode of activation checkpointing.
         dtypes: of parameters, and of the computation.
-        parameters: of this rank's model parts, whole.
-        seq_divisor: what the length of a sequence must be a multiple of.
-        batch_unit: what the batch must be a multiple of.
-        configured: AdamMini with the type of momentum that the configuration asks for.
+        parameters: global number of elements in this rank's model parts.
+        seq_divisor: the length of a sequence must be a multiple of it.
+        batch_unit: the batch must be a multiple of it.
+        configured: AdamMini with the configured dtype of momentum.
         peaks: optimizer -> the peak of each phase.
-        refused: optimizer -> why it cannot be had (int8 momentum, where a mesh cuts its runs).
+        refused: optimizer -> why it cannot run (int8 momentum, where a mesh cuts its runs).
     """
 
     model: str
@@ -100,27 +100,27 @@ class Simulated:
 def simulate(config: Any, ngpu: int, rank: int, optimizers: Sequence[str], passes: int | None = None) -> Simulated:
     """Simulate one training step of rank `rank` of `ngpu`, for every optimizer.
 
-    Forward and backward are simulated once, because no optimizer takes part in them; its state, which is there all the
-    time, is added to what they hold.
+    Forward and backward do not depend on the optimizer, so they are simulated once; each optimizer's state is added to
+    their peak.
 
     Args:
         config: torchtitan's job configuration, from `configured`.
         optimizers: "AdamW", "AdamMini" (momentum as configured), "AdamMini float32", "... bfloat16", "... int8".
-        passes: forward passes per step (gradient accumulation); what the configuration's batch sizes give if None.
+        passes: forward passes per step (gradient accumulation); None to follow from the configured batch sizes.
 
     Raises:
-        ValueError: the configuration cannot be built, or not be simulated, in words.
+        ValueError: the configuration cannot be built or simulated.
     """
-    with _ready(config, ngpu, rank) as (model, tracker):
+    with _fake_model(config, ngpu, rank) as (model, tracker):
         config = model.config
         with tracker:
-            passes = _told(_train, model, passes)
-            during = tracker.held("peak")
+            passes = _call(_train, model, passes)
+            training_peak = tracker.memory("peak")
             peaks, refused = {}, {}
             for name in optimizers:
                 gc.collect()
                 try:
-                    peaks[name] = _step(tracker, model, name, during)
+                    peaks[name] = _step(tracker, model, name, training_peak)
                 except ValueError as error:
                     if name in ("AdamW", "AdamMini"):
                         raise
@@ -146,74 +146,77 @@ def simulate(config: Any, ngpu: int, rank: int, optimizers: Sequence[str], passe
 
 
 def simulate_checked(config: Any, ngpu: int, rank: int, optimizers: Sequence[str]) -> Simulated:
-    """`simulate`, held against the plan: a run that could not start is refused before, and every optimizer's state must
-    have the bytes that the plan's arithmetic gives it.
+    """`simulate`, checked against the plan: a run that could not start is refused first, and every optimizer's state
+    must have the bytes that the plan computes.
 
     Raises:
-        ValueError: the run could not start, or the two disagree.
+        ValueError: the run could not start, or simulation and plan disagree.
     """
     plan = run_of(config, ngpu)
     run = simulate(config, ngpu, rank, optimizers)
-    counted = {name: _counted(name, plan.momentum) for name in run.peaks}
-    held = plan.stage_of(rank).held(rank, counted).state
+    optimizers_in_plan = {name: _in_plan(name, plan.momentum) for name in run.peaks}
+    planned = plan.stage_of(rank).memory_of(rank, optimizers_in_plan).state
     for name, peaks in run.peaks.items():
         for peak in peaks:
-            if peak.held["optimizer state"] != held[name].bytes:
+            if peak.held["optimizer state"] != planned[name].bytes:
                 raise ValueError(
                     f"the simulation of rank {rank} records {peak.held['optimizer state']:,} bytes of {name}'s state, "
-                    f"and the plan counts {held[name].bytes:,}: one of them is wrong, so neither is shown. Please "
+                    f"and the plan counts {planned[name].bytes:,}: one of them is wrong, so neither is shown. Please "
                     "report it with the configuration"
                 )
     return run
 
 
-def _counted(name: str, configured: torch.dtype | None) -> Optimizer:
-    """An optimizer of the simulation as the plan counts it."""
+def _in_plan(name: str, configured: torch.dtype | None) -> Optimizer:
+    """The plan's `Optimizer` for a name of the simulation."""
     mini, _, momentum = name.partition(" ")
     return Optimizer(name, mini=mini == "AdamMini", momentum=TYPES.get(momentum, configured))
 
 
 @contextmanager
-def _ready(config: Any, ngpu: int, rank: int) -> Iterator[tuple[Built, Any]]:
-    """A model whose parameters have sizes and no values, in a process that takes itself for one with a GPU."""
-    with built(config, ngpu, rank) as model, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+def _fake_model(config: Any, ngpu: int, rank: int) -> Iterator[tuple[Built, Any]]:
+    """A model on fake tensors, with a GPU's operators, and the tracker of its memory."""
+    with built(config, ngpu, rank) as model, gpu_operators(), FakeTensorMode(allow_non_fake_inputs=True):
         _refuse(model)
         for part in model.parts:
             part.to_empty(device="cpu")
             part.train()
             for module in part.modules():
                 if hasattr(module, "use_grouped_mm"):
-                    module.use_grouped_mm = True  # torchtitan turns it off where it sees no GPU
+                    module.use_grouped_mm = True  # torchtitan turns it off without a GPU
         prepare_model_parts(model.parts)
         yield model, tracker_of(model.parts)
 
 
-def _told(play: Any, model: Built, *args: Any) -> Any:
-    """What a function returns; whatever a model does that tensors without values cannot, as a ValueError."""
+def _call(function: Any, model: Built, *args: Any) -> Any:
+    """Call a function; errors of models that need values of tensors become a ValueError."""
     try:
-        return play(model, *args)
+        return function(model, *args)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        name, told = f"{model.config.model.name} {model.config.model.flavor}", " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be simulated: {type(error).__name__}: {told or 'no reason given'}") from error
+        name, message = f"{model.config.model.name} {model.config.model.flavor}", " ".join(str(error).split())
+        raise ValueError(
+            f"{name} cannot be simulated: {type(error).__name__}: {message or 'no reason given'}"
+        ) from error
 
 
 def _refuse(model: Built) -> None:
-    """Raise ValueError for what cannot be played without data, or without a GPU."""
+    """Raise ValueError for settings that cannot be simulated without data or without a GPU."""
     config = model.config
     if model.dims.ep_enabled:
         raise ValueError(
             "estimate does not simulate expert parallelism: how many tokens each rank receives depends on the data. "
-            "Set --parallelism.expert_parallel_degree 1 for a bound, or see `titan-adam-mini plan` for what is held"
+            "Set --parallelism.expert_parallel_degree 1 for a bound, or see `titan-adam-mini plan` for parameters, "
+            "gradients and optimizer state"
         )
     if config.model.name == "gpt_oss":
         raise ValueError(
             "estimate does not simulate gpt_oss: its experts add biases token by token, in sizes that depend on the "
-            "data; see `titan-adam-mini plan` for what is held"
+            "data; see `titan-adam-mini plan` for parameters, gradients and optimizer state"
         )
     if config.training.enable_cpu_offload:
         raise ValueError(
             "estimate does not simulate training.enable_cpu_offload: parameters, gradients and optimizer state are "
-            "then in the host's memory; see `titan-adam-mini plan` for their bytes"
+            "then in host memory; see `titan-adam-mini plan` for their bytes"
         )
     if config.model.converters:
         raise ValueError(
@@ -236,7 +239,7 @@ def _configured(config: Any) -> str:
 
 
 def _train(model: Built, passes: int | None) -> int:
-    """Forward and backward as torchtitan's trainer runs them; the number of passes."""
+    """Run forward and backward as torchtitan's trainer does; returns the number of passes."""
     config, dims = model.config, model.dims
     training = config.training
     size = training.local_batch_size
@@ -245,7 +248,7 @@ def _train(model: Built, passes: int | None) -> int:
     loss_fn = get_train_spec(config.model.name).build_loss_fn(config, parallel_dims=dims)
     context = dist_utils.get_train_context(dims.tp_enabled and not config.parallelism.disable_loss_parallel)
     amp = dist_utils.maybe_enable_amp(dims, training.mixed_precision_param, "cpu")
-    for _ in range(min(passes, 2)):  # gradients lie there from the second pass on, and no more of them from the third
+    for _ in range(min(passes, 2)):  # gradients exist from the second pass on, and further passes change nothing
         with context():
             if model.schedule is not None:
                 _pipeline(model, loss_fn)
@@ -268,18 +271,18 @@ def _tokens(model: Built, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _masks(model: Built) -> dict[str, Any]:
-    """What flex attention is given besides; some models take a table of masks."""
+    """The argument with flex attention's mask; some models take a dictionary of masks."""
     if getattr(model.args, "attn_type", "sdpa") == "sdpa":
         return {}
-    mask = NoMask()
-    names = _TABLES.get(model.config.model.name)
+    mask = EmptyBlockMask()
+    names = _NAMED_MASKS.get(model.config.model.name)
     return {"attention_masks": dict.fromkeys(names, mask) if names else mask}
 
 
 def _pipeline(model: Built, loss_fn: Any) -> None:
-    """The actions of this rank in the pipeline's schedule, with what other ranks send made here.
+    """Run this rank's actions of the pipeline's schedule; tensors that other ranks would send are created here.
 
-    A schedule that separates the gradients of inputs from those of weights is played with both where the latter are.
+    Where a schedule separates the gradients of inputs from those of weights, both are computed at the latter's action.
     """
     schedule, config = model.schedule, model.config
     stages = {stage.stage_index: stage for stage in getattr(schedule, "_stages", None) or [schedule._stage]}
@@ -287,25 +290,25 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
     size = config.parallelism.pipeline_parallel_microbatch_size
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param if model.dims.fsdp_enabled else config.training.dtype]
     hidden = (size, config.training.seq_len // model.dims.cp // model.dims.tp, model.args.dim)
-    actions = [one for action in schedule.pipeline_order[rank] if action for one in action.sub_actions or (action,)]
-    # In order: torch numbers the microbatches of 1F1B's last stages from one, in forward passes only.
-    under_way: dict[int, deque[tuple[Tensor, Tensor]]] = {index: deque() for index in stages}
+    actions = [sub for action in schedule.pipeline_order[rank] if action for sub in action.sub_actions or (action,)]
+    # First in, first out: torch numbers the microbatches of 1F1B's last stages from one, in forward passes only.
+    in_flight: dict[int, deque[tuple[Tensor, Tensor]]] = {index: deque() for index in stages}
     for action in actions:
-        stage, waiting = stages[action.stage_index], under_way[action.stage_index]
+        stage, microbatches = stages[action.stage_index], in_flight[action.stage_index]
         if action.computation_type == FORWARD:
             tokens, labels = _tokens(model, size)
-            given = tokens if stage.is_first else torch.zeros(hidden, dtype=dtype, requires_grad=True)
-            output = stage.forward_maybe_with_nosync(given, **_masks(model))
-            waiting.append((given, loss_fn(output, labels) if stage.is_last else output))
-            del given, output
+            value = tokens if stage.is_first else torch.zeros(hidden, dtype=dtype, requires_grad=True)
+            output = stage.forward_maybe_with_nosync(value, **_masks(model))
+            microbatches.append((value, loss_fn(output, labels) if stage.is_last else output))
+            del value, output
         elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
-            given, output = waiting.popleft()
+            value, output = microbatches.popleft()
             grads = (None if stage.is_last else torch.zeros_like(output),)
-            inputs = {"stage_output": (output,), "output_grads": grads, "input_values": (given,)}
+            inputs = {"stage_output": (output,), "output_grads": grads, "input_values": (value,)}
             stage.backward_maybe_with_nosync("full", inputs)
-            given.grad = None  # sent to the stage before, as an output is to the one behind
-            given.untyped_storage().resize_(0)  # torch's module tracker never lets go of an input with a gradient
-            del given, output, grads, inputs
+            value.grad = None  # sent to the previous stage, as an output is to the next
+            value.untyped_storage().resize_(0)  # torch's module tracker never releases an input with a gradient
+            del value, output, grads, inputs
     for stage in stages.values():
         stage.perform_reduce_grad(1)
 
@@ -313,23 +316,23 @@ def _pipeline(model: Built, loss_fn: Any) -> None:
 # The optimizer's step
 
 
-def _step(tracker: Any, model: Built, name: str, during: dict[str, int]) -> list[Peak]:
-    """Peaks of both phases with one optimizer, whose state is made, measured and dropped again."""
+def _step(tracker: Any, model: Built, name: str, training_peak: dict[str, int]) -> list[Peak]:
+    """Peaks of both phases with one optimizer, whose state is allocated, measured and released."""
     tracker.stepping = True
     optimizers = [_optimizer(part, model, name) for part in model.parts]
     for optimizer in optimizers:
         if isinstance(optimizer, AdamMini) and model.config.optimizer.implementation == "fused":
-            optimizer.engine = Still()
+            optimizer.engine = NoOpEngine()
         if not optimizer.state:
-            optimizer.step()  # makes AdamW's state
+            optimizer.step()  # allocates AdamW's state
         tracker.mark_state(state_of(optimizer))
-    state = tracker.held()["optimizer state"]
+    state = tracker.memory()["optimizer state"]
     tracker.restart()
     _clip_and_step(model, optimizers)
     tracker.stepping = False
     return [
-        Peak(TRAINING, {**during, "optimizer state": during["optimizer state"] + state}),
-        Peak(STEP, tracker.held("peak")),
+        Peak(TRAINING, {**training_peak, "optimizer state": training_peak["optimizer state"] + state}),
+        Peak(STEP, tracker.memory("peak")),
     ]
 
 
@@ -352,6 +355,6 @@ def _optimizer(part: nn.Module, model: Built, name: str) -> torch.optim.Optimize
         fused, foreach = config.implementation == "fused", config.implementation == "foreach"
         return torch.optim.AdamW(params, lr=config.lr, fused=fused, foreach=foreach)
     _, _, momentum = name.partition(" ")
-    made = optimizer_of(part, config, model.dims, momentum_dtype=TYPES.get(momentum))
-    made.init_state()
-    return made
+    optimizer = optimizer_of(part, config, model.dims, momentum_dtype=TYPES.get(momentum))
+    optimizer.init_state()
+    return optimizer

@@ -1,8 +1,8 @@
-"""torch's memory snapshots: read with nothing executed, and the peak found again from the end backwards.
+"""torch's memory snapshots: read without executing anything, and their peak, found backwards from the end.
 
-The format is that of `torch.cuda.memory._snapshot()`; where its documentation and torch's allocator differ, the
-allocator counts: sizes in a trace are those asked for, before rounding, and a block that another stream still uses is
-`active_pending_free`. A trace ends where the segments were written, and is the newest part of what happened.
+The format is that of `torch.cuda.memory._snapshot()`; where its documentation and torch's allocator differ, this
+follows the allocator: sizes in a trace are those requested, before rounding, and a block that another stream still uses
+is `active_pending_free`. A trace has the latest events, up to the time at which the segments were written.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 from ..pickles import NotAllowed, unpickle
 from .origins import OTHER, Frames, Origins
 
-HELD = "titan_adam_mini"
-"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds what it holds (`titan.held.SNAPSHOT_KEY`):
+TENSORS_KEY = "titan_adam_mini"
+"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds its tensors (`titan.held.SNAPSHOT_KEY`):
 `optimizer`, its name, and `tensors`, a list of (address, bytes, category)."""
-KEPT = 100_000
-"""How many entries torchtitan keeps (torchtitan/tools/profiling.py: MEMORY_SNAPSHOT_MAX_ENTRIES)."""
+MAX_ENTRIES = 100_000
+"""How many entries of a trace torchtitan keeps (torchtitan/tools/profiling.py: MEMORY_SNAPSHOT_MAX_ENTRIES)."""
 
 
 class Block(NamedTuple):
-    """A piece of a segment: bytes, bytes asked for (0 if free), and the stack that allocated it."""
+    """A block of a segment: bytes, bytes requested (0 if free), and the stack that allocated it."""
 
     address: int
     size: int
@@ -48,7 +48,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One device of a file."""
+    """One device of a snapshot file."""
 
     path: Path
     device: int
@@ -57,19 +57,20 @@ class Snapshot:
     blocks: list[Block]
     events: list[Event]
     optimizer: str
-    """Empty if the file does not say."""
-    held: list[tuple[int, int, str]]
+    """Empty if the file does not name it."""
+    tensors: list[tuple[int, int, str]]
+    """Address, bytes and category of the tensors that the run named."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What was in use at one time, in bytes.
+    """Memory at one time, in bytes.
 
     Attributes:
-        allocated: asked for by tensors that were there.
+        allocated: requested by live tensors.
         reserved: all segments.
         categories: category -> bytes; their sum is `allocated`.
-        without_frames: of `other`, what has no stack: it is older than the recording.
+        without_frames: the part of `other` that has no stack, because it was allocated before recording began.
     """
 
     allocated: int
@@ -80,20 +81,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a snapshot says, in bytes and counts.
+    """A snapshot in figures, bytes and counts.
 
     Attributes:
         end: when the snapshot was written.
         peak: when most was allocated, as far back as the trace reaches.
-        peak_reserved: the most that was reserved, which may have been at another time.
-        peak_entry: after how many entries of the trace the peak was; 0: before the first, so perhaps earlier still.
-        rounding: at the end, what blocks in use have beyond what was asked for.
+        peak_reserved: the most that was reserved, possibly at another time.
+        peak_entry: number of trace entries before the peak; 0 if it is before the first, so perhaps earlier still.
+        rounding: at the end, bytes of blocks in use beyond those requested.
         awaiting: at the end, blocks whose free waits for another stream.
         free: at the end, reserved and not in use.
         largest_free: the largest free block.
-        entries, seconds: how far the trace reaches back; `seconds` is None if it has no times.
-        unmatched: entries that do not fit the blocks at the end (other threads allocated meanwhile).
-        strangers: bytes of tensors that the run said it holds and that are in none of the blocks.
+        entries, seconds: how far back the trace reaches; `seconds` is None if it has no times.
+        unmatched: entries inconsistent with the blocks at the end (other threads allocated meanwhile).
+        strangers: bytes of tensors that the run named and that are in none of the blocks.
     """
 
     end: Moment
@@ -114,8 +115,8 @@ class Summary:
 
 
 @dataclass
-class _Life:
-    """An allocation: alive in the states after entry `start` up to entry `end`; state n is that after n entries."""
+class _Allocation:
+    """An allocation, live in the states after entry `start` up to entry `end`; state n is that after n entries."""
 
     size: int
     end: int
@@ -126,31 +127,31 @@ class _Life:
 
 
 def summarize(snapshot: Snapshot) -> Summary:
-    """Find the peak of a snapshot, and what memory was used for at the peak and at the end."""
+    """Find the peak of a snapshot, and the memory by category at the peak and at the end."""
     used = [block for block in snapshot.blocks if block.state == "active_allocated"]
-    categories, strangers = _by_address(used, snapshot.held)
+    categories, unknown = _by_address(used, snapshot.tensors)
     origins = Origins((block.frames, categories[block.address]) for block in used if block.address in categories)
-    lives, unmatched = _lives(used, snapshot.events)
+    allocations, unmatched = _allocations(used, snapshot.events)
     count = len(snapshot.events)
     change = [0] * (count + 1)
-    for life in lives:
-        change[life.start + 1] += life.size
-        if life.end < count:
-            change[life.end + 1] -= life.size
+    for allocation in allocations:
+        change[allocation.start + 1] += allocation.size
+        if allocation.end < count:
+            change[allocation.end + 1] -= allocation.size
     allocated = list(accumulate(change))
     reserved = _reserved(sum(snapshot.segments), snapshot.events)
     peak = max(range(count + 1), key=lambda state: (allocated[state], state))
 
     def moment(state: int) -> Moment:
         sizes: Counter[str] = Counter()
-        bare = 0
-        for life in lives:
-            if life.start < state <= life.end:
-                known = categories.get(life.block.address) if life.block else None
-                category = known or origins.of(life.frames)
-                sizes[category] += life.size
-                bare += life.size if category == OTHER and not life.frames else 0
-        return Moment(allocated[state], reserved[state], dict(sizes), bare)
+        without_frames = 0
+        for allocation in allocations:
+            if allocation.start < state <= allocation.end:
+                known = categories.get(allocation.block.address) if allocation.block else None
+                category = known or origins.of(allocation.frames)
+                sizes[category] += allocation.size
+                without_frames += allocation.size if category == OTHER and not allocation.frames else 0
+        return Moment(allocated[state], reserved[state], dict(sizes), without_frames)
 
     times = [event.time_us for event in snapshot.events if event.time_us]
     free = [block.size for block in snapshot.blocks if block.state == "inactive"]
@@ -169,31 +170,31 @@ def summarize(snapshot: Snapshot) -> Summary:
         allocations=sum(event.action == "alloc" for event in snapshot.events),
         ooms=sum(event.action == "oom" for event in snapshot.events),
         unmatched=unmatched,
-        strangers=strangers,
+        strangers=unknown,
     )
 
 
-def _lives(used: Sequence[Block], events: Sequence[Event]) -> tuple[list[_Life], int]:
-    """Every allocation of the trace and before it, and how many entries fit none: from the end backwards."""
-    open_: dict[int, _Life] = {
-        block.address: _Life(block.requested, len(events), frames=block.frames, block=block) for block in used
+def _allocations(used: Sequence[Block], events: Sequence[Event]) -> tuple[list[_Allocation], int]:
+    """Every allocation of the trace and before it (found from its end), and the number of entries that fit none."""
+    live: dict[int, _Allocation] = {
+        block.address: _Allocation(block.requested, len(events), frames=block.frames, block=block) for block in used
     }
-    lives, unmatched = [], 0
+    allocations, unmatched = [], 0
     for number in range(len(events) - 1, -1, -1):
         event = events[number]
         if event.action == "free_requested":
-            unmatched += event.address in open_
-            # The stack of a free is that of who freed; who allocated stands at the alloc, if the trace has it.
-            open_[event.address] = _Life(event.size, number)
+            unmatched += event.address in live
+            # The stack of a free belongs to the code that freed; the allocation's is at its alloc, if the trace has it.
+            live[event.address] = _Allocation(event.size, number)
         elif event.action == "alloc":
-            life = open_.pop(event.address, None)
-            if life is None or life.size != event.size:
+            allocation = live.pop(event.address, None)
+            if allocation is None or allocation.size != event.size:
                 unmatched += 1
-            if life is not None:
-                life.start = number
-                life.frames = life.frames or event.frames
-                lives.append(life)
-    return [*lives, *open_.values()], unmatched
+            if allocation is not None:
+                allocation.start = number
+                allocation.frames = allocation.frames or event.frames
+                allocations.append(allocation)
+    return [*allocations, *live.values()], unmatched
 
 
 def _reserved(end: int, events: Sequence[Event]) -> list[int]:
@@ -205,26 +206,26 @@ def _reserved(end: int, events: Sequence[Event]) -> list[int]:
     return states[::-1]
 
 
-def _by_address(used: Sequence[Block], held: Sequence[tuple[int, int, str]]) -> tuple[dict[int, str], int]:
-    """Address of a block -> the category of the tensor in it; and the bytes of tensors in none."""
+def _by_address(used: Sequence[Block], tensors: Sequence[tuple[int, int, str]]) -> tuple[dict[int, str], int]:
+    """Address of a block -> the category of the tensor in it; and the bytes of tensors that are in no block."""
     blocks = sorted(used, key=lambda block: block.address)
     starts = [block.address for block in blocks]
     categories: dict[int, str] = {}
-    strangers = 0
-    for address, size, category in held:
+    unknown = 0
+    for address, size, category in tensors:
         place = bisect_right(starts, address) - 1
         if place >= 0 and address + size <= blocks[place].address + blocks[place].size:
             categories.setdefault(blocks[place].address, category)
         else:
-            strangers += size
-    return categories, strangers
+            unknown += size
+    return categories, unknown
 
 
 def read(path: Path, device: int | None = None) -> Snapshot:
-    """Read one device of a memory snapshot; with None, the only one that the file has something of.
+    """Read one device of a memory snapshot; with None, the only one that has entries. Nothing in it is executed.
 
     Raises:
-        ValueError: the file is none, in a sentence; nothing of it is executed.
+        ValueError: the file is not a memory snapshot, or does not have that device.
     """
     try:
         content = path.read_bytes()
@@ -236,50 +237,50 @@ def read(path: Path, device: int | None = None) -> Snapshot:
         data = unpickle(content)
     except NotAllowed as error:
         raise ValueError(
-            f"{path} is no memory snapshot: it holds a {error}, and a snapshot holds lists, tables, numbers and text "
-            "only (nothing in it was run)"
+            f"{path} is not a memory snapshot: it contains a {error}, and a snapshot has lists, dictionaries, numbers "
+            "and text only (nothing in it was executed)"
         ) from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or no pickle: copy the file again, or take another snapshot") from None
+        raise ValueError(f"{path} is damaged, or not a pickle: copy it again, or take another snapshot") from None
     try:
         return _device(path, data, device)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{path} is no memory snapshot of torch ({type(error).__name__}: {error}): "
-            "expected what torch.cuda.memory._snapshot() gives, with 'segments' and 'device_traces'"
+            f"{path} is not a memory snapshot of torch ({type(error).__name__}: {error}): "
+            "expected the data of torch.cuda.memory._snapshot(), with 'segments' and 'device_traces'"
         ) from None
 
 
 def _device(path: Path, data: Any, device: int | None) -> Snapshot:
-    """One device of what a file holds; KeyError, TypeError or AttributeError if it is of another form."""
+    """One device of a file's content; raises KeyError, TypeError or AttributeError if its structure is different."""
     segments, traces = data["segments"], data["device_traces"]
-    there = sorted(
-        {_number(one, "device") for one in segments} | {number for number, trace in enumerate(traces) if trace}
+    devices = sorted(
+        {_number(segment, "device") for segment in segments} | {number for number, trace in enumerate(traces) if trace}
     )
-    if not there:
-        raise ValueError(f"{path} is a snapshot of no memory: nothing had been allocated on a device")
-    if device is None and len(there) > 1:
-        raise ValueError(f"{path} has devices {', '.join(map(str, there))}: choose one with --device N")
-    device = there[0] if device is None else device
-    if device not in there:
-        raise ValueError(f"{path} has nothing of device {device}: it has {', '.join(map(str, there))}")
-    own = [one for one in segments if one["device"] == device]
-    held = data.get(HELD, {"optimizer": "", "tensors": []})
+    if not devices:
+        raise ValueError(f"{path} is an empty snapshot: nothing had been allocated on a device")
+    if device is None and len(devices) > 1:
+        raise ValueError(f"{path} has devices {', '.join(map(str, devices))}: choose one with --device N")
+    device = devices[0] if device is None else device
+    if device not in devices:
+        raise ValueError(f"{path} has nothing of device {device}: it has {', '.join(map(str, devices))}")
+    own = [segment for segment in segments if segment["device"] == device]
+    named = data.get(TENSORS_KEY, {"optimizer": "", "tensors": []})
     return Snapshot(
         path=path,
         device=device,
-        segments=[_number(one, "total_size") for one in own],
-        blocks=[block for one in own for block in _blocks(one)],
-        events=[_event(one) for one in traces[device]] if device < len(traces) else [],
-        optimizer=str(held["optimizer"]),
-        held=[(int(address), int(size), str(category)) for address, size, category in held["tensors"]],
+        segments=[_number(segment, "total_size") for segment in own],
+        blocks=[block for segment in own for block in _blocks(segment)],
+        events=[_event(entry) for entry in traces[device]] if device < len(traces) else [],
+        optimizer=str(named["optimizer"]),
+        tensors=[(int(address), int(size), str(category)) for address, size, category in named["tensors"]],
     )
 
 
 def _blocks(segment: Mapping[str, Any]) -> Iterator[Block]:
-    for one in segment["blocks"]:
-        sizes = [_number(one, key) for key in ("address", "size", "requested_size")]
-        yield Block(sizes[0], sizes[1], sizes[2], str(one["state"]), _frames(one))
+    for block in segment["blocks"]:
+        address, size, requested = (_number(block, key) for key in ("address", "size", "requested_size"))
+        yield Block(address, size, requested, str(block["state"]), _frames(block))
 
 
 def _event(entry: Mapping[str, Any]) -> Event:

@@ -1,4 +1,4 @@
-"""The command `snapshot`: flags, table, JSON, picture."""
+"""The command `snapshot`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tyro
 from ..files import atomic_write
 from ..tools.flags import check_file
 from .picture import CATEGORIES, stacked_bars
-from .snapshot import KEPT, Snapshot, Summary, read, summarize
+from .snapshot import MAX_ENTRIES, Snapshot, Summary, read, summarize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,32 +25,31 @@ UNUSED = "reserved, unused"
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of the table; `plain` says that its value is a count and no number of bytes."""
+    """A row of the table; with `plain` its value is a count, else a number of bytes."""
 
     name: str
     value: Callable[[Summary], int]
     plain: bool = False
 
 
-# "" starts a new part of the table.
 _ROWS = (
-    _Row("allocated at the peak", lambda one: one.peak.allocated),
-    _Row("reserved, its own peak", lambda one: one.peak_reserved),
-    _Row("allocated at the end", lambda one: one.end.allocated),
-    _Row("reserved at the end", lambda one: one.end.reserved),
-    _Row("  free in it", lambda one: one.free),
-    _Row("  largest free block", lambda one: one.largest_free),
-    _Row("  lost to rounding", lambda one: one.rounding),
-    _Row("  awaiting another stream", lambda one: one.awaiting),
-    _Row("segments", lambda one: one.segments, plain=True),
-    _Row("allocations in the trace", lambda one: one.allocations, plain=True),
-    _Row("out of memory in the trace", lambda one: one.ooms, plain=True),
+    _Row("allocated at the peak", lambda summary: summary.peak.allocated),
+    _Row("reserved, its own peak", lambda summary: summary.peak_reserved),
+    _Row("allocated at the end", lambda summary: summary.end.allocated),
+    _Row("reserved at the end", lambda summary: summary.end.reserved),
+    _Row("  free in it", lambda summary: summary.free),
+    _Row("  largest free block", lambda summary: summary.largest_free),
+    _Row("  lost to rounding", lambda summary: summary.rounding),
+    _Row("  awaiting another stream", lambda summary: summary.awaiting),
+    _Row("segments", lambda summary: summary.segments, plain=True),
+    _Row("allocations in the trace", lambda summary: summary.allocations, plain=True),
+    _Row("out of memory in the trace", lambda summary: summary.ooms, plain=True),
 )
 
 
 @dataclass
 class SnapshotCommand:
-    """Show what one or two memory snapshots hold, and held at their peak: side by side, by category.
+    """Show memory in use at the peak and at the end of one or two memory snapshots, by category, side by side.
 
     The files are those of torchtitan's [profiling] enable_memory_snapshot, or of torch.cuda.memory._dump_snapshot.
     Nothing in a file is executed.
@@ -60,16 +59,16 @@ class SnapshotCommand:
     """A snapshot."""
 
     second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[B.pickle]")] = ""
-    """Another, to compare with it."""
+    """A second snapshot, to compare with the first."""
 
     device: int | None = None
-    """The device to look at, where a file has several."""
+    """The device to show, if a file has several."""
 
     json: Path | None = None
-    """Write all figures into this file, in bytes."""
+    """Write all figures to this file, in bytes."""
 
     plot: Path | None = None
-    """Draw stacked bars into this file, such as out.png."""
+    """Draw stacked bars to this file, such as out.png."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         check_file("--json", self.json)
@@ -90,39 +89,44 @@ class SnapshotCommand:
 
 
 def _captions(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> list[str]:
-    """What each file is, and how far its figures can be trusted."""
+    """For each file its path, device and optimizer, and the limits of its figures."""
     lines = []
-    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+    for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
         by = f", {snapshot.optimizer}" if snapshot.optimizer else ""
         lines.append(f"{name}: {snapshot.path}, device {snapshot.device}{by}")
-        if not one.entries:
-            lines.append("  It has no trace: the peak is only what was allocated at the end.")
+        if not summary.entries:
+            lines.append("  It has no trace: the peak is the memory allocated at the end.")
         else:
-            span = "" if one.seconds is None else f", {one.seconds:.1f} s"
-            full = ", as many as torchtitan keeps: what was before is not known" if one.entries >= KEPT else ""
-            lines.append(f"  Trace: the last {one.entries:,} entries{span}{full}. Peak after entry {one.peak_entry:,}.")
-            if one.peak_entry == 0:
+            span = "" if summary.seconds is None else f", {summary.seconds:.1f} s"
+            full = ", the most that torchtitan keeps: earlier ones are lost" if summary.entries >= MAX_ENTRIES else ""
+            lines.append(
+                f"  Trace: the last {summary.entries:,} entries{span}{full}. Peak after entry {summary.peak_entry:,}."
+            )
+            if summary.peak_entry == 0:
                 lines.append("  The peak is before the first entry: more may have been allocated earlier.")
-        if not snapshot.held:
+        if not snapshot.tensors:
             lines.append(
-                "  It does not say which tensors are parameters, gradients and optimizer state (snapshots of runs "
-                "with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 do, docs/torchtitan.md): told by stacks alone, FSDP's "
-                "gradients count as reduce-scatter."
+                "  It does not name parameters, gradients and optimizer state (snapshots of runs with "
+                "TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 do, docs/torchtitan.md): they are classified by stacks alone, and "
+                "FSDP's gradients count as reduce-scatter."
             )
-        if one.peak.without_frames or one.end.without_frames:
+        if summary.peak.without_frames or summary.end.without_frames:
             lines.append(
-                f"  Of `other`, {one.peak.without_frames:,} bytes at the peak and {one.end.without_frames:,} at the "
-                "end have no stack: they were allocated before recording began."
+                f"  Of `other`, {summary.peak.without_frames:,} bytes at the peak and {summary.end.without_frames:,} "
+                "at the end have no stack: they were allocated before recording began."
             )
-        if one.unmatched:
-            lines.append(f"  {one.unmatched:,} entries do not fit the blocks at the end: the peak may be off by these.")
-        if one.strangers:
-            lines.append(f"  {one.strangers:,} bytes of the run's tensors are in no block of this device.")
+        if summary.unmatched:
+            lines.append(
+                f"  {summary.unmatched:,} entries are inconsistent with the blocks at the end: the peak may be off "
+                "by them."
+            )
+        if summary.strangers:
+            lines.append(f"  {summary.strangers:,} bytes of the tensors that it names are in no block of this device.")
     return lines
 
 
 def _table(names: list[str], summaries: list[Summary]) -> Table:
-    """A row per figure; the difference of two files in a last column."""
+    """A row per figure; with two files, the last column is their difference."""
     from rich import box
     from rich.table import Table
 
@@ -141,10 +145,10 @@ def _table(names: list[str], summaries: list[Summary]) -> Table:
         table.add_row(name, *shown)
 
     for row in _ROWS:
-        add(row.name, [row.value(one) for one in summaries], row.plain)
+        add(row.name, [row.value(summary) for summary in summaries], row.plain)
     for title, moments in (
-        ("at the peak", [one.peak for one in summaries]),
-        ("at the end", [one.end for one in summaries]),
+        ("at the peak", [summary.peak for summary in summaries]),
+        ("at the end", [summary.end for summary in summaries]),
     ):
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
@@ -156,23 +160,24 @@ def _table(names: list[str], summaries: list[Summary]) -> Table:
 
 
 def _figures(names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> dict[str, Any]:
-    """For --json: all in bytes and counts, under the names of `Summary` and `Moment`."""
+    """The content of --json: bytes and counts, with the names of `Summary` and `Moment` as keys."""
     figures: dict[str, Any] = {"unit": "bytes"}
-    for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
+    for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
         about = {"path": str(snapshot.path), "device": snapshot.device, "optimizer": snapshot.optimizer}
-        figures[name] = about | asdict(one)
+        figures[name] = about | asdict(summary)
     return figures
 
 
 def _plot(path: Path, names: list[str], snapshots: list[Snapshot], summaries: list[Summary]) -> None:
     bars = []
     for when in ("peak", "end"):
-        for name, snapshot, one in zip(names, snapshots, summaries, strict=True):
-            moment = getattr(one, when)
+        for name, snapshot, summary in zip(names, snapshots, summaries, strict=True):
+            moment = getattr(summary, when)
             unused = {UNUSED: moment.reserved - moment.allocated}
             by = f": {snapshot.optimizer}" if snapshot.optimizer else ""
             bars.append((f"{name}{by}\nat the {when}", moment.categories | unused))
     note = "\n".join(
-        f"{name}: {one.path.parent.name}/{one.path.name}" for name, one in zip(names, snapshots, strict=True)
+        f"{name}: {snapshot.path.parent.name}/{snapshot.path.name}"
+        for name, snapshot in zip(names, snapshots, strict=True)
     )
     stacked_bars(path, "Memory of one device, from its snapshots", bars, note=note)

@@ -1,4 +1,4 @@
-"""torch's own memory trackers, with categories in the words of this package and a peak for each phase of a step."""
+"""torch's own memory trackers, with the categories of this package and a peak for each phase of a step."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ CATEGORIES = {
     _MemRefType.BUFFER: "other",
     _MemRefType.OTH: "other",
 }
-"""What the trackers tell apart -> category. Gathered parameters count as all-gather, and whole gradients that wait to
-be reduced as reduce-scatter: both are FSDP's, live for a layer or two, and go when there is no FSDP."""
+"""torch's reference type -> category. Gathered parameters count as all-gather, and unsharded gradients that wait to be
+reduced as reduce-scatter: both belong to FSDP and live for a layer or two."""
 
 
 class _Phases:
-    """What both trackers get: one peak at a time, and temporaries of the optimizer's step that are no state.
+    """Mixin for both trackers: one peak at a time, and temporaries of the optimizer's step that are not state.
 
-    torch's trackers count all that a step makes as optimizer state, and keep a peak of every module, which takes half
-    of the time of a simulation and is not asked for here.
+    torch's trackers count all tensors of a step as optimizer state, and record a peak of every module, which takes half
+    the time of a simulation and is not needed here.
     """
 
     stepping = False
     _marking = False
 
     def restart(self: Any) -> None:
-        """Forget the peak: the next one begins at what is held now."""
+        """Reset the peak to the memory in use now."""
         self._peak_mem_snap = self.get_tracker_snapshot()
         self._peak_mem = {device: snap[_TOTAL_KEY] for device, snap in self._peak_mem_snap.items()}
 
@@ -58,14 +58,14 @@ class _Phases:
             self._update_and_maybe_create_winfos(tensor, self._ref_class.OPT)
         self._marking = False
 
-    def held(self: Any, when: str = "current") -> dict[str, int]:
+    def memory(self: Any, when: str = "current") -> dict[str, int]:
         """Bytes by category, "current" or at the "peak"."""
-        found = dict.fromkeys(CATEGORIES.values(), 0)
+        sizes = dict.fromkeys(CATEGORIES.values(), 0)
         for snap in self.get_tracker_snapshot(when).values():
-            for kind, count in snap.items():
+            for kind, size in snap.items():
                 if kind != _TOTAL_KEY:
-                    found[CATEGORIES[kind]] += count
-        return found
+                    sizes[CATEGORIES[kind]] += size
+        return sizes
 
     def _update_and_maybe_create_winfos(self: Any, t: Tensor, reftype: Any, update_existing: bool = False) -> Any:
         return super()._update_and_maybe_create_winfos(t, self._kind(reftype), update_existing)  # type: ignore[misc]
@@ -75,12 +75,12 @@ class _Phases:
 
     def __torch_dispatch__(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.stepping and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # the number of the step, which steps that are not fused read, and a fake tensor does not have
+            return 1.0  # the step number, which implementations that are not fused read from the (fake) `step` tensor
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[misc]
 
     def _kind(self: Any, reftype: Any) -> Any:
-        made_by_step = self.stepping and not self._marking and reftype in (self._ref_class.ACT, self._ref_class.OPT)
-        return self._ref_class.TEMP if made_by_step else reftype
+        temporary = self.stepping and not self._marking and reftype in (self._ref_class.ACT, self._ref_class.OPT)
+        return self._ref_class.TEMP if temporary else reftype
 
     def _update_peak_stats(self: Any, peak_state: Any) -> None:
         for device, snap in self._curr_mem_snap.items():
@@ -98,7 +98,7 @@ class _Sharded(_Phases, FSDPMemTracker):
         inner = super()._fsdp_state_pre_forward(fsdp_mod, orig_fsdp_state_pre_fw)
 
         def every_time(*args: Any, **kwargs: Any) -> Any:
-            if not self._mod_tracker.is_bw:  # torch's tracker takes one microbatch only
+            if not self._mod_tracker.is_bw:  # torch's tracker allows one microbatch only
                 self.memory_tracking.pop(fsdp_mod, None)
             return inner(*args, **kwargs)
 
@@ -110,14 +110,15 @@ class _Sharded(_Phases, FSDPMemTracker):
         def with_accumulated(*args: Any, **kwargs: Any) -> None:
             inner(*args, **kwargs)
             group = fsdp_mod._get_fsdp_state()._fsdp_param_group
-            for one in group.fsdp_params if group else []:
-                if one.unsharded_accumulated_grad is not None:  # a pipeline reduces once, after its last microbatch
-                    self._update_and_maybe_create_winfos(one.unsharded_accumulated_grad, _FSDPRefType.UNSHARDED_GRAD)
+            for fsdp_param in group.fsdp_params if group else []:
+                grad = fsdp_param.unsharded_accumulated_grad
+                if grad is not None:  # a pipeline reduces once, after its last microbatch
+                    self._update_and_maybe_create_winfos(grad, _FSDPRefType.UNSHARDED_GRAD)
 
         return with_accumulated
 
 
-class _Whole(_Phases, MemTracker):
+class _Unsharded(_Phases, MemTracker):
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.track_external(*parts)
@@ -130,14 +131,14 @@ class _Whole(_Phases, MemTracker):
 
 def tracker_of(parts: Sequence[nn.Module]) -> Any:
     """The tracker that fits the parallelised parts of a model: torch's FSDPMemTracker, or MemTracker without FSDP."""
-    return _Sharded(parts) if all(isinstance(part, FSDPModule) for part in parts) else _Whole(parts)
+    return _Sharded(parts) if all(isinstance(part, FSDPModule) for part in parts) else _Unsharded(parts)
 
 
-def own_propagation() -> Any:
-    """A context in which DTensor works out shapes under a fake mode of its own.
+def separate_fake_mode() -> Any:
+    """A context in which DTensor propagates shapes under its own fake mode.
 
-    It does so on tensors of the global shape, which no rank holds, and the trackers leave that out only if the mode is
-    not theirs: else clipping alone would count a whole model's gradients.
+    It does so on tensors of the global shape, which no rank has. The trackers ignore them only in a mode that is not
+    theirs; otherwise clipping alone would count the full model's gradients.
     """
     return patch("torch.distributed.tensor._sharding_prop.detect_fake_mode", return_value=None)
 

@@ -1,7 +1,7 @@
-"""What torchtitan's trainer would refuse once it has the nodes, as far as it can be known before: with a cure.
+"""Settings that torchtitan's trainer would refuse only after the nodes are allocated, refused early with a remedy.
 
-torchtitan checks these late (`train.py`, the parallelize functions, the first forward pass), by assertions. What its
-parallelize and pipelining functions check themselves is left to them: the plan runs them.
+torchtitan checks these late (`train.py`, the parallelize functions, the first forward pass), by assertions. Checks of
+its parallelize and pipelining functions are not repeated here: the plan runs these functions.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ def check_run(config: Any, spec: Any, args: Any, ngpu: int) -> None:
     """
     check_settings(config.optimizer, fault_tolerant=config.fault_tolerance.enable)
     start_of(config.checkpoint)
-    # One by one: later ones count on what earlier ones have seen to be possible.
-    for told in chain(_mesh(config.parallelism, ngpu), _model(config, args), _training(config, spec, ngpu)):
-        raise ValueError(told)
+    # Only the first is raised: each check assumes that those before it have passed.
+    for message in chain(_mesh(config.parallelism, ngpu), _model(config, args), _training(config, spec, ngpu)):
+        raise ValueError(message)
 
 
 def data_ranks(degrees: Any, ngpu: int) -> int:
@@ -49,23 +49,26 @@ def _mesh(degrees: Any, ngpu: int) -> Iterator[str]:
     others["expert_tensor_parallel_degree"] = degrees.expert_tensor_parallel_degree
     for name, degree in {**named, **others}.items():
         if degree < 1:
-            yield f"parallelism.{name} = {degree} is not possible: it is 1 or more"
+            yield f"parallelism.{name} = {degree} is not possible: it must be 1 or more"
     if shard < 1 and shard != -1:
-        yield f"parallelism.data_parallel_shard_degree = {shard} is not possible: it is 1 or more, or -1 for the rest"
+        yield (
+            f"parallelism.data_parallel_shard_degree = {shard} is not possible: it must be 1 or more, or -1 for the "
+            "remaining ranks"
+        )
     product = 1
     for degree in named.values():
         product *= degree
-    told = ", ".join(f"{name} {degree}" for name, degree in named.items() if degree > 1)
+    listed = ", ".join(f"{name} {degree}" for name, degree in named.items() if degree > 1)
     if shard == -1 and ngpu % product:
         yield (
-            f"the mesh does not divide {ngpu} ranks: {told} make {product}. Choose degrees whose product divides "
+            f"the mesh does not divide {ngpu} ranks: {listed} make {product}. Choose degrees whose product divides "
             "the number of ranks"
         )
     if shard != -1 and product * shard != ngpu:
-        told = f"data_parallel_shard_degree {shard}{', ' + told if told else ''}"
+        listed = f"data_parallel_shard_degree {shard}{', ' + listed if listed else ''}"
         yield (
-            f"the mesh has {product * shard} ranks and the run {ngpu}: {told}. Set data_parallel_shard_degree = -1, "
-            "which takes the rest, or another number of ranks"
+            f"the mesh has {product * shard} ranks and the run {ngpu}: {listed}. Set data_parallel_shard_degree = -1, "
+            "which takes the remaining ranks, or another number of ranks"
         )
     rest = ngpu // (degrees.data_parallel_replicate_degree * degrees.pipeline_parallel_degree)
     experts = degrees.expert_parallel_degree * degrees.expert_tensor_parallel_degree
@@ -97,11 +100,11 @@ def _training(config: Any, spec: Any, ngpu: int) -> Iterator[str]:
     training, compiled = config.training, config.compile.enable and "model" in config.compile.components
     ranks = data_ranks(config.parallelism, ngpu)
     if training.local_batch_size < 1:
-        yield f"training.local_batch_size = {training.local_batch_size} is not possible: it is 1 or more"
+        yield f"training.local_batch_size = {training.local_batch_size} is not possible: it must be 1 or more"
     step = training.local_batch_size * ranks
     if training.global_batch_size >= 0 and (training.global_batch_size == 0 or training.global_batch_size % step):
         yield (
-            f"training.global_batch_size = {training.global_batch_size} is no multiple of local_batch_size "
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of local_batch_size "
             f"{training.local_batch_size} x {ranks} data-parallel ranks = {step}: choose one that is, or -1"
         )
     if config.activation_checkpoint.mode == "memory_budget" and not compiled:

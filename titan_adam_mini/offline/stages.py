@@ -1,5 +1,5 @@
-"""From a torchtitan configuration to what all ranks of N hold: one rank of every pipeline stage is built on the meta
-device, one after another, and told as data. The others of its stage differ in their coordinates only."""
+"""From a torchtitan configuration to the data that gives the memory of all N ranks: one rank of every pipeline stage is
+built on the meta device, one after another. The other ranks of its stage differ in their coordinates only."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 
 from titan_adam_mini.offline.build import built, spec_and_args
-from titan_adam_mini.offline.holdings import ALONE, Kind, Mesh, Param, Run, Stage
+from titan_adam_mini.offline.rank_memory import NO_MESH, Kind, Mesh, Param, Run, Stage
 from titan_adam_mini.offline.refusals import check_run
 from titan_adam_mini.partition import clean_name
 from titan_adam_mini.sharding import local
@@ -20,25 +20,24 @@ from titan_adam_mini.titan.knobs import read_knobs
 
 
 def run_of(config: Any, ngpu: int) -> Run:
-    """What a run of AdamMini with this configuration holds, whatever the configuration's optimizer.
+    """A run of AdamMini with this configuration, whatever the configuration's optimizer.
 
     Args:
         config: torchtitan's job configuration, from `configured`.
         ngpu: number of ranks.
 
     Raises:
-        ValueError: the run could not start, in words.
+        ValueError: the run could not start.
     """
     spec, args = spec_and_args(config)
     check_run(config, spec, args, ngpu)
-    pipelined = config.parallelism.pipeline_parallel_degree
-    each = ngpu // pipelined
+    ranks_per_stage = ngpu // config.parallelism.pipeline_parallel_degree
     stages, saved = [], dict[str, int]()
     meshes: dict[str, dict[str, int]] = {}
-    for first in range(0, ngpu, each):
+    for first in range(0, ngpu, ranks_per_stage):
         with built(config, ngpu, first) as model:
             dims = model.dims
-            stages.append(_stage(range(first, first + each), model.parts, config, dims))
+            stages.append(_stage(range(first, first + ranks_per_stage), model.parts, config, dims))
             meshes = meshes or _meshes(dims)
             for part in model.parts:
                 saved |= {clean_name(name): _bytes(value) for name, value in part.state_dict().items()}
@@ -61,18 +60,18 @@ def run_of(config: Any, ngpu: int) -> Run:
 def _notes(config: Any, dims: ParallelDims) -> Iterator[str]:
     if config.model.converters:
         names = ", ".join(config.model.converters)
-        yield f"model.converters ({names}) are not applied, since they may ask for a GPU: what they change is not seen."
+        yield f"model.converters ({names}) may need a GPU and are not applied: their effect is not counted."
     if dims.dp_replicate_enabled and not dims.fsdp_enabled and not dims.ep_enabled:
-        yield "DDP keeps buckets, as large as the gradients once more, which are not counted."
+        yield "DDP's buckets, together as large as the gradients, are not counted."
     if config.optimizer.name != NAME:
-        yield f"The configuration asks for {config.optimizer.name}; this is the plan of AdamMini beside AdamW."
+        yield f"The configuration uses {config.optimizer.name}; this plan compares AdamMini with AdamW."
 
 
 def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> Stage:
-    """One pipeline stage, of which the rank that this process is has built its model parts."""
+    """One pipeline stage, from the model parts that this process has built as one of its ranks."""
     meshes: dict[Any, Mesh] = {}
     groups: dict[int, int] = {}
-    told = []
+    params_of_parts = []
     for part in parts:
         optimizer = optimizer_of(part, config.optimizer, dims)
         trained = {name: tuple(param.shape) for name, param in part.named_parameters() if param.requires_grad}
@@ -83,21 +82,21 @@ def _stage(ranks: range, parts: list[Any], config: Any, dims: ParallelDims) -> S
         for name, param in part.named_parameters():
             group, axis = managed.get(param, (None, None))
             own = blocks.get(name)
-            mesh, placements = ALONE, ()
+            mesh, placements = NO_MESH, ()
             if isinstance(param, DTensor):
                 mesh = meshes.setdefault(param.device_mesh, _mesh(param.device_mesh))
                 placements = tuple(param.placements)
-            whole = param in embeddings and param not in managed
+            unsharded_gradient = param in embeddings and param not in managed
             layouts = own.layouts if own else ()
-            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layouts, axis, whole)
+            kind = Kind(tuple(param.shape), param.dtype, placements, mesh, layouts, axis, unsharded_gradient)
             params.append(Param(clean_name(name), kind, group, own))
-        told.append(tuple(params))
+        params_of_parts.append(tuple(params))
     buffers = tuple(_bytes(local(buffer)) for part in parts for buffer in part.buffers())
-    return Stage(ranks, tuple(told), buffers)
+    return Stage(ranks, tuple(params_of_parts), buffers)
 
 
 def _managed(part: Any, groups: dict[int, int]) -> dict[Any, tuple[int, int | None]]:
-    """Parameter -> (number of its FSDP group, axis of its mesh that FSDP2 shards it along); `groups` numbers them.
+    """Parameter -> (number of its FSDP group, axis of its mesh that FSDP2 shards it along); `groups` has their numbers.
 
     Raises ValueError for a weight in two groups, which torch 2.13 and later refuse in the first forward pass.
     """
@@ -111,20 +110,20 @@ def _managed(part: Any, groups: dict[int, int]) -> dict[Any, tuple[int, int | No
         for group in several if several is not None else [state._fsdp_param_group]:
             if group is not None:
                 number = groups.setdefault(id(group), len(groups))
-                for one in group.fsdp_params:
-                    origin = getattr(one, "_orig_param_uid", id(one))
+                for fsdp_param in group.fsdp_params:
+                    origin = getattr(fsdp_param, "_orig_param_uid", id(fsdp_param))
                     if owners.setdefault(origin, group) is not group:
-                        names = (name for name, param in part.named_parameters() if param is one.sharded_param)
+                        names = (name for name, param in part.named_parameters() if param is fsdp_param.sharded_param)
                         raise ValueError(
                             f"{clean_name(next(names))} is tied to a weight of another FSDP group, which torch "
-                            f"{torch.__version__} refuses: choose a flavor with an output layer of its own"
+                            f"{torch.__version__} refuses: choose a flavor with an untied output layer"
                         )
-                    managed[one.sharded_param] = (number, one.mesh_info.shard_mesh_dim)
+                    managed[fsdp_param.sharded_param] = (number, fsdp_param.mesh_info.shard_mesh_dim)
     return managed
 
 
 def _mesh(mesh: Any) -> Mesh:
-    """A device mesh as data: the strides are those of its own ranks."""
+    """A device mesh as data, with the strides of its own ranks."""
     names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
     strides = []
     for axis, size in enumerate(mesh.shape):
@@ -145,5 +144,5 @@ def _meshes(dims: ParallelDims) -> dict[str, dict[str, int]]:
 
 
 def _bytes(tensor: Any) -> int:
-    """Of a whole tensor; 0 for anything else."""
+    """Bytes of an unsharded tensor; 0 for anything else."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize if hasattr(tensor, "shape") else 0

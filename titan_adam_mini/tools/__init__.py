@@ -1,8 +1,8 @@
-"""What the commands share, none of which imports torch or torchtitan at the start.
+"""Code that the commands share; importing it imports neither torch nor torchtitan.
 
-flags             flags that several commands have, and their refusals
-isolated_process  work that needs torchtitan, in a process that ends before the command's own work begins
-trainer           torchtitan's trainer as a process: its command line, its log, its end
+flags             flags that several commands have, and their checks
+isolated_process  runs functions that need torchtitan in a process that ends before the command's own work begins
+trainer           torchtitan's trainer as a process: its command line, its log, stopping it
 signals           SIGTERM as an interrupt
 figures           pictures
 versions          device, versions and commit, for captions

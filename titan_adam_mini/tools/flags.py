@@ -1,4 +1,4 @@
-"""Flags that several commands have: the configuration, the number of ranks, files that are written."""
+"""Flags that several commands have: the configuration, the number of ranks, output files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ JsonFile = Annotated[
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="[FILE]",
-        instance_from_str=lambda words: _one(words),
+        instance_from_str=lambda words: _json_target(words),
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [value] if value else [],
     ),
 ]
-"""`--json [FILE]`: a file; STDOUT for the flag alone, which takes the place of the tables; None without the flag."""
+"""`--json [FILE]`: a file; STDOUT for the flag alone, which replaces the tables; None without the flag."""
 
 
-def _one(words: list[str]) -> str:
+def _json_target(words: list[str]) -> str:
     if len(words) > 1:
         raise ValueError(f"--json takes one file, not {' '.join(words)}")
     return words[0] if words else STDOUT
@@ -46,7 +46,7 @@ def check_config(config: str) -> None:
 
 
 def number_of_ranks(given: int | None) -> int:
-    """`--ngpu`, or the environment's NGPU; ValueError if there is neither, or no such number."""
+    """`--ngpu`, or the environment's NGPU. Raises ValueError if there is neither, or if it is not a positive number."""
     word = str(given) if given is not None else os.environ.get("NGPU", "")
     if not word:
         raise ValueError("the number of ranks is not known: give --ngpu N, or set NGPU=N")
@@ -56,12 +56,12 @@ def number_of_ranks(given: int | None) -> int:
 
 
 def ranks_of_a_run(given: int | None) -> int:
-    """The same for commands that train: one rank if there is neither."""
+    """`number_of_ranks` for commands that train: one rank if neither is given."""
     return number_of_ranks(given) if given is not None or os.environ.get("NGPU") else 1
 
 
 def check_file(flag: str, file: str | Path | None) -> None:
-    """Raise ValueError if a file could not be written there; nothing is asked of None and of STDOUT."""
+    """Raise ValueError if a file could not be written there; None and STDOUT are always accepted."""
     if file and file != STDOUT:
         _check_parent(flag, Path(file))
         if Path(file).is_dir():
@@ -69,7 +69,7 @@ def check_file(flag: str, file: str | Path | None) -> None:
 
 
 def check_folder(flag: str, folder: Path | None) -> None:
-    """Raise ValueError if a folder could not be made there; nothing is asked of None."""
+    """Raise ValueError if a folder could not be created there; None is always accepted."""
     if folder:
         _check_parent(flag, folder)
         if folder.is_file():
@@ -81,10 +81,10 @@ def _check_parent(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} {path}: its folder does not exist")
 
 
-def write_json(file: str, told: dict[str, Any]) -> None:
-    """Write to a file, or to standard output."""
-    written = json.dumps(told, indent=1) + "\n"
+def write_json(file: str, data: dict[str, Any]) -> None:
+    """Write JSON to a file, or to standard output if `file` is STDOUT."""
+    text = json.dumps(data, indent=1) + "\n"
     if file == STDOUT:
-        sys.stdout.write(written)
+        sys.stdout.write(text)
     else:
-        atomic_write(file, written)
+        atomic_write(file, text)

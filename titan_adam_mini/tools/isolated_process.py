@@ -1,4 +1,4 @@
-"""Work that needs torchtitan, done in a process of its own, which ends before the command's own work begins."""
+"""Runs functions that need torchtitan in a separate process, which ends before the command's own work begins."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 
 class IsolatedProcess(Protocol):
-    """Calls a function in another process, which keeps what it has imported from one call to the next."""
+    """Calls functions in one other process, so that imports are shared between calls."""
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        """What the function returns there, or raises."""
+        """Returns or raises what the function returns or raises there."""
 
 
 @contextmanager
@@ -27,15 +27,15 @@ def isolated_process() -> Iterator[IsolatedProcess]:
                 return pool.submit(function, *args).result()
             except BrokenProcessPool:
                 raise ValueError(
-                    "a process of this command was killed, perhaps by the system for want of memory (dmesg says so)"
+                    "a process of this command was killed, perhaps because the system ran out of memory (see dmesg)"
                 ) from None
-            except SystemExit as error:  # torchtitan's own parser, which has said what is wrong
+            except SystemExit as error:  # from torchtitan's own parser, which has printed what is wrong
                 raise ValueError(f"torchtitan does not take these arguments (status {error.code})") from None
 
         yield call
 
 
 def in_isolated_process(function: Any, *args: Any) -> Any:
-    """What a function returns in a process of its own."""
+    """Call a function in a separate process."""
     with isolated_process() as call:
         return call(function, *args)

@@ -1,4 +1,4 @@
-"""SIGTERM as an interrupt: whoever makes a folder removes it again."""
+"""SIGTERM as an interrupt, so that temporary folders are removed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that its cleaning up happens."""
+def sigterm_as_exit() -> Iterator[None]:
+    """A context in which SIGTERM raises SystemExit, so that clean-up runs as after Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

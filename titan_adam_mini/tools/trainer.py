@@ -1,6 +1,6 @@
-"""torchtitan's trainer as a process: how it is started, what its log says, and how it is ended.
+"""torchtitan's trainer as a process: starting it, parsing its log, and stopping it.
 
-Whatever starts a trainer or reads one's log goes by this: `compare`, `inspect`, the scripts of launch/ and the tests.
+Used by everything that starts a trainer or reads its log: `compare`, `inspect`, the scripts of launch/ and the tests.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ _NUMBER = r"[-+\w.]+"
 _STEP = re.compile(rf"(?<!validate )step:\s*(\d+)\s+loss:\s*({_NUMBER})(?:\s.*?tps:\s*([\d,]+))?")
 _VALIDATION = re.compile(rf"validate step:\s*(\d+)\s+loss:\s*({_NUMBER})\s")
 _ERROR = re.compile(r"(?:\[\w+\]:\s*)*([\w.]*(?:Error|Exception|Interrupt)\b.*)")
-_PATIENCE = 45.0
-"""Seconds for a trainer to save and leave."""
+_STOP_TIMEOUT = 45.0
+"""Seconds for a trainer to save and exit."""
 
 
 class RunFailed(Exception):
-    """A run that did not do what it should; the message says what happened and where to look."""
+    """A run failed; the message has the reason and the place of the log."""
 
 
 def module() -> str:
-    """What trains: the environment's TRAIN_FILE, as launch/run_train.sh has it, or torchtitan's own."""
+    """The module that trains: the environment's TRAIN_FILE, as in launch/run_train.sh, or torchtitan's own."""
     return os.environ.get("TRAIN_FILE") or "torchtitan.train"
 
 
 def torchrun(ranks: int, *options: str) -> list[str]:
     """The command that starts `ranks` trainers, without their arguments."""
-    # Port 0 lets the rendezvous choose a free one: two runs on a machine never meet.
+    # With port 0 the rendezvous chooses a free one, so that two runs on a machine never conflict.
     own = [f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return [sys.executable, "-m", "torch.distributed.run", *own, *options, "-m", module()]
 
 
 def without_torchrun() -> tuple[list[str], dict[str, str]]:
-    """The command that starts a single trainer, without its arguments, and the variables it needs."""
-    # The only process is the one that all others would ask: a port that nobody knows will do.
+    """The command that starts a single trainer, without its arguments, and the environment variables it needs."""
+    # The only process is the rendezvous host itself, so any free port will do.
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return [sys.executable, "-m", module()], {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as the trainer's command line; a switch that is off is spelled `--section.no-name`."""
+    """Settings as the trainer's command line; a boolean that is False becomes `--section.no-name`."""
     words = []
     for name, value in settings.items():
         if value is True:
@@ -64,30 +64,30 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 
 
 def plain(line: str) -> str:
-    """A line of a log without colours."""
+    """A line of a log without ANSI colours."""
     return _ANSI.sub("", line).rstrip("\n")
 
 
 def step_in(line: str) -> tuple[int, str] | None:
-    """Step and training loss, where a line without colours reports them."""
-    found = _STEP.search(line)
-    return (int(found[1]), found[2]) if found else None
+    """Step and training loss of a log line without colours; None if it does not have them."""
+    match = _STEP.search(line)
+    return (int(match[1]), match[2]) if match else None
 
 
 def errors_in(lines: Iterable[str]) -> list[str]:
-    """The exceptions that a log's lines tell of, in order, without torchrun's own."""
-    found = [match[1] for line in lines if (match := _ERROR.match(plain(line).strip()))]
-    return [one for one in found if "ChildFailedError" not in one]
+    """The exceptions in a log's lines, in order, without torchrun's own."""
+    errors = [match[1] for line in lines if (match := _ERROR.match(plain(line).strip()))]
+    return [error for error in errors if "ChildFailedError" not in error]
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a run, started in a session of its own, and wait for it.
+    """Stop a run that was started in its own session, and wait for it.
 
-    Its ranks are in sessions of their own: torchrun takes them along. TERM lets them save, INT not.
+    Its ranks are in sessions of their own and are stopped by torchrun. SIGTERM lets them save, SIGINT does not.
     """
     if process.poll() is not None:
         return
-    for number, patience in ((signal.SIGTERM, _PATIENCE), (signal.SIGINT, _PATIENCE), (signal.SIGKILL, None)):
+    for number, patience in ((signal.SIGTERM, _STOP_TIMEOUT), (signal.SIGINT, _STOP_TIMEOUT), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -97,15 +97,15 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 @dataclass
 class Run:
-    """What one run of the trainer reported.
+    """The output of one run of the trainer.
 
     Attributes:
         ranks: number of processes.
-        log: file with everything it printed.
+        log: file with its full output.
         losses: training loss of every step, over all ranks.
-        validation: loss on held-out documents, by step.
+        validation: validation loss, by step.
         rates: tokens per second and rank, by step, as torchtitan reports them.
-        lines: everything it printed, without colours.
+        lines: its full output, without colours.
     """
 
     ranks: int
@@ -116,20 +116,20 @@ class Run:
     lines: list[str] = field(default_factory=list)
 
     def read(self, line: str) -> int | None:
-        """Take one line of output; returns the step if it reports a training step."""
+        """Parse one line of output; returns the step if it reports a training step."""
         line = plain(line)
         self.lines.append(line)
-        if found := _VALIDATION.search(line):
-            self.validation[int(found[1])] = float(found[2])
-        elif (found := _STEP.search(line)) and found[3]:
-            step = int(found[1])
-            self.losses[step] = float(found[2])
-            self.rates[step] = int(found[3].replace(",", ""))
+        if match := _VALIDATION.search(line):
+            self.validation[int(match[1])] = float(match[2])
+        elif (match := _STEP.search(line)) and match[3]:
+            step = int(match[1])
+            self.losses[step] = float(match[2])
+            self.rates[step] = int(match[3].replace(",", ""))
             return step
         return None
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the steps, all ranks together, without the first five steps, which allocate."""
+        """Median over the steps of all ranks together, without the first five steps, which allocate."""
         rates = [rate for step, rate in self.rates.items() if step > 5] or list(self.rates.values())
         return statistics.median(rates) * self.ranks

@@ -1,4 +1,4 @@
-"""What a machine and its packages are, for captions."""
+"""Names and versions of this machine's hardware and packages, for captions and records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device_name(device: torch.device, threads: int) -> str:
 
 
 def version(package: str) -> str:
-    """Of an installed package; "" if it is not."""
+    """The version of an installed package; "" if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -35,21 +35,21 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """Of the repository that this package is read from, with `-dirty` where files were changed; "" without one."""
+    """The commit of this package's repository, with `-dirty` if files were changed; "" without a repository."""
     package = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        if git("ls-files", "--", Path(__file__).name):  # else a repository that an environment happens to lie in
+        if git("ls-files", "--", Path(__file__).name):  # else the repository only contains the environment
             return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
     except (OSError, subprocess.CalledProcessError):
         pass
     return ""
 
 
-def made_with(device: str) -> dict[str, str]:
-    """What a record of a run should say: its device, versions and, where there is one, the commit."""
+def provenance(device: str) -> dict[str, str]:
+    """Device, versions and, if there is one, the commit, for the record of a run."""
     versions = ", ".join(f"{name} {version(name)}".strip() for name in ("titan-adam-mini", "torchtitan", "torch"))
-    return {"device": device, "versions": versions, **({"commit": told} if (told := commit()) else {})}
+    return {"device": device, "versions": versions, **({"commit": sha} if (sha := commit()) else {})}

@@ -1,4 +1,4 @@
-"""From a torchtitan configuration to what work on its checkpoints needs to know: blocks, and keys of groups."""
+"""The unsharded model of a torchtitan configuration: the blocks and group keys that its checkpoints have."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from titan_adam_mini.partition import Blocks, Partition, clean_name
 from titan_adam_mini.titan.builder import optimizer_of
 
 
-class _Whole:
-    """The one thing that builders ask of torchtitan's ParallelDims, for a model that is not cut."""
+class _Unsharded:
+    """The only attribute of torchtitan's ParallelDims that builders read, for an unsharded model."""
 
     pp_enabled = False
 
@@ -26,19 +26,19 @@ def target_of(config: Any, to: str) -> tuple[dict[str, Blocks], dict[str, Any], 
         to: "adam_mini" or "adamw".
 
     Raises:
-        ValueError: the configuration cannot serve AdamMini, in words.
+        ValueError: AdamMini cannot be built from the configuration.
     """
     model = model_on_meta(config)
-    optimizer = optimizer_of(model, config.optimizer, _Whole())
-    blocks = {one.name: one for one in optimizer.partition.assign(_shapes(model)).values()}
+    optimizer = optimizer_of(model, config.optimizer, _Unsharded())
+    assigned = {blocks.name: blocks for blocks in optimizer.partition.assign(_shapes(model)).values()}
     if to == "adamw":
         flags = {"fused": config.optimizer.implementation == "fused"}
         flags["foreach"] = config.optimizer.implementation == "foreach"
-        made: torch.optim.Optimizer = torch.optim.AdamW([torch.zeros(1)], lr=config.optimizer.lr, **flags)
+        target: torch.optim.Optimizer = torch.optim.AdamW([torch.zeros(1)], lr=config.optimizer.lr, **flags)
     else:
-        made = optimizer
-    group = {key: value for key, value in made.param_groups[0].items() if key not in ("params", "param_names")}
-    return blocks, group, optimizer.momentum_dtype
+        target = optimizer
+    group = {key: value for key, value in target.param_groups[0].items() if key not in ("params", "param_names")}
+    return assigned, group, optimizer.momentum_dtype
 
 
 def partition_of(config: Any) -> tuple[str, Partition, dict[str, tuple[int, ...]]]:
@@ -47,12 +47,12 @@ def partition_of(config: Any) -> tuple[str, Partition, dict[str, tuple[int, ...]
     Builds the model on the meta device: it takes no memory. `config` and errors are those of `target_of`.
     """
     model = model_on_meta(config)
-    partition = optimizer_of(model, config.optimizer, _Whole()).partition
+    partition = optimizer_of(model, config.optimizer, _Unsharded()).partition
     return f"{config.model.name} {config.model.flavor}", partition, _shapes(model)
 
 
 def model_on_meta(config: Any) -> torch.nn.Module:
-    """The whole model of a torchtitan job configuration, with parameters on the meta device."""
+    """The full model of a torchtitan job configuration, with parameters on the meta device."""
     spec, args = spec_and_args(config)
     args.update_from_config(config)
     with torch.device("meta"):

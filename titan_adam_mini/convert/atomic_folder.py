@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, whatever happens to who writes it."""
+"""A folder that is created completely or not at all, even if the process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..files import beside, name_file, sync_folder
-from ..tools.signals import ending_in_order
+from ..tools.signals import sigterm_as_exit
 
 
 @contextmanager
-def appearing(target: Path, size: int) -> Iterator[Path]:
-    """A new folder to write in, which is called `target` once the block ends well and is gone if it does not.
+def atomic_folder(target: Path, size: int) -> Iterator[Path]:
+    """A new folder to write to, which is renamed to `target` when the block succeeds and removed if it raises.
 
     Args:
-        target: what must not exist yet, not even as a link to nowhere.
+        target: must not exist, not even as a broken link.
         size: bytes that will be needed.
 
     Raises:
-        ValueError: there is something at `target` or another conversion is writing it, one that was killed has left its
-            folder there, or the disk has no place for `size` bytes.
-        OSError: the folder cannot be made or moved.
+        ValueError: `target` exists, another conversion is writing it, a killed one left its folder there, or the disk
+            does not have `size` bytes free.
+        OSError: the folder cannot be created or renamed.
     """
     if os.path.lexists(target):
         raise ValueError(f"{target} exists; nothing is overwritten: remove it, or name another folder")
@@ -32,9 +32,9 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
     existing = next(parent for parent in target.parents if parent.is_dir())
     if (free := shutil.disk_usage(existing).free) < size:
         raise ValueError(f"{existing} has {free:,} bytes free, and the conversion may need {size:,}")
-    made = [parent for parent in target.parents if not parent.exists()]
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    # torchtitan takes whatever holds "step-N" for a checkpoint, so this name must not.
+    # torchtitan takes any name that contains "step-N" for a checkpoint, so this one must not.
     name = f"converting-{target.name.replace('step-', '')}"
     folder, done = beside(target, name), False
     try:
@@ -43,10 +43,10 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            with ending_in_order():
+            with sigterm_as_exit():
                 yield folder
                 os.fsync(handle)
-                folder.rename(target)  # fails if somebody else has put something there
+                folder.rename(target)  # fails if another process has created it
                 sync_folder(target.parent)
                 done = True
         except OSError as error:
@@ -58,13 +58,13 @@ def appearing(target: Path, size: int) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         if not done:
-            for parent in made:
-                with suppress(OSError):  # somebody else uses it by now
+            for parent in new_parents:
+                with suppress(OSError):  # another process may use it by now
                     parent.rmdir()
 
 
 def _refuse_others(target: Path, name: str) -> None:
-    """Raise ValueError if a conversion is writing `target`, or was killed as it did."""
+    """Raise ValueError if another conversion is writing `target`, or was killed while it did."""
     for other in target.parent.iterdir():
         if not other.name.startswith(f".{name}."):
             continue
@@ -78,4 +78,4 @@ def _refuse_others(target: Path, name: str) -> None:
             raise ValueError(f"another conversion is writing {target}: wait for it, or name another folder") from None
         finally:
             os.close(handle)
-        raise ValueError(f"{other} is what a killed conversion to {target} has left: remove it")
+        raise ValueError(f"{other} was left by a killed conversion to {target}: remove it")

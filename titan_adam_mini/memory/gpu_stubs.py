@@ -1,4 +1,4 @@
-"""What stands in for a GPU in a simulation: operators with the memory that GPUs' kernels need, and no data."""
+"""Stubs of a GPU's operators for simulations: they need the memory of a GPU's kernels and compute nothing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.models.attention import FlexAttentionWrapper
 
-from titan_adam_mini.memory.tracker import own_propagation
+from titan_adam_mini.memory.tracker import separate_fake_mode
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Attention and experts as GPUs compute them.
+def gpu_operators() -> Iterator[None]:
+    """A context in which attention and experts use the operators of a GPU.
 
-    Attention keeps queries, keys, values, output and a row of sums for the backward pass, whichever kernel computes it;
+    Attention saves queries, keys, values, output and a row of sums for the backward pass, whichever kernel computes it;
     on a CPU torch would choose an operator that selective activation checkpointing does not know. Experts are one
     grouped product; which tokens they get, and so the padding between them, is not known here and not needed.
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         stack.enter_context(patch.object(FlexAttentionWrapper, "forward", _flex))
-        stack.enter_context(patch("torchtitan.models.moe.utils.generate_permute_indices", _permuted))
-        stack.enter_context(own_propagation())
+        stack.enter_context(patch("torchtitan.models.moe.utils.generate_permute_indices", _permute_indices))
+        stack.enter_context(separate_fake_mode())
         yield
 
 
@@ -45,7 +45,7 @@ def _attention(
     if query.shape[-1] == value.shape[-1]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    # Heads of values smaller than those of keys (MLA): flash attention does not take them.
+    # Flash attention does not take values with smaller heads than keys (MLA).
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
@@ -55,14 +55,14 @@ def _flex(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool 
     return (output, output.new_zeros(q.shape[:-1], dtype=torch.float32)) if return_lse else output
 
 
-class NoMask(BlockMask):
-    """In the place of a mask of blocks, which takes some kilobytes."""
+class EmptyBlockMask(BlockMask):
+    """A block mask without blocks; a real one takes a few kilobytes."""
 
     def __init__(self) -> None:
         """Without blocks."""
 
 
-def _permuted(
+def _permute_indices(
     counts: Tensor, experts: int, ranks: int, length: int, alignment: int, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, counts and offsets in the shapes of torchtitan's kernel for GPUs."""
@@ -70,21 +70,21 @@ def _permuted(
     return counts.new_zeros(length, dtype=torch.int64), per_expert, per_expert
 
 
-class Still:
-    """In the place of the fused engine, whose kernels are for real memory, and allocate none of it in a step."""
+class NoOpEngine:
+    """Replaces the fused engine, whose kernels need real tensors and allocate no memory in a step."""
 
-    name = "still"
-    version = "still"
+    name = "no-op"
+    version = "no-op"
     step_on_device = False
 
     def fallback(self, spec: Any) -> None:
-        """It serves everything."""
+        """Accepts every parameter."""
 
-    def check(self, works: Sequence[Any]) -> None:
-        """Nothing."""
+    def check(self, param_steps: Sequence[Any]) -> None:
+        """Does nothing."""
 
-    def square_sums(self, works: Sequence[Any]) -> None:
-        """Nothing."""
+    def square_sums(self, param_steps: Sequence[Any]) -> None:
+        """Does nothing."""
 
-    def update(self, works: Sequence[Any]) -> None:
-        """Nothing."""
+    def update(self, param_steps: Sequence[Any]) -> None:
+        """Does nothing."""

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from titan_adam_mini.convert.appearing import appearing
+from titan_adam_mini.convert.atomic_folder import atomic_folder
 
 
 def write(target: Path) -> None:
-    with appearing(target, 10) as folder:
+    with atomic_folder(target, 10) as folder:
         (folder / ".metadata").write_text("whole")
 
 
 def test_it_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step-4"
-    with appearing(target, 10) as folder:
+    with atomic_folder(target, 10) as folder:
         assert folder.parent == target.parent and "step-" not in folder.name and not target.exists()
         (folder / ".metadata").write_text("whole")
         with pytest.raises(ValueError, match=r"another conversion is writing .*/deep/step-4: wait"):
@@ -36,7 +36,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     said = r"No space left on device: '.*/deep/step-4'"
-    with pytest.raises(OSError, match=said), appearing(tmp_path / "deep" / "step-4", 10) as folder:
+    with pytest.raises(OSError, match=said), atomic_folder(tmp_path / "deep" / "step-4", 10) as folder:
         (folder / "__0_0.distcp").write_text("half")
         if full == "write":
             no_place()
@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_somebody_put_there_meanwhile_stays(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step-4"
-    with pytest.raises(OSError, match="not empty"), appearing(target, 10) as folder:
+    with pytest.raises(OSError, match="not empty"), atomic_folder(target, 10) as folder:
         (folder / ".metadata").write_text("ours")
         target.mkdir()
         (target / ".metadata").write_text("theirs")
@@ -56,10 +56,10 @@ def test_what_somebody_put_there_meanwhile_stays(tmp_path: Path) -> None:
 
 def test_what_a_killed_conversion_has_left_is_named_and_left(tmp_path: Path) -> None:
     target = tmp_path / "step-4"
-    with pytest.raises(KeyboardInterrupt), appearing(target, 10) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target, 10) as folder:
         shutil.copytree(folder, rest := folder.with_name(f"{folder.name}rest"))
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match=rf"{rest} is what a killed conversion to {target} has left: remove it"):
+    with pytest.raises(ValueError, match=rf"{rest} was left by a killed conversion to {target}: remove it"):
         write(target)
     assert list(tmp_path.iterdir()) == [rest]
 

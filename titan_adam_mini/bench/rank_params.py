@@ -1,7 +1,7 @@
-"""What one rank of a run holds, as data that travels between processes, and the tensors made from it.
+"""The parameters of one rank of a run, as data that can be sent between processes, and as tensors.
 
-torchtitan builds the model in a child process (`bench/shards.py`); here its parameters are made again without the
-model: plain local tensors, and the same tensors as DTensors of the right global shape, mesh and placements.
+torchtitan builds the model in a child process (`bench/shards.py`); here its parameters are created without the model:
+plain local tensors, and the same tensors as DTensors of the right global shape, mesh and placements.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Named = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Held:
-    """One parameter as one rank holds it.
+class LocalParam:
+    """One parameter on one rank.
 
     Attributes:
         name: its name, without wrappers.
-        shape, stride: of the whole tensor.
-        local: shape of this rank's part.
+        shape, stride: of the global tensor.
+        local: shape of this rank's shard.
         dtype: of the parameter.
-        mesh: index into `Part.meshes`; None for a plain tensor.
+        mesh: index into `RankParams.meshes`; None for a plain tensor.
         placements: DTensor placements, one per mesh axis.
     """
 
@@ -47,27 +47,27 @@ class Held:
 
     @property
     def numel(self) -> int:
-        """Elements that this rank holds."""
+        """Local elements."""
         return prod(self.local)
 
 
 @dataclass(frozen=True)
-class Part:
-    """All trainable parameters of one rank, and what optimizers need to know besides.
+class RankParams:
+    """All trainable parameters of one rank, and what else the optimizers need.
 
     Attributes:
         model: name and flavor.
         layers: (transformer layers kept, layers of the model); None where the model does not count them.
-        held: the parameters.
+        params: the parameters.
         meshes: per mesh the ranks as nested lists, and the names of its axes.
         partition: AdamMini's blocks.
         hyper: `lr`, `betas`, `eps` and `weight_decay` of the configuration.
-        heads: `dim`, `n_heads` and `n_kv_heads` of the model, as the authors' optimizer asks for them.
+        heads: `dim`, `n_heads` and `n_kv_heads` of the model, arguments of the authors' optimizer.
     """
 
     model: str
     layers: tuple[int, int] | None
-    held: tuple[Held, ...]
+    params: tuple[LocalParam, ...]
     meshes: tuple[tuple[list[Any], tuple[str, ...] | None], ...]
     partition: Partition
     hyper: dict[str, Any]
@@ -76,26 +76,26 @@ class Part:
     @property
     def numel(self) -> int:
         """Elements of all parameters on this rank."""
-        return sum(one.numel for one in self.held)
+        return sum(param.numel for param in self.params)
 
     @property
     def bytes(self) -> int:
         """Bytes of all parameters on this rank."""
-        return sum(one.numel * one.dtype.itemsize for one in self.held)
+        return sum(param.numel * param.dtype.itemsize for param in self.params)
 
     @property
     def sharded(self) -> bool:
-        """Is any parameter a DTensor?"""
-        return any(one.mesh is not None for one in self.held)
+        """Whether any parameter is a DTensor."""
+        return any(param.mesh is not None for param in self.params)
 
 
 @dataclass
 class Tensors:
-    """One rank's parameters with gradients, twice over the same memory.
+    """One rank's parameters with gradients, in two forms that share memory.
 
     Attributes:
-        local: plain tensors, those without elements left out: a step has nothing to do there.
-        sharded: every parameter as the training has it, a DTensor where it is one.
+        local: plain tensors, without empty ones, which a step does not touch.
+        sharded: every parameter as in training: a DTensor if it is one there.
     """
 
     local: Named
@@ -103,40 +103,41 @@ class Tensors:
 
 
 @contextmanager
-def allocated(part: Part, ngpu: int, rank: int, device: torch.device) -> Iterator[Tensors]:
+def allocated(rank_params: RankParams, ngpu: int, rank: int, device: torch.device) -> Iterator[Tensors]:
     """The rank's parameters and gradients, random, on `device`.
 
-    While the context lasts a process group of `ngpu` ranks exists whose collectives return at once and move nothing.
+    Within the context there is a process group of `ngpu` ranks whose collectives return at once and move nothing.
     """
-    if part.sharded:
+    if rank_params.sharded:
         from ..private import FakeStore
 
         dist.init_process_group("fake", rank=rank, world_size=ngpu, store=FakeStore())
     try:
-        yield _tensors(part, device)
+        yield _tensors(rank_params, device)
     finally:
-        if part.sharded:
+        if rank_params.sharded:
             dist.destroy_process_group()
 
 
-def _tensors(part: Part, device: torch.device) -> Tensors:
+def _tensors(rank_params: RankParams, device: torch.device) -> Tensors:
     random = torch.Generator(device).manual_seed(0)
-    meshes = [DeviceMesh(device.type, ranks, mesh_dim_names=names) for ranks, names in part.meshes]
+    meshes = [DeviceMesh(device.type, ranks, mesh_dim_names=names) for ranks, names in rank_params.meshes]
     tensors = Tensors([], [])
-    for one in part.held:
+    for param in rank_params.params:
         data, grad = (
-            torch.empty(one.local, dtype=one.dtype, device=device).normal_(std=std, generator=random)
+            torch.empty(param.local, dtype=param.dtype, device=device).normal_(std=std, generator=random)
             for std in (0.02, 1e-3)
         )
         plain = _parameter(data, grad)
-        if one.numel:
-            tensors.local.append((one.name, plain))
-        if one.mesh is not None:
-            mesh, whole = meshes[one.mesh], {"shape": torch.Size(one.shape), "stride": one.stride}
+        if param.numel:
+            tensors.local.append((param.name, plain))
+        if param.mesh is not None:
+            mesh, global_size = meshes[param.mesh], {"shape": torch.Size(param.shape), "stride": param.stride}
             data, grad = (
-                DTensor.from_local(local, mesh, one.placements, run_check=False, **whole) for local in (data, grad)
+                DTensor.from_local(local, mesh, param.placements, run_check=False, **global_size)
+                for local in (data, grad)
             )
-        tensors.sharded.append((one.name, _parameter(data, grad) if one.mesh is not None else plain))
+        tensors.sharded.append((param.name, _parameter(data, grad) if param.mesh is not None else plain))
     return tensors
 
 
