@@ -17,12 +17,19 @@ settings.load_profile("patient")
 
 RANKS = {"exchange", "models", "optimizer", "sharding"}
 """The folders whose tests share one pool of ranks."""
+LONGEST = ("titan", "slurm", "kernels", "memory")
+"""The folders that take longest, in the order in which they begin: what is short fills the gaps at the end."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Before several workers start: numba would compile the same loops in each of them."""
     if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
         importlib.import_module("compiled_loops")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In this order folders are handed to workers."""
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.parent.name) in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -193,7 +193,7 @@ def _block_plans(param: Param, rank: int) -> list[BlockPlan]:
 
 def _placements(kind: Kind) -> str:
     pairs = zip(kind.mesh.names, kind.placements, strict=True)
-    return ", ".join(f"{axis} {placement}" for axis, placement in pairs) or "unsharded"
+    return ", ".join(f"{axis} {placement}" for axis, placement in pairs) or "whole"
 
 
 # Verdict
