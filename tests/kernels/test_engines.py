@@ -35,7 +35,7 @@ def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any)
 
 
 def moved(two: tuple[Played, Played], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
-    grads = gradients({work.name: work.plan.layout for work in two[0].works}, number, dtype)
+    grads = gradients({param_step.name: param_step.plan.layout for param_step in two[0].param_steps}, number, dtype)
     if spoil is not None:
         spoil(grads)
     for played in two:
@@ -54,7 +54,9 @@ def test_all_layouts(engine: str, dtype: torch.dtype) -> None:
     for number in range(STEPS):
         moved(two, number, dtype)
         compare(two)
-    assert any(not torch.equal(a.param, b.param) for a, b in zip(two[0].works, pair(engine)[0].works, strict=True))
+    assert any(
+        not torch.equal(a.param, b.param) for a, b in zip(two[0].param_steps, pair(engine)[0].param_steps, strict=True)
+    )
 
 
 SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long rows", "large heads")}
@@ -185,7 +187,7 @@ def test_bfloat16_rounds_whatever_bits_there_are(engine: str, bits: int) -> None
     odd = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     moved(two, 0, torch.float32, lambda grads: grads["rows"][5].fill_(odd))
     compare(two)
-    assert odd.isfinite() or not two[0].works[0].param[5].isfinite().any()
+    assert odd.isfinite() or not two[0].param_steps[0].param[5].isfinite().any()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -194,7 +196,7 @@ def test_missing_gradients(engine: str) -> None:
     two = pair(engine, SMALL)
     names = list(SMALL)
     for number in range(6):
-        before = {work.name: work.param.clone() for work in two[0].works}
+        before = {param_step.name: param_step.param.clone() for param_step in two[0].param_steps}
         gone = set(names[number::3])
 
         def spoil(grads: dict[str, Any], gone: set[str] = gone) -> None:
@@ -202,9 +204,11 @@ def test_missing_gradients(engine: str) -> None:
 
         moved(two, number, torch.float32, spoil)
         compare(two)
-        for work in two[0].works:
-            if work.param.numel():
-                assert torch.equal(work.param, before[work.name]) == (work.name in gone), work.name
+        for param_step in two[0].param_steps:
+            if param_step.param.numel():
+                assert torch.equal(param_step.param, before[param_step.name]) == (param_step.name in gone), (
+                    param_step.name
+                )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -216,7 +220,7 @@ def test_random_rounding_has_the_same_bits(engine: str) -> None:
     for number in range(STEPS):
         moved(two, number, torch.bfloat16)
         moved(plain, number, torch.bfloat16)
-    for mine, other, nearest in zip(*(played.works for played in (*two, plain[0])), strict=True):
+    for mine, other, nearest in zip(*(played.param_steps for played in (*two, plain[0])), strict=True):
         differ = int((mine.param != other.param).sum())
         assert differ <= 1, f"{mine.name}: {differ} of {mine.param.numel()}"
         assert not torch.equal(mine.param, nearest.param)
@@ -236,9 +240,9 @@ def test_random_rounding_of_elements_beyond_the_four_thousand_millionth(engine: 
         generator = torch.Generator().manual_seed(0)
         param, grad = (torch.randn(1, 66_000, generator=generator).bfloat16() for _ in range(2))
         state = {"exp_avg": torch.zeros(1, 66_000), "exp_avg_sq": torch.zeros(1, 1), "step": torch.zeros(())}
-        work = ParamStep(
+        param_step = ParamStep(
             name="w", plan=plan, param=param, grad=grad, exp_avg_scale=None, group=GROUP, decay=True, seed=1, **state
         )
-        one.update([work])
+        one.update([param_step])
         results.append(param)
     assert int((results[0] != results[1]).sum()) <= 20

@@ -34,8 +34,10 @@ def column_sums(grad: Tensor, ranks: int, step: int, expected: Tensor | None = N
         own = tuple(slice(*interval) for interval in plan.own[0])
         factor = Factor(plan, state[tuple(slice(*one) for one in spans(plan))])
         rest = {"exp_avg": grad, "exp_avg_scale": None, "exp_avg_sq": grad, "group": GROUP, "decay": True}
-        work = ParamStep("w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest)
-        offset = columns.rounding_offset(work)
+        param_step = ParamStep(
+            "w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest
+        )
+        offset = columns.rounding_offset(param_step)
         sums = columns.column_sums(grad[own], None if offset is None else offset[plan.parts[0][2]])
         total[tuple(slice(*one) for one in spans(plan))] += sums
     return total

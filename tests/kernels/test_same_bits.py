@@ -39,7 +39,7 @@ def test_any_number_of_ranks(engine: str, options: dict[str, object]) -> None:
     for ranks in (2, 3, 7):
         got = world(engine, ranks, **options)
         assert not differing_bits(got, want[0]), ranks
-        assert all(float(work.step) == 3 for played in got for work in played.works)
+        assert all(float(param_step.step) == 3 for played in got for param_step in played.param_steps)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -47,7 +47,7 @@ def test_a_rank_without_gradients_keeps_its_values_and_moves_on_with_the_moments
     """As the other engine's, to rounding; ranks that share moments have the same."""
     got, want = world(engine, 3, without=1), world("foreach", 3, without=1)
     for mine, other in zip(got, want, strict=True):
-        for one, two in zip(mine.works, other.works, strict=True):
+        for one, two in zip(mine.param_steps, other.param_steps, strict=True):
             assert torch.equal(one.step, two.step) and torch.equal(one.exp_avg, two.exp_avg), one.name
             torch.testing.assert_close(one.exp_avg_sq, two.exp_avg_sq, rtol=1e-6, atol=0)
             torch.testing.assert_close(one.param, two.param, rtol=1e-6, atol=1e-7)
@@ -67,7 +67,7 @@ def test_any_number_of_threads(threads: int) -> None:
         (got,) = world("cpu", 1)
     finally:
         torch.set_num_threads(before)
-    for mine, other in zip(got.works, want.works, strict=True):
+    for mine, other in zip(got.param_steps, want.param_steps, strict=True):
         assert torch.equal(mine.param, other.param) and torch.equal(mine.exp_avg_sq, other.exp_avg_sq), mine.name
 
 
@@ -78,7 +78,7 @@ def test_any_address(engine: str, offset: int) -> None:
         return torch.empty(x.numel() + offset, dtype=x.dtype)[offset:].view(x.shape).copy_(x)
 
     (want,), (got,) = world(engine, 1), world(engine, 1, store=shifted)
-    for mine, other in zip(got.works, want.works, strict=True):
+    for mine, other in zip(got.param_steps, want.param_steps, strict=True):
         assert torch.equal(mine.param, other.param) and torch.equal(mine.exp_avg_sq, other.exp_avg_sq), mine.name
 
 
@@ -95,7 +95,7 @@ def test_stored_in_another_order_the_sums_are_the_same() -> None:
         grads = gradients(layouts, 0, torch.float32)
         played.give(dict.fromkeys(layouts, grads["rows"].t()) | {"rows": grads["rows"]})
         step([played])
-        results.append([work.exp_avg_sq.flatten() for work in played.works])
+        results.append([param_step.exp_avg_sq.flatten() for param_step in played.param_steps])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
@@ -131,7 +131,7 @@ def test_patterns_of_missing_gradients_do_not_pile_up() -> None:
         played.give({name: grad if pattern >> int(name) & 1 else None for name, grad in grads.items()})
         step([played])
     assert len(engine._tables) <= 32 and len(engine._phases) <= 32
-    assert {int(work.step) for work in played.works} == {64}
+    assert {int(param_step.step) for param_step in played.param_steps} == {64}
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
@@ -139,7 +139,11 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
     Second moments by columns are left out, which take torch's operations.
     """
-    compiled = {work.name: work.plan.layout for work in Played(ROWS, engine_of("cpu")).works if not work.by_columns}
+    compiled = {
+        param_step.name: param_step.plan.layout
+        for param_step in Played(ROWS, engine_of("cpu")).param_steps
+        if not param_step.by_columns
+    }
     mine, want = (Played(compiled, engine_of("cpu")) for _ in range(2))
     for played in (mine, want):
         played.give(gradients(compiled, 0, torch.float32))
@@ -147,7 +151,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     child = os.fork()
     if child == 0:
         step([mine])
-        pairs = zip(mine.works, want.works, strict=True)
+        pairs = zip(mine.param_steps, want.param_steps, strict=True)
         os._exit(0 if all((a.param.numpy() == b.param.numpy()).all() for a, b in pairs) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -161,7 +165,7 @@ def test_two_optimizers_may_step_at_once() -> None:
         thread.join()
     assert len(results) == 3
     for other in results[1:]:
-        for a, b in zip(results[0].works, other.works, strict=True):
+        for a, b in zip(results[0].param_steps, other.param_steps, strict=True):
             assert torch.equal(a.param, b.param), a.name
 
 
@@ -176,7 +180,7 @@ def test_what_cannot_be_compiled_is_left_to_torch(
     with caplog.at_level("INFO", "titan_adam_mini"):
         (got,) = world("cpu", 1)
     (want,) = world("foreach", 1)
-    assert all(torch.equal(a.param, b.param) for a, b in zip(got.works, want.works, strict=True))
+    assert all(torch.equal(a.param, b.param) for a, b in zip(got.param_steps, want.param_steps, strict=True))
     (line,) = [record.message for record in caplog.records]
     assert "no such machine" in line and "foreach instead of fused" in line
 
@@ -188,6 +192,6 @@ def test_engines_are_told_apart() -> None:
         played = Played({"long rows": LAYOUTS["long rows"]}, engine)
         played.give(gradients({"long rows": LAYOUTS["long rows"]}, 0, torch.float32))
         step([played])
-        return played.works[0].exp_avg_sq
+        return played.param_steps[0].exp_avg_sq
 
     assert not torch.equal(total(engine_of("cpu")), total(engine_of("foreach")))

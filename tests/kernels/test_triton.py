@@ -114,7 +114,7 @@ def case(momentum: torch.dtype | None, *marks: pytest.MarkDecorator, **options: 
 )
 def test_it_computes_what_torch_computes(options: dict[str, Any]) -> None:
     fast, plain = trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options)
-    assert fast[1].engine.launches > 0 and not fast[1].engine._left
+    assert fast[1].engine.launches > 0 and not fast[1].engine._fallbacks
     assert_close(fast, plain, 1e-6 if options["momentum_dtype"] is None else 1e-3)
 
 
@@ -145,8 +145,8 @@ def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torc
         for played in two:
             played.give(gradients(layouts, number, dtype))
             one_step([played])
-    assert set(engine._left) <= {"no columns", "elements", "fused columns"}, engine._left
-    for mine, other in zip(two[0].works, two[1].works, strict=True):
+    assert set(engine._fallbacks) <= {"no columns", "elements", "fused columns"}, engine._fallbacks
+    for mine, other in zip(two[0].param_steps, two[1].param_steps, strict=True):
         assert torch.equal(mine.exp_avg, other.exp_avg), f"{mine.name}: momentum has nothing to add up"
         torch.testing.assert_close(mine.exp_avg_sq, other.exp_avg_sq, rtol=1e-6, atol=0, msg=mine.name)
         tight = 1e-6 if dtype == torch.float32 else 2**-7
@@ -218,7 +218,7 @@ def test_transposed_tensors_have_lines_of_their_own() -> None:
         return params, optimizer
 
     fast, plain = run(fused=True), run(foreach=True)
-    assert not fast[1].engine._left
+    assert not fast[1].engine._fallbacks
     assert_close(fast, plain, 1e-6)
 
 
@@ -324,8 +324,8 @@ def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
 
     (want,), got = world(1), world(3)
     assert not got[2].named("columns").param.numel()
-    for index, work in enumerate(want.works):
-        assert torch.equal(whole(got, index, "param"), work.param), work.name
+    for index, param_step in enumerate(want.param_steps):
+        assert torch.equal(whole(got, index, "param"), param_step.param), param_step.name
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -344,7 +344,7 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
     shards = [Shard(layout.shape, (Cut(0, 0, ranks, rank),) if ranks > 1 else ()) for rank in range(ranks)]
     plans = [BlockPlan.of(layout, shard) for shard in shards]
     engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in plans]
-    works = []
+    param_steps = []
 
     def room(plan: BlockPlan) -> Tensor | None:
         kind = torch.float64 if plan.of_columns else torch.float32
@@ -356,7 +356,7 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
         others = [BlockPlan.of(one, shard) for one in factors(layout.shape)] if factored else []
         rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
         part = start[own].clone().to(DEVICE)
-        works.append(
+        param_steps.append(
             ParamStep(
                 name="w",
                 plan=plan,
@@ -374,22 +374,22 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
             )
         )
     for grad in grads:
-        for rank, (work, plan, engine) in enumerate(zip(works, plans, engines, strict=True)):
+        for rank, (param_step, plan, engine) in enumerate(zip(param_steps, plans, engines, strict=True)):
             own = tuple(slice(*interval) for interval in plan.own[0])
             value = grad[own].to(DEVICE)
             room = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
-            work.grad = room.copy_(value.reshape(-1)).view(value.shape)
-            for one in (work, *work.factors):
+            param_step.grad = room.copy_(value.reshape(-1)).view(value.shape)
+            for one in (param_step, *param_step.factors):
                 if one.own_sums is not None:
                     one.own_sums.zero_()
-            if work.waits and value.numel():
-                engine.square_sums([work])
-        for same in zip(*((work, *work.factors) for work in works), strict=True):
+            if param_step.waits and value.numel():
+                engine.square_sums([param_step])
+        for same in zip(*((param_step, *param_step.factors) for param_step in param_steps), strict=True):
             if same[0].sums is not None:
                 total = torch.stack([one.sums for one in same]).sum(0)
                 for one in same:
                     one.sums.copy_(total)
-        for work, engine in zip(works, engines, strict=True):
-            engine.update([work])
-            work.squares = None
-    return [torch.cat([getattr(work, key) for work in works]) for key in ("param", "exp_avg")]
+        for param_step, engine in zip(param_steps, engines, strict=True):
+            engine.update([param_step])
+            param_step.squares = None
+    return [torch.cat([getattr(param_step, key) for param_step in param_steps]) for key in ("param", "exp_avg")]

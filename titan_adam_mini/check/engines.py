@@ -88,7 +88,7 @@ class Played:
     """Parameters with state, whole (one rank) or this rank's part along dim 0 of `ranks`.
 
     Attributes:
-        works: one per layout.
+        param_steps: one per layout.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Played:
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(0)
         groups = groups or [GROUP]
-        self.works = []
+        self.param_steps = []
         for number, (name, layout) in enumerate(layouts.items()):
             full = torch.randn(layout.shape, generator=generator).to(dtype)
             places = [Shard(0)] if layout.shape else []
@@ -121,7 +121,7 @@ class Played:
                 wanted = torch.float32
             precision = torch.float64 if dtype == torch.float64 else torch.float32
             scale = self._zeros(int8.scale_shape(param.shape)) if wanted == torch.int8 else None
-            work = ParamStep(
+            param_step = ParamStep(
                 name=name,
                 plan=plan,
                 param=param,
@@ -136,30 +136,30 @@ class Played:
             )
             if name.startswith("factored"):
                 plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
-                work.factors = tuple(Factor(one, self._zeros(one.grid_shape, precision)) for one in plans)
-            for grid in _grids(work):
+                param_step.factors = tuple(Factor(one, self._zeros(one.grid_shape, precision)) for one in plans)
+            for grid in _grids(param_step):
                 if grid.plan.axes:
                     kind = torch.float64 if grid.plan.of_columns else precision
                     grid.own_sums, grid.sums = (self._zeros(grid.plan.sums_shape, kind) for _ in range(2))
-            work.present = self._zeros(()) if ranks > 1 and layout.shape else None
-            self.works.append(work)
+            param_step.present = self._zeros(()) if ranks > 1 and layout.shape else None
+            self.param_steps.append(param_step)
 
     def _zeros(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def give(self, grads: Mapping[str, Tensor | None]) -> None:
         """This step's gradients, whole; a rank takes its part."""
-        for work in self.works:
-            grad = grads[work.name]
-            work.grad = None if grad is None else self.store(own(work.plan, grad).to(self.device))
+        for param_step in self.param_steps:
+            grad = grads[param_step.name]
+            param_step.grad = None if grad is None else self.store(own(param_step.plan, grad).to(self.device))
 
     def named(self, name: str) -> ParamStep:
-        return next(work for work in self.works if work.name == name)
+        return next(param_step for param_step in self.param_steps if param_step.name == name)
 
 
-def _grids(work: ParamStep) -> tuple[ParamStep | Factor, ...]:
+def _grids(param_step: ParamStep) -> tuple[ParamStep | Factor, ...]:
     """A parameter's grids of second moments: its own, and those of its columns and of the whole."""
-    return (work, *work.factors)
+    return (param_step, *param_step.factors)
 
 
 def own(plan: BlockPlan, full: Tensor) -> Tensor:
@@ -183,34 +183,38 @@ def step(players: Iterable[Played]) -> None:
     """One step of all ranks of a world, the exchange done by hand."""
     players = list(players)
     for played in players:
-        for grid in (grid for work in played.works for grid in _grids(work)):
+        for grid in (grid for param_step in played.param_steps for grid in _grids(param_step)):
             if grid.own_sums is not None:
                 grid.own_sums.zero_()
-        played.engine.square_sums([w for w in played.works if w.waits and w.grad is not None and w.grad.numel()])
-    for index, _ in enumerate(players[0].works):
-        same = [played.works[index] for played in players]
-        here = sum(work.grad is not None for work in same)
-        for work in same:
-            if work.present is not None:
-                work.present.fill_(here)
-        for ranks in zip(*(_grids(work) for work in same), strict=True):
+        played.engine.square_sums([w for w in played.param_steps if w.waits and w.grad is not None and w.grad.numel()])
+    for index, _ in enumerate(players[0].param_steps):
+        same = [played.param_steps[index] for played in players]
+        here = sum(param_step.grad is not None for param_step in same)
+        for param_step in same:
+            if param_step.present is not None:
+                param_step.present.fill_(here)
+        for ranks in zip(*(_grids(param_step) for param_step in same), strict=True):
             for grid in ranks:
                 if grid.sums is not None:
                     grid.sums.copy_(sum(other.own_sums for other in ranks))
     for played in players:
-        played.engine.update([w for w in played.works if w.grad is not None and not w.waits])
-        played.engine.update([w for w in played.works if w.waits or (w.grad is None and w.present is not None)])
-        for work in played.works:
-            work.squares = None
+        played.engine.update([w for w in played.param_steps if w.grad is not None and not w.waits])
+        played.engine.update([w for w in played.param_steps if w.waits or (w.grad is None and w.present is not None)])
+        for param_step in played.param_steps:
+            param_step.squares = None
 
 
 def whole(players: list[Played], index: int, kind: str) -> Tensor:
     """`param` or `exp_avg` of all ranks put together."""
-    works = [played.works[index] for played in players]
-    parts = [getattr(work, kind) for work in works if not work.plan.layout.shape or work.param.numel()]
-    if not parts or not works[0].plan.layout.shape:
-        return getattr(works[0], kind)
-    assert sum(part.shape[0] for part in parts) == works[0].plan.layout.shape[0]
+    param_steps = [played.param_steps[index] for played in players]
+    parts = [
+        getattr(param_step, kind)
+        for param_step in param_steps
+        if not param_step.plan.layout.shape or param_step.param.numel()
+    ]
+    if not parts or not param_steps[0].plan.layout.shape:
+        return getattr(param_steps[0], kind)
+    assert sum(part.shape[0] for part in parts) == param_steps[0].plan.layout.shape[0]
     return torch.cat(parts)
 
 
@@ -236,9 +240,9 @@ def differences(got: Played, want: Played, left: set[str] = LEFT) -> list[str]:
     """
     compiled, cuda = isinstance(got.engine, Compiled), got.device.type == "cuda"
     found = []
-    if isinstance(got.engine, Compiled) and (more := set(got.engine._left) - left):
+    if isinstance(got.engine, Compiled) and (more := set(got.engine._fallbacks) - left):
         found.append(f"left to torch: {', '.join(sorted(more))}")
-    for mine, other in zip(got.works, want.works, strict=True):
+    for mine, other in zip(got.param_steps, want.param_steps, strict=True):
         few = 2 + mine.param.numel() // 500
         double = mine.exp_avg_sq.dtype == torch.float64
         tight = 0.0 if not compiled else 1e-13 if double else 1e-6
@@ -276,10 +280,14 @@ def _apart(one: Tensor, two: Tensor, relative: float = 0.0, absolute: float = 0.
     return int((~near).sum())
 
 
-def _momentum(work: ParamStep) -> Tensor:
+def _momentum(param_step: ParamStep) -> Tensor:
     """In float32; of int8, value times scale."""
-    values = work.exp_avg.float()
-    return values if work.exp_avg_scale is None else values * work.exp_avg_scale.repeat_interleave(int8.RUN, -1)
+    values = param_step.exp_avg.float()
+    return (
+        values
+        if param_step.exp_avg_scale is None
+        else values * param_step.exp_avg_scale.repeat_interleave(int8.RUN, -1)
+    )
 
 
 def world(
@@ -304,19 +312,19 @@ def world(
 def differing_bits(ranks: list[Played], one: Played) -> list[str]:
     """Names of what a world of several ranks has in other bits than one rank, parameters and both moments."""
     found = []
-    for index, work in enumerate(one.works):
-        if work.by_columns and work.param.dtype == torch.float64:
+    for index, param_step in enumerate(one.param_steps):
+        if param_step.by_columns and param_step.param.dtype == torch.float64:
             continue  # float64 has no room to round in before it adds
         found += [
-            f"{work.name}: {kind}"
+            f"{param_step.name}: {kind}"
             for kind in ("param", "exp_avg")
-            if not torch.equal(whole(ranks, index, kind), getattr(work, kind))
+            if not torch.equal(whole(ranks, index, kind), getattr(param_step, kind))
         ]
         for played in ranks:
-            mine = played.works[index]
-            grids = zip(_grids(mine), _grids(work), strict=True)
+            mine = played.param_steps[index]
+            grids = zip(_grids(mine), _grids(param_step), strict=True)
             if not all(torch.equal(grid.exp_avg_sq, reach_of(grid, other.exp_avg_sq)) for grid, other in grids):
-                found.append(f"{work.name}: exp_avg_sq")
-            if float(mine.step) != float(work.step):
-                found.append(f"{work.name}: step")
+                found.append(f"{param_step.name}: exp_avg_sq")
+            if float(mine.step) != float(param_step.step):
+                found.append(f"{param_step.name}: step")
     return found

@@ -102,11 +102,11 @@ class Exchange:
             decay: name -> does weight decay apply?
             seed: of random rounding; None rounds to nearest.
         """
-        works = []
+        param_steps = []
         for index, item in enumerate(self.items):
             ((own, complete), *others), present = self._places(index)
             plan, *more = item.plans
-            works.append(
+            param_steps.append(
                 ParamStep(
                     name=item.name,
                     plan=plan,
@@ -126,7 +126,7 @@ class Exchange:
                     factors=tuple(Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)),
                 )
             )
-        return works
+        return param_steps
 
     def _places(self, index: int) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
         """Where one parameter's numbers are in the buffers, which stay where they are: per grid, this rank's own sums
@@ -150,11 +150,17 @@ class Exchange:
             sums.append((own, complete))
         return sums, present
 
-    def start(self, works: Sequence[ParamStep], engine: Engine) -> None:
-        """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
+    def start(self, param_steps: Sequence[ParamStep], engine: Engine) -> None:
+        """Compute this rank's sums of the straddling blocks and send them off; `param_steps` has one for every item."""
         for buffer in self._buffers:
-            buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])
-        engine.square_sums([work for work in works if work.waits and work.grad is not None and work.grad.numel()])
+            buffer.clear([param_steps[self.grids[index].param].grad is not None for index in buffer.slots])
+        engine.square_sums(
+            [
+                param_step
+                for param_step in param_steps
+                if param_step.waits and param_step.grad is not None and param_step.grad.numel()
+            ]
+        )
         for buffer in self._buffers:
             for number, float64, source, target, length in buffer.chained:
                 earlier = self._buffers[number]
