@@ -227,8 +227,8 @@ def meta(x: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[AdamMini, Tensor], None], str]] = {
     "pruned": (shrunk, "state of 'layers.1.w' has exp_avg of shape (64, 8), and the parameter, of shape (16, 8)"),
-    "pruned, same address": (shrunk_in_place, "and the parameter, of shape (16, 8)"),
-    "grown": (grown, "and the parameter, of shape (128, 8)"),
+    "pruned, same address": (shrunk_in_place, "but the parameter, of shape (16, 8)"),
+    "grown": (grown, "but the parameter, of shape (128, 8)"),
     "momentum of another shape": (other_state("exp_avg", lambda x: x[:16].clone()), "exp_avg of 'layers.1.w'"),
     "momentum of another dtype": (other_state("exp_avg", torch.Tensor.double), "exp_avg of 'layers.1.w'"),
     "moments of another shape": (other_state("exp_avg_sq", lambda x: x[:5].clone()), "exp_avg_sq of 'layers.1.w'"),

@@ -228,5 +228,5 @@ def test_state_of_another_kind_is_told_apart() -> None:
     adamw.step()
     with pytest.raises(ValueError, match=r"exp_avg_sq_col.*second_moment is not factored"):
         optimizer.load_state_dict(blocks.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is of AdamW; convert it"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is AdamW's; convert it"):
         optimizer.load_state_dict(adamw.state_dict())

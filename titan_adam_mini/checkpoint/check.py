@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..private import _compute_local_shape_and_global_offset, flatten_state_dict
 from ..sharding import Shard, box_shape, shard_of
-from ..state import AUTHORS, CONVERT, SECOND_MOMENTS
+from ..state import CONVERT, SECOND_MOMENTS, UPSTREAM_STATE
 from .stored import EXP_AVG, EXP_AVG_SQ, STATE, Stored
 
 _SHOWN = 3
@@ -113,7 +113,7 @@ def _check_optimizer(stored: Stored, prefix: str, wanted: Mapping[str, Any]) -> 
         )
     if kind == "adam-mini":
         raise ValueError(
-            f"{stored.path} holds {AUTHORS} (--checkpoint.initial_load_path, or exclude_from_loading optimizer)"
+            f"{stored.path} holds {UPSTREAM_STATE} (--checkpoint.initial_load_path, or exclude_from_loading optimizer)"
         )
     if kind == "AdamW" and not elementwise:
         raise ValueError(f"{stored.path} holds AdamW's optimizer state, with one second moment per element: {CONVERT}")

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ..pickles import NotAllowed
 from ..private import _create_file_view
 from ..sharding import Box
-from ..state import FOREIGN
+from ..state import UPSTREAM_KEYS
 from .metadata import read_metadata
 
 STATE, EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_scale", ".exp_avg_sq"
@@ -123,7 +123,7 @@ class Stored:
         """Whose optimizer state lies under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
         start = prefix + STATE
         names = [name for name in self.metadata.state_dict_metadata if name.startswith(start)]
-        if any(name.rpartition(".")[2] in FOREIGN for name in names):
+        if any(name.rpartition(".")[2] in UPSTREAM_KEYS for name in names):
             return "adam-mini"
         seconds = [name for name in names if name.endswith(EXP_AVG_SQ) and name in self.tensors]
         if not seconds:
