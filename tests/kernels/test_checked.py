@@ -226,7 +226,7 @@ def meta(x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[AdamMini, Tensor], None], str]] = {
-    "pruned": (shrunk, "state of 'layers.1.w' has exp_avg of shape (64, 8), and the parameter, of shape (16, 8)"),
+    "pruned": (shrunk, "state of 'layers.1.w' has exp_avg of shape (64, 8), but the parameter, of shape (16, 8)"),
     "pruned, same address": (shrunk_in_place, "but the parameter, of shape (16, 8)"),
     "grown": (grown, "but the parameter, of shape (128, 8)"),
     "momentum of another shape": (other_state("exp_avg", lambda x: x[:16].clone()), "exp_avg of 'layers.1.w'"),
