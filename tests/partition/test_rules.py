@@ -267,7 +267,7 @@ def test_a_pattern_that_matches_nothing() -> None:
         ({"head_dim": 3}, "wk.weight", (8, 4), "8 rows are not divisible by head_dim = 3"),
         ({"n_heads": 2, "head_dim": 3}, "wq.weight", (8, 4), "8 rows are not n_heads = 2 heads of 3 rows each"),
         ({"n_heads": 2, "n_kv_heads": 3}, "wk.weight", (8, 4), "8 rows are not divisible by n_kv_heads = 3"),
-        ({"n_heads": 3}, "wk.weight", (8, 4), "n_kv_heads \\(by default n_heads\\) = 3"),
+        ({"n_heads": 3}, "wk.weight", (8, 4), "n_kv_heads (by default n_heads) = 3"),
         ({}, "attn.Wqkv.weight", (12, 4), "a fused projection needs n_heads"),
         ({"n_heads": 2}, "attn.Wqkv.weight", (8, 4), "without n_kv_heads its 8 rows should be 3 x 4"),
         ({"n_heads": 3, "n_kv_heads": 2}, "qkv_linear.wqkv.weight", (14, 4), "3 query heads are not divisible"),
@@ -297,7 +297,7 @@ def test_wrong_words_are_refused_at_once() -> None:
         Partition.transformer(value_blocks="head")
     with pytest.raises(ValueError, match="n_heads must be a positive integer or None, not 0"):
         Partition.transformer(n_heads=0)
-    with pytest.raises(ValueError, match="role norm: this role takes tensors of at most 1 dims, but this one has 2"):
+    with pytest.raises(ValueError, match="role norm: this role is for tensors of at most 1 dims, but this one has 2"):
         Partition.transformer(roles={"x": "norm"}).assign({"x": (2, 2)})
 
 

@@ -195,9 +195,9 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "early": (f"{MANAGER}._find_load_step", stale, "look for checkpoints: OSError: .*Stale file handle"),
     "late": (f"{SCHEDULER}.load_state_dict", no_key, "load a checkpoint: KeyError: 'last_epoch'"),
-    "settled": ("titan_adam_mini.titan.checkpoint._settle", no_key, "load a checkpoint: KeyError"),
-    "converted": ("titan_adam_mini.titan.builder.as_expected", no_key, "convert the optimizer state that was loaded"),
-    "collected": (f"{SCHEDULER}.state_dict", no_key, r"collect what goes into \S*step-4: KeyError"),
+    "settled": ("titan_adam_mini.titan.checkpoint._apply_hyper_parameters", no_key, "load a checkpoint: KeyError"),
+    "converted": ("titan_adam_mini.titan.builder.as_expected", no_key, "convert the loaded optimizer state"),
+    "collected": (f"{SCHEDULER}.state_dict", no_key, r"collect the state for \S*step-4: KeyError"),
     "full": ("torch.distributed.checkpoint.filesystem._write_item", full, "save step 4: OSError: .*No space left"),
     "purged": (f"{MANAGER}._purge_stale_checkpoints", stale, "save step 4: OSError: .*Stale file handle"),
 }

@@ -20,7 +20,7 @@ from ..pickles import NotAllowed, unpickle
 from .origins import OTHER, Frames, Origins
 
 HELD = "titan_adam_mini"
-"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds what it holds (`titan.held.SNAPSHOT_KEY`):
+"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds what it holds (`titan.storages.SNAPSHOT_KEY`):
 `optimizer`, its name, and `tensors`, a list of (address, bytes, category)."""
 KEPT = 100_000
 """How many entries torchtitan keeps (torchtitan/tools/profiling.py: MEMORY_SNAPSHOT_MAX_ENTRIES)."""
