@@ -71,7 +71,7 @@ def test_models_alone_and_the_authors_state_are_told_apart(tmp_path: Path) -> No
     flat = wanted()
     model = {name: value for name, value in flat.items() if not name.startswith("optimizer.")}
     dcp.save(model, checkpoint_id=tmp_path / "model", no_dist=True)
-    with pytest.raises(ValueError, match="holds a model only"):
+    with pytest.raises(ValueError, match="contains only a model"):
         check_checkpoint(tmp_path / "model", flat)
     upstream = {f"optimizer.state.{name}.vmean": torch.zeros(1) for name in model}
     dcp.save({**model, **upstream}, checkpoint_id=tmp_path / "upstream", no_dist=True)

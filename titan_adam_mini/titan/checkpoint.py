@@ -156,8 +156,8 @@ def _refuse_random_start(manager: Any, step: int) -> None:
     if os.path.exists(manager.folder) and step == -1 and manager._find_load_step() == -1:
         raise ValueError(
             f"{manager.folder} exists but has no complete checkpoint (perhaps a run was stopped during its first "
-            f"save): torchtitan would ignore {source} and start from random weights. Remove {manager.folder} to use that "
-            "setting, or set another job.dump_folder."
+            f"save): torchtitan would ignore {source} and start from random weights. Remove {manager.folder} to use "
+            "that setting, or set another job.dump_folder."
         )
 
 

@@ -147,8 +147,8 @@ class Interruption:
         log_on_rank_0(
             logging.WARNING,
             f"Saving step {step} took {seconds:.1f} seconds, more than half of the {self._lead:g} seconds between a "
-            f"signal and the end ({_LEAD}): request the signal at least {math.ceil(2 * seconds)} seconds before the end "
-            "(Slurm: --signal), and set this variable to that.",
+            f"signal and the end ({_LEAD}): request the signal at least {math.ceil(2 * seconds)} seconds before the "
+            "end (Slurm: --signal), and set this variable to that.",
         )
 
     def passed(self, step: int, last_step: bool) -> None:
