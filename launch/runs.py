@@ -1,4 +1,4 @@
-"""Runs of torchtitan's trainer through launch/run_train.sh: start one, and read its log as it is written."""
+"""Runs torchtitan's trainer through launch/run_train.sh, and reads its log while it runs."""
 
 import os
 import subprocess
@@ -36,10 +36,10 @@ def train(
         config: TOML file.
         env: more environment variables.
         on_step: called with the run and the step whenever a training step is reported.
-        time_limit: seconds after which the run is stopped and counts as failed.
+        time_limit: seconds after which the run is stopped and has failed.
 
     Raises:
-        RunFailed: it ended with an error, took too long, or reported no step where `on_step` waits for some.
+        RunFailed: it ended with an error, took too long, or reported no step although `on_step` is given.
     """
     out.mkdir(parents=True, exist_ok=True)
     run = Run(ranks, out / f"{name}.log")
@@ -91,8 +91,8 @@ def train(
 
 
 def optimizer_bytes(checkpoint: Path) -> tuple[int, int, int]:
-    """From the metadata of a checkpoint's tensors: bytes of optimizer state in all, bytes of second moments among
-    them, and the number of parameters they belong to."""
+    """From a checkpoint's metadata: total bytes of optimizer state, bytes of second moments in it, and the number of
+    parameters."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -105,5 +105,5 @@ def optimizer_bytes(checkpoint: Path) -> tuple[int, int, int]:
         seconds += size * name.endswith(".exp_avg_sq")
         parameters += entry.size.numel() * name.endswith(".exp_avg")
     if not parameters:
-        raise RunFailed(f"The checkpoint {checkpoint} holds no optimizer state.")
+        raise RunFailed(f"The checkpoint {checkpoint} has no optimizer state.")
     return total, seconds, parameters

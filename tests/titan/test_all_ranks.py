@@ -246,7 +246,7 @@ def test_the_checkpointer_fails_on_every_rank_if_it_fails_on_one(folder: str, na
 def test_ranks_that_see_other_checkpoints_are_told(folder: str) -> None:
     answers = run(lost, RANKS, folder, timeout=DEADLINE)
     assert len(set(answers)) == 1 and answers[0][0] == "ValueError"
-    assert "rank 0 sees step 3 as the one to load, rank 1 no such folder" in answers[0][1]
+    assert "rank 0 sees step 3 as the one to load, rank 1 sees no such folder" in answers[0][1]
 
 
 def test_loading_goes_on_where_nothing_fails(folder: str) -> None:

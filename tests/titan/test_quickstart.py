@@ -51,7 +51,7 @@ def test_a_corpus_is_built_once(corpus_dir: Path, monkeypatch: pytest.MonkeyPatc
     wanted = json.loads((copy / "corpus.json").read_text())["wanted"]
     arguments = {name: wanted[name] for name in ("seq_len", "global_batch", "steps", "ranks", "validation")}
     monkeypatch.setattr(corpus, "train_tokenizer", lambda *_: pytest.fail("it was built again"))
-    assert "as built before" in corpus.build(copy, **arguments)
+    assert "already built" in corpus.build(copy, **arguments)
     with pytest.raises(pytest.fail.Exception, match="built again"):
         corpus.build(copy, **{**arguments, "steps": wanted["steps"] - 1})
 
@@ -88,7 +88,7 @@ def test_a_loss_that_does_not_fall_fails(last: float) -> None:
     from runs import RunFailed
 
     good = run_with({1: 8.0, 2: 4.0})
-    with pytest.raises(RunFailed, match="should have come down"):
+    with pytest.raises(RunFailed, match="should have fallen"):
         quickstart.check_losses(good, run_with({1: 8.0, 2: last}), 2)
     with pytest.raises(RunFailed, match="stopped at step 1 of 2"):
         quickstart.check_losses(run_with({1: 8.0}), good, 2)
