@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from titan_adam_mini.check.engines import (
+    CPU_FALLBACKS,
     ENGINES,
     GROUP,
     LAYOUTS,
-    LEFT,
-    Played,
+    SimulatedRank,
     differences,
     engine_of,
     gradients,
@@ -29,21 +29,21 @@ from titan_adam_mini.sharding import Shard as Part
 STEPS = 3
 
 
-def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[Played, Played]:
+def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[SimulatedRank, SimulatedRank]:
     """The same parameters for an engine and for the reference."""
-    return Played(layouts, engine_of(engine), **options), Played(layouts, reference_engine(), **options)
+    return SimulatedRank(layouts, engine_of(engine), **options), SimulatedRank(layouts, reference_engine(), **options)
 
 
-def moved(two: tuple[Played, Played], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
+def moved(two: tuple[SimulatedRank, SimulatedRank], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
     grads = gradients({param_step.name: param_step.plan.layout for param_step in two[0].param_steps}, number, dtype)
     if spoil is not None:
         spoil(grads)
-    for played in two:
-        played.give(grads)
-        step([played])
+    for simulated in two:
+        simulated.give(grads)
+        step([simulated])
 
 
-def compare(two: tuple[Played, Played], left: set[str] = LEFT) -> None:
+def compare(two: tuple[SimulatedRank, SimulatedRank], left: set[str] = CPU_FALLBACKS) -> None:
     assert differences(*two, left) == []
 
 
@@ -85,7 +85,7 @@ SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long 
 def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | None, grad: torch.dtype) -> None:
     two = pair(engine, SMALL, dtype=dtype, momentum=momentum)
     # int8 runs lie along the rows; where the lines are something else, torch's operations are left to it.
-    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    left = CPU_FALLBACKS | ({"elements"} if momentum == torch.int8 else set())
     for number in range(STEPS):
         moved(two, number, grad)
         compare(two, left)
@@ -116,19 +116,19 @@ def test_tensors_that_are_not_contiguous(engine: str, momentum: torch.dtype | No
         (spread, padded),
     ]:
         two = pair(engine, flat, momentum=momentum, store=for_params)
-        for played in two:
-            played.store = for_grads
+        for simulated in two:
+            simulated.store = for_grads
         for number in range(2):
             moved(two, number, torch.float32)
-            compare(two, LEFT | {"elements", "whole", "no rows"})
+            compare(two, CPU_FALLBACKS | {"elements", "whole", "no rows"})
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_that_are_not_regular_are_copied(engine: str) -> None:
     layouts = {"elements": BlockLayout.of((6, 5, 4), 1, 1, 1), "whole": BlockLayout.of((6, 5, 4), 1, None, None)}
     two = pair(engine, layouts)
-    for played in two:
-        played.store = lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for simulated in two:
+        simulated.store = lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for number in range(3):
         moved(two, number, torch.float32)
         compare(two)
@@ -171,7 +171,7 @@ def test_what_is_not_finite_poisons_what_it_does_in_the_reference(
                 grad.view(-1)[grad.numel() * 2 // 3] = bad
 
     two = pair(engine, SMALL, momentum=momentum)
-    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    left = CPU_FALLBACKS | ({"elements"} if momentum == torch.int8 else set())
     for number in range(3):
         moved(two, number, torch.float32, spoil if number == 1 else None)
         compare(two, left)
@@ -220,7 +220,7 @@ def test_random_rounding_has_the_same_bits(engine: str) -> None:
     for number in range(STEPS):
         moved(two, number, torch.bfloat16)
         moved(plain, number, torch.bfloat16)
-    for mine, other, nearest in zip(*(played.param_steps for played in (*two, plain[0])), strict=True):
+    for mine, other, nearest in zip(*(simulated.param_steps for simulated in (*two, plain[0])), strict=True):
         differ = int((mine.param != other.param).sum())
         assert differ <= 1, f"{mine.name}: {differ} of {mine.param.numel()}"
         assert not torch.equal(mine.param, nearest.param)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_adam_mini.check.engines import Played, engine_of, gradients, step
+from titan_adam_mini.check.engines import SimulatedRank, engine_of, gradients, step
 from titan_adam_mini.kernels import cpu
 from titan_adam_mini.layout import BlockLayout
 
@@ -65,13 +65,13 @@ def interrupted_for_real() -> None:
 @pytest.mark.parametrize("what", [interrupted, failed, interrupted_for_real])
 def test_helpers_have_ended_when_the_exception_arrives(what: Any, at_work: dict[str, Any]) -> None:
     engine = engine_of("cpu")
-    played = Played(LAYOUTS, engine)
-    played.give(gradients(LAYOUTS, 0, torch.float32))
+    simulated = SimulatedRank(LAYOUTS, engine)
+    simulated.give(gradients(LAYOUTS, 0, torch.float32))
     at_work["caller"] = what
     if what is interrupted_for_real:
         at_work["helper"] = _thread.interrupt_main
     with pytest.raises((KeyboardInterrupt, MemoryError)):
-        engine.update(played.param_steps)
+        engine.update(simulated.param_steps)
     assert at_work["started"] == at_work["ended"] > 0
 
 
@@ -91,9 +91,9 @@ def test_an_error_of_a_helper_waits_for_the_others_and_later_steps_have_helpers_
             ended.append(True)
 
     monkeypatch.setattr(cpu, "_run_units", run_units)
-    two = [Played(LAYOUTS, engine_of("cpu")) for _ in range(2)]
-    for played in two:
-        played.give(gradients(LAYOUTS, 0, torch.float32))
+    two = [SimulatedRank(LAYOUTS, engine_of("cpu")) for _ in range(2)]
+    for simulated in two:
+        simulated.give(gradients(LAYOUTS, 0, torch.float32))
     with pytest.raises(RuntimeError, match="broken"):
         two[0].engine.update(two[0].param_steps)
     assert ended == [True]

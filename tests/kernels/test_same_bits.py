@@ -13,7 +13,7 @@ from titan_adam_mini.check.engines import (
     ENGINES,
     LAYOUTS,
     ROWS,
-    Played,
+    SimulatedRank,
     differing_bits,
     engine_of,
     gradients,
@@ -39,7 +39,7 @@ def test_any_number_of_ranks(engine: str, options: dict[str, object]) -> None:
     for ranks in (2, 3, 7):
         got = world(engine, ranks, **options)
         assert not differing_bits(got, want[0]), ranks
-        assert all(float(param_step.step) == 3 for played in got for param_step in played.param_steps)
+        assert all(float(param_step.step) == 3 for simulated in got for param_step in simulated.param_steps)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -51,7 +51,7 @@ def test_a_rank_without_gradients_keeps_its_values_and_moves_on_with_the_moments
             assert torch.equal(one.step, two.step) and torch.equal(one.exp_avg, two.exp_avg), one.name
             torch.testing.assert_close(one.exp_avg_sq, two.exp_avg_sq, rtol=1e-6, atol=0)
             torch.testing.assert_close(one.param, two.param, rtol=1e-6, atol=1e-7)
-    norms = [played.named("norm").exp_avg_sq for played in got]
+    norms = [simulated.named("norm").exp_avg_sq for simulated in got]
     assert torch.equal(norms[0], norms[1]) and torch.equal(norms[0], norms[2])
     everywhere = world(engine, 3)
     assert not torch.equal(everywhere[1].named("norm").param, got[1].named("norm").param)
@@ -91,47 +91,47 @@ def test_stored_in_another_order_the_sums_are_the_same() -> None:
 
     results = []
     for store in (torch.clone, turned):
-        played = Played(layouts, engine_of("cpu"), store=store)
+        simulated = SimulatedRank(layouts, engine_of("cpu"), store=store)
         grads = gradients(layouts, 0, torch.float32)
-        played.give(dict.fromkeys(layouts, grads["rows"].t()) | {"rows": grads["rows"]})
-        step([played])
-        results.append([param_step.exp_avg_sq.flatten() for param_step in played.param_steps])
+        simulated.give(dict.fromkeys(layouts, grads["rows"].t()) | {"rows": grads["rows"]})
+        step([simulated])
+        results.append([param_step.exp_avg_sq.flatten() for param_step in simulated.param_steps])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_nothing_grows_and_replaced_tensors_are_noticed() -> None:
     engine = engine_of("cpu")
     assert isinstance(engine, cpu.CpuEngine)
-    played, grads = Played(ROWS, engine), gradients(ROWS, 0, torch.float32)
+    simulated, grads = SimulatedRank(ROWS, engine), gradients(ROWS, 0, torch.float32)
     tables = None
     for number in range(20):
-        played.give(grads)
+        simulated.give(grads)
         if number == 10:
-            old = played.named("rows").param
+            old = simulated.named("rows").param
             before = old.clone()
-            played.named("rows").param = old.clone()
-        step([played])
+            simulated.named("rows").param = old.clone()
+        step([simulated])
         tables = tables or list(engine._tables.values())
         assert list(engine._tables.values()) == tables and len(engine._phases) == len(tables)
-    assert torch.equal(old, before) and not torch.equal(played.named("rows").param, before)
-    again = Played(ROWS, engine_of("cpu"))
+    assert torch.equal(old, before) and not torch.equal(simulated.named("rows").param, before)
+    again = SimulatedRank(ROWS, engine_of("cpu"))
     for _ in range(20):
         again.give(grads)
         step([again])
-    assert torch.equal(again.named("rows").param, played.named("rows").param)
+    assert torch.equal(again.named("rows").param, simulated.named("rows").param)
 
 
 def test_patterns_of_missing_gradients_do_not_pile_up() -> None:
     engine = engine_of("cpu")
     assert isinstance(engine, cpu.CpuEngine)
     layouts = {str(number): BlockLayout.of((4, 4), 1, None) for number in range(7)}
-    played = Played(layouts, engine)
+    simulated = SimulatedRank(layouts, engine)
     for pattern in range(1, 128):
         grads = gradients(layouts, 0, torch.float32)
-        played.give({name: grad if pattern >> int(name) & 1 else None for name, grad in grads.items()})
-        step([played])
+        simulated.give({name: grad if pattern >> int(name) & 1 else None for name, grad in grads.items()})
+        step([simulated])
     assert len(engine._tables) <= 32 and len(engine._phases) <= 32
-    assert {int(param_step.step) for param_step in played.param_steps} == {64}
+    assert {int(param_step.step) for param_step in simulated.param_steps} == {64}
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
@@ -141,12 +141,12 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     """
     compiled = {
         param_step.name: param_step.plan.layout
-        for param_step in Played(ROWS, engine_of("cpu")).param_steps
+        for param_step in SimulatedRank(ROWS, engine_of("cpu")).param_steps
         if not param_step.by_columns
     }
-    mine, want = (Played(compiled, engine_of("cpu")) for _ in range(2))
-    for played in (mine, want):
-        played.give(gradients(compiled, 0, torch.float32))
+    mine, want = (SimulatedRank(compiled, engine_of("cpu")) for _ in range(2))
+    for simulated in (mine, want):
+        simulated.give(gradients(compiled, 0, torch.float32))
     step([want])
     child = os.fork()
     if child == 0:
@@ -157,7 +157,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def test_two_optimizers_may_step_at_once() -> None:
-    results: list[Played] = []
+    results: list[SimulatedRank] = []
     threads = [threading.Thread(target=lambda: results.extend(world("cpu", 1, 5))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -189,9 +189,9 @@ def test_engines_are_told_apart() -> None:
     """The tests above can fail: the two engines do add in different orders."""
 
     def total(engine: Engine) -> Tensor:
-        played = Played({"long rows": LAYOUTS["long rows"]}, engine)
-        played.give(gradients({"long rows": LAYOUTS["long rows"]}, 0, torch.float32))
-        step([played])
-        return played.param_steps[0].exp_avg_sq
+        simulated = SimulatedRank({"long rows": LAYOUTS["long rows"]}, engine)
+        simulated.give(gradients({"long rows": LAYOUTS["long rows"]}, 0, torch.float32))
+        step([simulated])
+        return simulated.param_steps[0].exp_avg_sq
 
     assert not torch.equal(total(engine_of("cpu")), total(engine_of("foreach")))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition, kernels
 from titan_adam_mini.check.engines import LAYOUTS as EVERY
-from titan_adam_mini.check.engines import Played, gradients, reference_engine, whole
+from titan_adam_mini.check.engines import SimulatedRank, gathered, gradients, reference_engine
 from titan_adam_mini.check.engines import step as one_step
 from titan_adam_mini.kernels import Factor, ParamStep, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
@@ -140,11 +140,11 @@ def test_bfloat16_parameters(options: dict[str, Any]) -> None:
 def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
     layouts = {name: layout for name, layout in EVERY.items() if prod(layout.shape) < 6_000}
     engine = triton.TritonEngine(Tensorwise("foreach", vectorized))
-    two = [Played(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
+    two = [SimulatedRank(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
     for number in range(2):
-        for played in two:
-            played.give(gradients(layouts, number, dtype))
-            one_step([played])
+        for simulated in two:
+            simulated.give(gradients(layouts, number, dtype))
+            one_step([simulated])
     assert set(engine._fallbacks) <= {"no columns", "elements", "fused columns"}, engine._fallbacks
     for mine, other in zip(two[0].param_steps, two[1].param_steps, strict=True):
         assert torch.equal(mine.exp_avg, other.exp_avg), f"{mine.name}: momentum has nothing to add up"
@@ -297,14 +297,14 @@ FAST = {"rows", "norm", "fused", "columns", "experts by columns", "factored"}
     ],
 )
 def test_any_number_of_ranks_gives_the_bits_of_one(name: str, ranks: int) -> None:
-    """Ranks played one after the other, their sums added by hand, gradients at odd addresses."""
+    """Ranks simulated one after another, their sums added by hand, gradients at odd addresses."""
     layout = LAYOUTS[name]
     random = torch.Generator().manual_seed(3)
     start = torch.randn(layout.shape, generator=random)
     grads = [torch.randn(layout.shape, generator=random) for _ in range(2)]
     factored = name.startswith("factored")
-    want = played(layout, 1, start, grads, factored)
-    got = played(layout, ranks, start, grads, factored)
+    want = simulate(layout, 1, start, grads, factored)
+    got = simulate(layout, ranks, start, grads, factored)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -313,19 +313,21 @@ def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
     layouts = {"factored": BlockLayout.of((7, 70), 1, None), "factored, short": BlockLayout.of((2, 70), 1, None)}
     layouts["columns"] = BlockLayout.of((2, 70), None, 1)
 
-    def world(ranks: int) -> list[Played]:
+    def world(ranks: int) -> list[SimulatedRank]:
         engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in range(ranks)]
-        players = [Played(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)]
+        simulated_ranks = [
+            SimulatedRank(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)
+        ]
         for number in range(2):
-            for one in players:
+            for one in simulated_ranks:
                 one.give(gradients(layouts, number, torch.float32))
-            one_step(players)
-        return players
+            one_step(simulated_ranks)
+        return simulated_ranks
 
     (want,), got = world(1), world(3)
     assert not got[2].named("columns").param.numel()
     for index, param_step in enumerate(want.param_steps):
-        assert torch.equal(whole(got, index, "param"), param_step.param), param_step.name
+        assert torch.equal(gathered(got, index, "param"), param_step.param), param_step.name
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -333,12 +335,14 @@ def test_gradients_may_have_another_type(types: tuple[torch.dtype, torch.dtype])
     layout, random = LAYOUTS["heads"], torch.Generator().manual_seed(3)
     start = torch.randn(layout.shape, generator=random).to(types[0])
     grads = [torch.randn(layout.shape, generator=random).to(types[1])]
-    got = played(layout, 1, start, grads)
-    want = played(layout, 1, start.float(), [one.float() for one in grads])
+    got = simulate(layout, 1, start, grads)
+    want = simulate(layout, 1, start.float(), [one.float() for one in grads])
     assert got[0].dtype == types[0] and torch.equal(got[0], want[0].to(types[0]))
 
 
-def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], factored: bool = False) -> list[Tensor]:
+def simulate(
+    layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], factored: bool = False
+) -> list[Tensor]:
     """Parameter and momentum after steps of `ranks` FSDP ranks, put together."""
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
     shards = [Shard(layout.shape, (Cut(0, 0, ranks, rank),) if ranks > 1 else ()) for rank in range(ranks)]

@@ -1,7 +1,7 @@
-"""AdamMini beside torchao's float8: FSDP2's local tensors are then wrappers that have no storage of their own.
+"""AdamMini with torchao's float8, where FSDP2's local tensors are wrappers without storage.
 
-First `fully_shard` with float8 all-gather on all ranks, one rank too, where torchtitan itself does not shard; on one
-rank the result is held against plain tensors with equal gradients. Then five steps of torchtitan's trainer.
+First `fully_shard` with float8 all-gather on all ranks, also on one rank, where torchtitan itself does not shard; on
+one rank the result is compared with plain tensors with equal gradients. Then five steps of torchtitan's trainer.
 """
 
 import importlib
@@ -21,20 +21,20 @@ from ..trainer import RunFailed, need_packages, settings_of, train
 
 STEPS = 5
 REFUSED = re.compile(r"NotImplementedError|ImportError|ModuleNotFoundError|Failed to swap")
-"""The error of a run that torchtitan or torchao would not start; anything else is a failure."""
+"""Errors of runs that torchtitan or torchao does not support; any other error is a failure."""
 SIZES = Sizes(vocab=512, dim=256, layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden=512, tokens=64)
 HEADS: dict[str, Any] = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
 
 
 def run(context: Context) -> Result:
-    """Passes if the wrappers are updated as plain tensors are, and torchtitan's run ends with finite losses."""
+    """Passes if wrappers are updated like plain tensors, and torchtitan's run ends with finite losses."""
     need_cuda(context, "float8")
     need_packages()
     if importlib.util.find_spec("torchao") is None:
         raise Skip("torchao is not installed")
     try:
         importlib.import_module("torchao.float8")
-    except Exception as error:  # its compiled parts may be another torch's
+    except Exception as error:  # it may be compiled for another version of torch
         raise Skip(f"torchao cannot be imported: {type(error).__name__}: {error}"[:200]) from error
     if torch.cuda.get_device_capability(0) < (8, 9):
         raise Skip("float8 needs a GPU of compute capability 8.9")
@@ -71,7 +71,7 @@ def run(context: Context) -> Result:
 
 
 def on_rank(context: Context, rank: int) -> dict[str, Any]:
-    """A decoder in float8 under `fully_shard`; what is wrong, in words."""
+    """A decoder in float8 under `fully_shard`; returns its losses and a list of faults."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     device = context.of_rank(rank)

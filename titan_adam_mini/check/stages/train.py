@@ -1,7 +1,7 @@
 """torchtitan's own trainer with AdamW and with AdamMini, from one seed, on real text.
 
-The model is the largest Llama 3 of `sizes` that the device takes; on a CPU a small one, for a few steps, and memory is
-not judged.
+The model is the largest Llama 3 of `sizes` that fits on the device; on a CPU a small one, for a few steps, without
+checking memory.
 """
 
 import math
@@ -21,12 +21,12 @@ WORSE = 0.10
 
 
 def run(context: Context) -> Result:
-    """Passes if both end with finite losses close to each other, and AdamMini with the lower peak."""
+    """Passes if both end with similar finite losses, and AdamMini has the lower peak memory."""
     need_packages()
     seq_len = SEQ_LEN if context.cuda else 64
     steps = 8 if not context.cuda else STEPS if context.left > 130 else FEWER
     common = settings_of(context, seq_len, steps)
-    print(f"text built, {context.left:.0f} s left", flush=True)
+    print(f"dataset built, {context.left:.0f} s left", flush=True)
     if not context.cuda:
         common |= {"training.mixed_precision_param": "float32", "activation_checkpoint.mode": "none"}
     sizes = _fitting(context.ngpu) if context.cuda else [SMALL]
@@ -68,7 +68,7 @@ def summary(one: dict[str, Any]) -> str:
 
 
 def faults(adamw: dict[str, Any], mini: dict[str, Any], steps: int, memory: bool) -> list[str]:
-    """What is not as it should be."""
+    """Descriptions of all faults."""
     found = []
     for name, one in (("AdamW", adamw), ("AdamMini", mini)):
         if len(one["losses"]) != steps or not all(map(math.isfinite, one["losses"] + one["grad_norms"])):
@@ -81,7 +81,7 @@ def faults(adamw: dict[str, Any], mini: dict[str, Any], steps: int, memory: bool
 
 
 def _fitting(ranks: int) -> list[Size]:
-    """Asked in a process that ends: a CUDA context of our own would take memory from the runs."""
+    """The sizes that fit, queried in a separate process: a CUDA context here would take memory from the runs."""
     import torch.multiprocessing as multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
