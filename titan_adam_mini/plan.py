@@ -276,13 +276,13 @@ def ordered_groups(axes: Sequence[Sequence[Axis]]) -> list[Group]:
     """
     meshes = {tuple(mesh) for mesh in axes}
     stage = {axis.ranks: 0 for mesh in meshes for axis in mesh}
-    steps = {(one.ranks, two.ranks) for mesh in meshes for one, two in pairwise(mesh)}
+    steps = {(outer.ranks, inner.ranks) for mesh in meshes for outer, inner in pairwise(mesh)}
     for _ in range(len(stage) + 1):
-        late = [(one, two) for one, two in steps if stage[two] <= stage[one]]
+        late = [(outer, inner) for outer, inner in steps if stage[inner] <= stage[outer]]
         if not late:
             return sorted(stage, key=lambda ranks: (stage[ranks], ranks))
-        for one, two in late:
-            stage[two] = stage[one] + 1
+        for outer, inner in late:
+            stage[inner] = stage[outer] + 1
     raise ValueError(
         f"ranks {late[0][0]} come before {late[0][1]} in one device mesh and after them in another; "
         "use the same order of axes in all meshes"

@@ -148,11 +148,11 @@ def _flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     if start % row:
         boxes += _flat_boxes(shape, start, (first + 1) * row)
         first += 1
-    whole = stop // row
-    if first < whole:
-        boxes.append(((first, whole), *((0, size) for size in shape[1:])))
+    end_of_full_rows = stop // row
+    if first < end_of_full_rows:
+        boxes.append(((first, end_of_full_rows), *((0, size) for size in shape[1:])))
     if stop % row:
-        boxes += _flat_boxes(shape, whole * row, stop)
+        boxes += _flat_boxes(shape, end_of_full_rows * row, stop)
     return boxes
 
 

@@ -55,7 +55,7 @@ def new_state(
         "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
     }
     for key, plan in zip(SECOND_MOMENTS, plans, strict=False):
-        grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
+        grid = [placement if axis in plan.aligned_axes else Replicate() for axis, placement in enumerate(same)]
         zeros = torch.zeros(plan.grid_shape, dtype=dtype, device=data.device)
         state[key] = as_state(zeros, param, plan.layout.grid_shape, grid)
     if momentum_dtype == torch.int8:

@@ -91,10 +91,10 @@ def decide(history: list[Attempt], *, refused: bool, limit: int) -> tuple[bool, 
     if last.status == 0:
         return False, "training is complete"
     # If the job has trained before, the configuration is right: a node may lack a file system or a library.
-    if refused and not any(one.stepped for one in history if one.job == last.job):
+    if refused and not any(attempt.stepped for attempt in history if attempt.job == last.job):
         return False, "the configuration is refused and would be refused again"
-    own = [one for one in history if one.status is not None and one.job == last.job]
-    if len(own) >= EARLY_FAILURES and all(one.failed_early for one in own[-EARLY_FAILURES:]):
+    own = [attempt for attempt in history if attempt.status is not None and attempt.job == last.job]
+    if len(own) >= EARLY_FAILURES and all(attempt.failed_early for attempt in own[-EARLY_FAILURES:]):
         return False, f"{EARLY_FAILURES} attempts in a row failed before their first step"
     if last.restart >= limit:
         return False, f"the job was requeued {last.restart} times, which is its limit (MAX_REQUEUES)"
@@ -103,7 +103,9 @@ def decide(history: list[Attempt], *, refused: bool, limit: int) -> tuple[bool, 
 
 def first_failure(failures: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The failure that probably caused the others: earliest, but not of a rank that lost its peers, if possible."""
-    return min(failures, key=lambda one: (bool(re.search(_FOLLOWING, one["error"])), one["time"]), default=None)
+    return min(
+        failures, key=lambda failure: (bool(re.search(_FOLLOWING, failure["error"])), failure["time"]), default=None
+    )
 
 
 def reason_of(status: int, first: dict[str, Any] | None, signalled: bool) -> str:
@@ -134,26 +136,29 @@ class Attempts:
         """Record an attempt that starts now. Raises ValueError if another job trains in this folder."""
         history = self.history()
         self._refuse(job, history)
-        for one in history:
-            if one.ended is None:
-                last = one.progress.get("time", one.begun)
-                self._write(one, ended=last, reason="ended without a report: node failure, pre-emption or cancelled")
-        number = max((one.attempt for one in history), default=0) + 1
+        for attempt in history:
+            if attempt.ended is None:
+                last = attempt.progress.get("time", attempt.begun)
+                self._write(
+                    attempt, ended=last, reason="ended without a report: node failure, pre-emption or cancelled"
+                )
+        number = max((attempt.attempt for attempt in history), default=0) + 1
         while not self._take(number):
             number += 1
         file = self._store(Attempt(number, job, restart, nodes, time.time()))
         try:  # of jobs that begin at the same time, the one with the lowest number wins
-            self._refuse(job, [one for one in self.history() if one.attempt < number])
+            self._refuse(job, [attempt for attempt in self.history() if attempt.attempt < number])
         except ValueError:
             file.unlink()
             raise
         return number
 
     def _refuse(self, job: str, history: list[Attempt]) -> None:
-        for one in history:
-            if one.ended is None and one.job != job and _is_alive(one.job):
+        for attempt in history:
+            if attempt.ended is None and attempt.job != job and _is_alive(attempt.job):
                 raise ValueError(
-                    f"job {one.job} is training in {self.table.parent}: wait for it, cancel it (scancel {one.job}), "
+                    f"job {attempt.job} is training in {self.table.parent}: wait for it, cancel it (scancel "
+                    f"{attempt.job}), "
                     "or give this job another name (sbatch --job-name)"
                 )
 
@@ -170,13 +175,13 @@ class Attempts:
         attempt = self._read(self.folder / str(number) / "begun.json")
         attempt.signalled = signalled
         files = (self.folder / str(number)).glob("failures-*.json")
-        failures = [one for file in files for one in _json(file) or []]
+        failures = [failure for file in files for failure in _json(file) or []]
         first = first_failure(failures)
         if first is not None and status != 0:
             status = int(first["status"])
         attempt.status = status
         refused = status in (2, REFUSED) or bool(first and re.match(_REFUSALS, first["error"]))
-        history = [*(one for one in self.history() if one.attempt < number), attempt]
+        history = [*(earlier for earlier in self.history() if earlier.attempt < number), attempt]
         again, why = decide(history, refused=refused, limit=limit)
         if again and not may:
             again, why = False, "Slurm has cancelled it, or requeues it itself, or it was submitted with --no-requeue"
@@ -196,7 +201,7 @@ class Attempts:
     def history(self) -> list[Attempt]:
         """All attempts, in order."""
         found = [self._read(file) for file in self.folder.glob("*/begun.json")]
-        return sorted(found, key=lambda one: one.attempt)
+        return sorted(found, key=lambda attempt: attempt.attempt)
 
     def _read(self, file: Path) -> Attempt:
         attempt = Attempt(**json.loads(file.read_text(encoding="utf-8")))

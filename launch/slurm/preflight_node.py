@@ -108,7 +108,7 @@ def allreduce(groups: list[dict[str, Any]], gpus: int, seconds: float) -> None:
     import torch.distributed as dist
 
     node, local, per_node = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"]), max(gpus, 1)
-    group = next(one for one in groups if node in one["nodes"])
+    group = next(candidate for candidate in groups if node in candidate["nodes"])
     rank, ranks = group["nodes"].index(node) * per_node + local, len(group["nodes"]) * per_node
     device = torch.device("cpu")
     if gpus:

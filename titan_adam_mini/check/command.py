@@ -106,7 +106,7 @@ def check(stages: list[Stage], device: str, ngpu: int, budget: float, file: Path
         left = budget - RESERVE - (time.monotonic() - started)
         outcome = run(stage, left, {"--device": device, "--ngpu": ngpu}, out)
         outcomes.append(outcome)
-        report |= {"seconds": round(time.monotonic() - started, 1), "stages": [asdict(one) for one in outcomes]}
+        report |= {"seconds": round(time.monotonic() - started, 1), "stages": [asdict(outcome) for outcome in outcomes]}
         atomic_write(file, json.dumps(report, indent=1) + "\n")
         print(f"{outcome.name:12s} {outcome.status:8s} {outcome.seconds:7.1f}  {outcome.line}", flush=True)
         for line in outcome.tail:

@@ -136,7 +136,9 @@ class SimulatedRank:
             )
             if name.startswith("factored"):
                 plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
-                param_step.factors = tuple(Factor(one, self._zeros(one.grid_shape, precision)) for one in plans)
+                param_step.factors = tuple(
+                    Factor(factor_plan, self._zeros(factor_plan.grid_shape, precision)) for factor_plan in plans
+                )
             for grid in _grids(param_step):
                 if grid.plan.axes:
                     kind = torch.float64 if grid.plan.of_columns else precision
@@ -225,8 +227,8 @@ def gathered(simulated_ranks: list[SimulatedRank], index: int, kind: str) -> Ten
 def reach_of(grid: ParamStep | Factor, full_grid: Tensor) -> Tensor:
     """The part of a full grid that a rank stores."""
     plan = grid.plan
-    assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)
-    spans = [one.span(*interval) for one, interval in zip(plan.layout.dims, plan.reach, strict=True)]
+    assert box_shape(plan.reach) == tuple(tiles.size for tiles in plan.reach_tiles)
+    spans = [tiles.span(*interval) for tiles, interval in zip(plan.layout.dims, plan.reach, strict=True)]
     return full_grid[tuple(slice(*span) for span in spans)]
 
 

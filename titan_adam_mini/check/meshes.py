@@ -140,7 +140,7 @@ class Placed:
     """Named parameters on this rank, and the flat global index of every element of their local tensors."""
 
     def __init__(self, params: Mapping[str, Tensor], module: nn.Module | None = None) -> None:
-        """`params` hold their own flat indices."""
+        """The values of `params` must be their own flat indices."""
         self.module = module
         self.params = dict(params)
         self.index = {name: local(param).detach().cpu().long().clone() for name, param in params.items()}

@@ -74,7 +74,7 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
         "-m",
         "titan_adam_mini.check",
         stage.name,
-        *(str(one) for pair in flags.items() for one in pair),
+        *(str(word) for pair in flags.items() for word in pair),
     ]
     started = time.monotonic()
     status = execute(command, limit, log)

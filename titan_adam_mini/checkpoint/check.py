@@ -42,8 +42,8 @@ def check_checkpoint(path: str | Path | Stored, state_dict: Mapping[str, Any]) -
             is AdamW's, the authors' adam-mini's, or of another partition; or see `check_savable`.
     """
     stored = path if isinstance(path, Stored) else Stored(path)
-    whole = {key: part.state_dict() if isinstance(part, Stateful) else part for key, part in state_dict.items()}
-    wanted, _ = flatten_state_dict(whole)
+    plain = {key: part.state_dict() if isinstance(part, Stateful) else part for key, part in state_dict.items()}
+    wanted, _ = flatten_state_dict(plain)
     stored.check_files()
     check_savable(wanted)
     for prefix in sorted({name.partition(STATE)[0] for name in wanted if _is_second_moment(name)}):

@@ -210,11 +210,11 @@ class Stored:
         where = self.metadata.storage_data[item.storage_index]
         with open(self.path / where.relative_path, "rb") as file:
             # On the meta device torch.load reads no values, but records their offset in the file.
-            whole = torch.load(_create_file_view(file, where.offset, where.length), "meta", weights_only=True)
-            part = _narrow(whole, item.storage_offsets, item.lengths)
+            tensor = torch.load(_create_file_view(file, where.offset, where.length), "meta", weights_only=True)
+            part = _narrow(tensor, item.storage_offsets, item.lengths)
             span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
             data = bytearray(span * part.itemsize)
-            begin = where.offset + whole.untyped_storage()._checkpoint_offset
+            begin = where.offset + tensor.untyped_storage()._checkpoint_offset
             file.seek(begin + part.storage_offset() * part.itemsize)
             if file.readinto(data) < len(data):
                 raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, {_ANOTHER}")

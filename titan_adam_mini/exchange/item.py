@@ -86,7 +86,7 @@ def channels_of(items: Sequence[Item]) -> dict[Group, Channel]:
                 mesh = item.param.device_mesh
                 group, device = mesh.get_group(axis.index), local(item.param).device
                 if device.type not in (mesh.device_type, "meta"):
-                    supported = {torch.device(one).type for one in group._device_types}
+                    supported = {torch.device(device_name).type for device_name in group._device_types}
                     device = device if device.type in supported else torch.device(mesh.device_type)
                 found[axis.ranks] = Channel(axis.ranks, group, device)
     return {group: found[group] for group in ordered_groups([item.axes for item in items])}

@@ -197,7 +197,7 @@ def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: t
             line += f"; not fused: {error.name} cannot be imported ({error})"
     if capturable and device.type != "meta" and (device.type != "cuda" or isinstance(engine, Tensorwise)):
         raise ValueError(
-            f"capturable=True needs the fused engine on CUDA, and this is {line} on {device.type!r}; leave foreach and "
+            f"capturable=True needs the fused engine on CUDA, but this is {line} on {device.type!r}; leave foreach and "
             "capturable out"
         )
     return engine, line

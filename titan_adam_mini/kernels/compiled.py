@@ -185,7 +185,7 @@ class Compiled:
 
     def fallback(self, spec: Spec) -> str | None:
         """See `Engine.fallback`."""
-        unknown = [str(one) for one in (spec.param, spec.exp_avg) if one not in (*self.dtypes, torch.int8)]
+        unknown = [str(dtype) for dtype in (spec.param, spec.exp_avg) if dtype not in (*self.dtypes, torch.int8)]
         if spec.device != self.device_type:
             return f"it is on {spec.device}"
         if spec.exp_avg_sq not in self.precisions:
@@ -225,7 +225,9 @@ class Compiled:
         if not all(grid.exp_avg_sq.is_contiguous() for grid in grids):
             reasons["exp_avg_sq"] = "is not contiguous"
         sums = [grid.sums for grid in grids if not grid.plan.of_columns]  # those of columns are float64
-        if wide := [one.dtype for one in sums if one is not None and one.dtype != param_step.exp_avg_sq.dtype]:
+        if wide := [
+            tensor.dtype for tensor in sums if tensor is not None and tensor.dtype != param_step.exp_avg_sq.dtype
+        ]:
             reasons["sums"] = f"are exchanged as {wide[0]}"
         return reasons
 

@@ -79,21 +79,24 @@ class CpuEngine(Compiled):
 
     def run_squares(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_squares`."""
-        pieces = [-(-one.sizes[2] // tiles.PIECE) for one in table.lines]
-        numbers = [one.number * each if table.factored else 0 for one, each in zip(table.lines, pieces, strict=True)]
+        pieces = [-(-param_lines.sizes[2] // tiles.PIECE) for param_lines in table.lines]
+        numbers = [
+            param_lines.number * each if table.factored else 0
+            for param_lines, each in zip(table.lines, pieces, strict=True)
+        ]
         partials = [torch.empty(number, dtype=torch.float64) for number in numbers]
         offset = [
-            None if (one := columns.rounding_offset(param_step)) is None else one.contiguous()
+            None if (param_lines := columns.rounding_offset(param_step)) is None else param_lines.contiguous()
             for param_step in param_steps
         ]
         table.place(PARTIALS, partials)
         table.place(ROUNDING_OFFSET, offset)
         if table not in self._strips:
             strips, lines = [], []
-            for row, (one, each) in enumerate(zip(table.lines, pieces, strict=True)):
-                outer, inner, width = one.sizes
+            for row, (param_lines, each) in enumerate(zip(table.lines, pieces, strict=True)):
+                outer, inner, width = param_lines.sizes
                 strips.append(_units(row, loops.STRIP, outer * each if inner else 0, inner * min(width, tiles.PIECE)))
-                lines.append(_units(row, loops.JOIN, one.number, each))
+                lines.append(_units(row, loops.JOIN, param_lines.number, each))
             self._strips[table] = _joined([strips, lines] if table.factored else [strips])
         for phase in self._strips[table]:
             _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(param_steps), loops.NUMBERS)).copy(), param_steps[0])
@@ -189,7 +192,10 @@ def _spread(table: Table, phase: Phase, numbers: np.ndarray, param_step: ParamSt
     """Run one phase with as many threads as torch would use, including the calling thread."""
     units, elements = phase
     kinds = np.asarray(
-        [KINDS[one.dtype] if one is not None else 0 for one in (param_step.param, param_step.grad, param_step.exp_avg)]
+        [
+            KINDS[tensor.dtype] if tensor is not None else 0
+            for tensor in (param_step.param, param_step.grad, param_step.exp_avg)
+        ]
     )
     dtype = param_step.exp_avg_sq.dtype
     counter = np.zeros(1, np.int64)

@@ -168,15 +168,15 @@ def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int, np.ndarray]:
     """Lines per block, or 0 and the first line of every block if they differ."""
     nothing = np.empty(0, dtype=np.int32)
     tiles = [plan.reach_tiles[dim] for dim in numbering]
-    if all(one.is_unit for one in tiles):
+    if all(dim_tiles.is_unit for dim_tiles in tiles):
         return 1, nothing
-    if all(one.is_whole for one in tiles):
-        return max(1, prod(one.size for one in tiles)), nothing
-    long = next(place for place, one in enumerate(tiles) if not one.is_unit)
-    behind = prod(one.size for one in tiles[long + 1 :])
+    if all(dim_tiles.is_whole for dim_tiles in tiles):
+        return max(1, prod(dim_tiles.size for dim_tiles in tiles)), nothing
+    long = next(place for place, dim_tiles in enumerate(tiles) if not dim_tiles.is_unit)
+    behind = prod(dim_tiles.size for dim_tiles in tiles[long + 1 :])
     if tiles[long].uniform is not None:
         return tiles[long].uniform * behind, nothing  # type: ignore[operator]
-    lengths = tiles[long].lengths() * prod(one.size for one in tiles[:long])
+    lengths = tiles[long].lengths() * prod(dim_tiles.size for dim_tiles in tiles[:long])
     return 0, np.asarray(list(accumulate((length * behind for length in lengths), initial=0)), dtype=np.int32)
 
 
@@ -185,5 +185,5 @@ def _merged(dims: Dims, sizes: tuple[int, ...], strides: tuple[int, ...]) -> int
     dims = tuple(dim for dim in dims if sizes[dim] != 1)
     if not dims or any(sizes[dim] == 0 for dim in dims):
         return 1
-    regular = all(strides[one] == sizes[two] * strides[two] for one, two in pairwise(dims))
+    regular = all(strides[outer] == sizes[inner] * strides[inner] for outer, inner in pairwise(dims))
     return strides[dims[-1]] if regular else None

@@ -145,7 +145,7 @@ def update_lanes(
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bytes_, whole = param.dtype.bitwidth // 8, ir.IntType(64)
+        bytes_, int64 = param.dtype.bitwidth // 8, ir.IntType(64)
         vector = ir.VectorType(context.get_value_type(param.dtype), LANES)
         flag, place = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [place, flag, flag, flag])
@@ -158,12 +158,12 @@ def update_lanes(
         keeps, news, shrinks = map(spread, args[4:7])
         each = isinstance(scale, types.CPointer)
         scales = None if each else spread(args[7])
-        with cgutils.for_range_slice(builder, whole(0), args[3], whole(LANES)) as (index, _):
-            p, g, m = (builder.bitcast(builder.gep(one, [index]), vector.as_pointer()) for one in args[:3])
+        with cgutils.for_range_slice(builder, int64(0), args[3], int64(LANES)) as (index, _):
+            p, g, m = (builder.bitcast(builder.gep(base, [index]), vector.as_pointer()) for base in args[:3])
             ahead = builder.gep(args[1], [builder.add(index, args[8])])
             for line in range(0, LANES, 64 // bytes_):
                 builder.call(
-                    fetch, [builder.bitcast(builder.gep(ahead, [whole(line)]), place), flag(0), flag(3), flag(1)]
+                    fetch, [builder.bitcast(builder.gep(ahead, [int64(line)]), place), flag(0), flag(3), flag(1)]
                 )
             average = builder.fmul(builder.load(m, align=bytes_), keeps)
             average = builder.fadd(average, builder.fmul(builder.load(g, align=bytes_), news))

@@ -94,8 +94,8 @@ class Table:
         self.lines = list(lines)
         self.by_columns, self.factored = param_steps[0].by_columns, bool(param_steps[0].factors)
         self.one_line = [
-            param_step.sums is None and one.tile == 1 and not self.by_columns
-            for param_step, one in zip(param_steps, lines, strict=True)
+            param_step.sums is None and param_lines.tile == 1 and not self.by_columns
+            for param_step, param_lines in zip(param_steps, lines, strict=True)
         ]
         self.rows = np.zeros((len(param_steps), COLUMNS), dtype=np.int64)
         self._notes: list[Note | None] = [None for _ in param_steps]
@@ -104,29 +104,31 @@ class Table:
         groups = list({id(param_step.group): None for param_step in param_steps})
 
         sizes = [
-            (0, 0) if alone or self.by_columns else (0 if param_step.sums is not None else one.number, one.blocks)
-            for param_step, one, alone in zip(param_steps, lines, self.one_line, strict=True)
+            (0, 0)
+            if alone or self.by_columns
+            else (0 if param_step.sums is not None else param_lines.number, param_lines.blocks)
+            for param_step, param_lines, alone in zip(param_steps, lines, self.one_line, strict=True)
         ]
         self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)
         free, width = self.scratch.data_ptr(), self.scratch.element_size()
-        for row, param_step, one, (sums, blocks) in zip(self.rows, param_steps, lines, sizes, strict=True):
+        for row, param_step, param_lines, (sums, blocks) in zip(self.rows, param_steps, lines, sizes, strict=True):
             row[OWN_SUMS] = row[SUMS] = free
             row[SCALE] = free + sums * width
             free += (sums + blocks) * width
-            if one.tile == 0:
-                of_line = np.repeat(np.arange(one.blocks, dtype=np.int32), np.diff(one.starts))
+            if param_lines.tile == 0:
+                of_line = np.repeat(np.arange(param_lines.blocks, dtype=np.int32), np.diff(param_lines.starts))
                 row[BLOCK_OF_LINE] = self._array(of_line, device)
-                row[STARTS] = self._array(one.starts, device)
-            if one.counts.size == 1:
-                row[COUNT] = one.counts[0]
-            elif one.counts.size:
-                row[COUNTS] = self._array(one.counts, device)
+                row[STARTS] = self._array(param_lines.starts, device)
+            if param_lines.counts.size == 1:
+                row[COUNT] = param_lines.counts[0]
+            elif param_lines.counts.size:
+                row[COUNTS] = self._array(param_lines.counts, device)
             row[GROUP] = groups.index(id(param_step.group))
             row[DECAY], row[SEED] = param_step.decay, -1 if param_step.seed is None else param_step.seed
-            row[LINES], row[INNER], row[WIDTH] = one.number, max(1, one.sizes[1]), one.sizes[2]
-            row[FIRST], row[REACH_INNER], row[BLOCKS] = one.first, one.reach_inner, one.blocks
-            row[TILE], row[FOLD] = one.tile, one.fold
-            row[INDEX : INDEX_WIDTH + 1] = one.index or 0
+            row[LINES], row[INNER], row[WIDTH] = param_lines.number, max(1, param_lines.sizes[1]), param_lines.sizes[2]
+            row[FIRST], row[REACH_INNER], row[BLOCKS] = param_lines.first, param_lines.reach_inner, param_lines.blocks
+            row[TILE], row[FOLD] = param_lines.tile, param_lines.fold
+            row[INDEX : INDEX_WIDTH + 1] = param_lines.index or 0
         self.squares: list[tuple[Tensor, Tensor]] = []
         self.roots: list[tuple[Tensor, Tensor]] = []
         if self.by_columns:

@@ -134,7 +134,7 @@ def _prepare(manager: Any, state_dict: dict[str, Any], checkpoint_id: str) -> St
     if "optimizer" in state_dict:
         averaged = optimizers.load_adamw_state and kind == "AdamW"
         kinds = stored.kinds().items()
-        optimizers.checkpoint_layout = {name: replace(one, elementwise=averaged) for name, one in kinds}
+        optimizers.checkpoint_layout = {name: replace(stored_kind, elementwise=averaged) for name, stored_kind in kinds}
         if averaged:
             log_on_rank_0(
                 logging.INFO, f"AdamMini: averaging AdamW's second moments from {checkpoint_id} over the blocks."
@@ -245,7 +245,7 @@ def _hyper_parameters(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     """A value for comparison and display: tuples become lists, 0-d tensors numbers."""
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
 
 

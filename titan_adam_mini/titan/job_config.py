@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 def _roles_from_words(words: list[str]) -> dict[str, str]:
-    """`["*.adapter.weight=neuron,*.scale=norm"]` as a table; the pattern may hold an equals sign, the role may not."""
+    """`["*.adapter.weight=neuron,*.scale=norm"]` as a table; a pattern may contain an equals sign, a role may not."""
     roles = {}
     for entry in filter(None, words[0].split(",")):
         pattern, equals, role = entry.rpartition("=")

@@ -25,7 +25,7 @@ def check_version() -> None:
     """
     version = _version()
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    if numbers and not _FIRST <= tuple(int(one or 0) for one in numbers.groups()) < _BEYOND:
+    if numbers and not _FIRST <= tuple(int(part or 0) for part in numbers.groups()) < _BEYOND:
         raise ImportError(f"torchtitan {version} is installed, but titan_adam_mini.titan supports {SUPPORTED}")
 
 

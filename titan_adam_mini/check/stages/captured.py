@@ -61,9 +61,9 @@ def differing(device: torch.device, variant: Variant) -> str:
             rate.fill_(1e-3 / (replay + 1))
         for name, param in params.items():
             fresh = torch.randn(param.shape, generator=generator, device=device) * 0.1 ** (replay % 3)
-            for one in (param, twins[name]):
-                assert one.grad is not None
-                one.grad.copy_(fresh)
+            for parameter in (param, twins[name]):
+                assert parameter.grad is not None
+                parameter.grad.copy_(fresh)
         graph.replay()
         twin.step()
         got, want = state_of(optimizer, params), state_of(twin, twins)

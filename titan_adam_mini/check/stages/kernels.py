@@ -98,9 +98,9 @@ def against_reference(engine: str, layouts: Layouts, case: Case, left: set[str],
         grads: dict[str, Any] = {**gradients(layouts, number, case.grad)}
         if number == 1:
             grads |= dict.fromkeys(MISSING)
-        for one in (got, want):
-            one.give(grads)
-            step([one])
+        for simulated in (got, want):
+            simulated.give(grads)
+            step([simulated])
         if faults := differences(got, want, left):
             return [f"step {number + 1}: {fault}" for fault in faults]
     return []

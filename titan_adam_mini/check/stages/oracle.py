@@ -51,9 +51,9 @@ def run(context: Context) -> Result:
     ranks = on_ranks(context, on_rank)
     numbers: dict[str, Any] = {"engine": ranks[0]["engine"], "errors": {}, "bits": {}}
     for name in ranks[0]["errors"]:
-        numbers["errors"][name] = max(max(one["errors"][name].values()) for one in ranks)
+        numbers["errors"][name] = max(max(result["errors"][name].values()) for result in ranks)
     for name in ranks[0]["bits"]:
-        numbers["bits"][name] = sorted({wrong for one in ranks for wrong in one["bits"][name]})
+        numbers["bits"][name] = sorted({wrong for result in ranks for wrong in result["bits"][name]})
     worst = max(numbers["errors"], key=lambda name: float(numbers["errors"][name]))
     differing = {name: wrong for name, wrong in numbers["bits"].items() if wrong}
     passed = numbers["errors"][worst] < TOLERANCE and not differing
@@ -98,14 +98,17 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
 def local_results(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
     """This rank's parameters and momentum, and full second moments; on the CPU."""
     state = {name: optimizer.state[param] for name, param in placed.params.items()}
-    for one in state.values():
-        assert float(one["step"]) == STEPS, one["step"]
+    for param_state in state.values():
+        assert float(param_state["step"]) == STEPS, param_state["step"]
     return {
         "params": {name: value for name, (_, value) in placed.parts().items()},
         "exp_avg": {
-            name: value for name, (_, value) in placed.parts({n: one["exp_avg"] for n, one in state.items()}).items()
+            name: value
+            for name, (_, value) in placed.parts(
+                {n: param_state["exp_avg"] for n, param_state in state.items()}
+            ).items()
         },
-        "exp_avg_sq": {name: full(one["exp_avg_sq"]).cpu() for name, one in state.items()},
+        "exp_avg_sq": {name: full(param_state["exp_avg_sq"]).cpu() for name, param_state in state.items()},
     }
 
 
@@ -138,7 +141,7 @@ def on_one_device(
     state = {name: optimizer.state[param] for name, param in params.items()}
     return {
         "params": {name: param.detach().cpu() for name, param in params.items()},
-        **{key: {name: one[key].cpu() for name, one in state.items()} for key in KEYS[1:]},
+        **{key: {name: param_state[key].cpu() for name, param_state in state.items()} for key in KEYS[1:]},
     }
 
 
@@ -171,6 +174,6 @@ def pieces(dtype: torch.dtype, device: torch.device) -> list[str]:
                 set_lr(optimizer, step)
                 optimizer.step()
         states = [optimizer.state[param] for param, optimizer in zip(params, optimizers, strict=True)]
-        whole = [torch.cat([param.detach() for param in params])]
-        results.append(whole + [torch.cat([one[key] for one in states]) for key in KEYS[1:]])
-    return [key for key, one, other in zip(KEYS, *results, strict=True) if not torch.equal(one, other)]
+        params_only = [torch.cat([param.detach() for param in params])]
+        results.append(params_only + [torch.cat([param_state[key] for param_state in states]) for key in KEYS[1:]])
+    return [key for key, param_state, other in zip(KEYS, *results, strict=True) if not torch.equal(param_state, other)]

@@ -99,10 +99,10 @@ def traced(function: Callable[[], None], times: int, cuda: bool) -> Trace:
 def run(context: Context) -> Result:
     """Passes without synchronisations and copies to the host inside a step; overlap is only reported."""
     ranks = on_ranks(context, on_rank)
-    waits = sorted({wait for one in ranks for wait in one["waits"]})
+    waits = sorted({wait for result in ranks for wait in result["waits"]})
     numbers: dict[str, Any] = {"waits": waits, **{key: value for key, value in ranks[0].items() if key != "waits"}}
-    steps = [one["steps"] for one in ranks]
-    good = not waits and all(number == STEPS for number in steps) and all(one["finite"] for one in ranks)
+    steps = [result["steps"] for result in ranks]
+    good = not waits and all(number == STEPS for number in steps) and all(result["finite"] for result in ranks)
     if not context.cuda:
         return Result(
             good, f"{STEPS} steps with their exchange and update seen on {context.ngpu} ranks; no GPU", numbers
@@ -112,7 +112,7 @@ def run(context: Context) -> Result:
     if context.ngpu == 1:
         overlap = "nothing is exchanged on one GPU"
     else:
-        overlapped = sum(one["overlap"] for one in ranks) / max(1e-9, sum(one["exchange"] for one in ranks))
+        overlapped = sum(result["overlap"] for result in ranks) / max(1e-9, sum(result["exchange"] for result in ranks))
         numbers["overlap"] = overlapped
         overlap = f"exchange {first['exchange']:.0f} us per step, {overlapped:.0%} of it beside update kernels"
     line = f"waits in a step: {', '.join(waits) or 'none'}; {first['kernels']:g} kernels, {first['copies']:g} copies"
@@ -143,14 +143,14 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
         step()
     seen = traced(step, STEPS, context.cuda)
     update = seen.work("AdamMini.update", "kernel")
-    exchange = [one for one in seen.work("AdamMini.exchange", "kernel") if "nccl" in one["name"].lower()]
+    exchange = [event for event in seen.work("AdamMini.exchange", "kernel") if "nccl" in event["name"].lower()]
     return {
         "engine": engine,
         "waits": seen.waits("check.optimizer"),
         "kernels": len(seen.work("check.optimizer", "kernel")) / STEPS,
         "copies": len(seen.work("check.optimizer", "gpu_memcpy", "gpu_memset")) / STEPS,
-        "update": sum(float(one["dur"]) for one in update) / STEPS,
-        "exchange": sum(float(one["dur"]) for one in exchange) / STEPS,
+        "update": sum(float(event["dur"]) for event in update) / STEPS,
+        "exchange": sum(float(event["dur"]) for event in exchange) / STEPS,
         "overlap": shared(_intervals(exchange), _intervals(update)) / STEPS,
         "steps": len(seen.spans("AdamMini.exchange")),
         "finite": bool(torch.isfinite(torch.stack(losses)).all()),

@@ -58,21 +58,21 @@ def run(context: Context) -> Result:
     return Result(not wrong, "; ".join([*wrong, line]), numbers)
 
 
-def summary(one: dict[str, Any]) -> str:
+def summary(numbers: dict[str, Any]) -> str:
     """The numbers of a run in one line."""
     return (
-        f"loss {one['losses'][0]:.3f} -> {one['losses'][-1]:.3f}, grad norm {one['grad_norms'][-1]:.2f}, "
-        f"{one['tokens_per_second']:,.0f} tokens/s, peak {one['peak_active_gib']:.2f} GiB active and "
-        f"{one['peak_reserved_gib']:.2f} reserved"
+        f"loss {numbers['losses'][0]:.3f} -> {numbers['losses'][-1]:.3f}, grad norm {numbers['grad_norms'][-1]:.2f}, "
+        f"{numbers['tokens_per_second']:,.0f} tokens/s, peak {numbers['peak_active_gib']:.2f} GiB active and "
+        f"{numbers['peak_reserved_gib']:.2f} reserved"
     )
 
 
 def faults(adamw: dict[str, Any], mini: dict[str, Any], steps: int, memory: bool) -> list[str]:
     """Descriptions of all faults."""
     found = []
-    for name, one in (("AdamW", adamw), ("AdamMini", mini)):
-        if len(one["losses"]) != steps or not all(map(math.isfinite, one["losses"] + one["grad_norms"])):
-            found.append(f"{name} has {len(one['losses'])} losses of {steps}, or not all are finite")
+    for name, numbers in (("AdamW", adamw), ("AdamMini", mini)):
+        if len(numbers["losses"]) != steps or not all(map(math.isfinite, numbers["losses"] + numbers["grad_norms"])):
+            found.append(f"{name} has {len(numbers['losses'])} losses of {steps}, or not all are finite")
     if not abs(mini["losses"][-1] / adamw["losses"][-1] - 1) <= WORSE:
         found.append(f"AdamMini's last loss is not within {WORSE:.0%} of AdamW's")
     if memory and not mini["peak_active_gib"] < adamw["peak_active_gib"]:
