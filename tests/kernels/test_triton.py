@@ -350,15 +350,15 @@ def simulate(
     engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in plans]
     param_steps = []
 
-    def room(plan: BlockPlan) -> Tensor | None:
+    def sums_of(plan: BlockPlan) -> Tensor | None:
         kind = torch.float64 if plan.of_columns else torch.float32
         return torch.zeros(plan.sums_shape, device=DEVICE, dtype=kind) if plan.axes else None
 
     for plan, shard in zip(plans, shards, strict=True):
         own = tuple(slice(*interval) for interval in plan.own[0])
-        sums = room(plan)
+        sums = sums_of(plan)
         others = [BlockPlan.of(one, shard) for one in factors(layout.shape)] if factored else []
-        rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
+        grids = [(one, torch.zeros(one.grid_shape, device=DEVICE), sums_of(one)) for one in others]
         part = start[own].clone().to(DEVICE)
         param_steps.append(
             ParamStep(
@@ -374,15 +374,15 @@ def simulate(
                 decay=True,
                 own_sums=sums,
                 sums=sums,
-                factors=tuple(Factor(one, grid, sums, sums) for one, grid, sums in rooms),
+                factors=tuple(Factor(one, grid, sums, sums) for one, grid, sums in grids),
             )
         )
     for grad in grads:
         for rank, (param_step, plan, engine) in enumerate(zip(param_steps, plans, engines, strict=True)):
             own = tuple(slice(*interval) for interval in plan.own[0])
             value = grad[own].to(DEVICE)
-            room = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
-            param_step.grad = room.copy_(value.reshape(-1)).view(value.shape)
+            memory = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
+            param_step.grad = memory.copy_(value.reshape(-1)).view(value.shape)
             for one in (param_step, *param_step.factors):
                 if one.own_sums is not None:
                     one.own_sums.zero_()
