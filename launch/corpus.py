@@ -1,16 +1,16 @@
-"""Real text as a data set, and a small tokenizer trained on it: Python's standard library, which every machine has, or
-an English dictionary that apt-get downloads (sources.py).
+"""A dataset of real text, and a small tokenizer trained on it: Python's standard library, or an English dictionary
+downloaded with apt-get (sources.py).
 
 Writes, under one folder:
 
-    tokenizer/         a byte-level BPE tokenizer, in the files torchtitan reads
+    tokenizer/         a byte-level BPE tokenizer, in torchtitan's format
     train-N/           training documents as jsonl, one folder per number of ranks N
-    train-N-order-K/   instead, where several orders are asked for: the same documents, shuffled with seed K
+    train-N-order-K/   with --orders, instead: the same documents, shuffled with seed K
     validation/        documents from other source files
 
 Every document is exactly one training sequence. torchtitan gives each data-parallel rank one contiguous piece of the
-data set, so the documents of `train-N` are ordered such that every optimizer step sees the same documents for every N.
-torchtitan 0.2 reads them in the order of the file, whatever its seed: the orders are for runs with several seeds.
+dataset, so the documents of `train-N` are ordered such that every optimizer step sees the same documents for every N.
+torchtitan 0.2 reads them in file order, whatever its seed; shuffled orders are for runs with several seeds.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> Any:
 def cut_documents(text: str, tokenizer: Any, tokens: int) -> Iterator[str]:
     """Consecutive pieces of `text` that encode to exactly `tokens` tokens each.
 
-    Counted are the tokens of the piece encoded by itself, as a data loader will do, which is why pieces are found by
-    trying: a token that spans the end of a piece is split differently inside the file.
+    Tokens are counted with the piece encoded by itself, as in a data loader. Pieces are therefore found by trial: a
+    token that spans the end of a piece is split differently inside the file.
     """
     start = 0
     while True:
@@ -108,7 +108,7 @@ def build(
     vocab_size: int = VOCAB_SIZE,
     orders: int = 0,
 ) -> str:
-    """Build the corpus under `out`, unless it is there already; returns one line that says what it is.
+    """Build the corpus under `out`, unless it exists; returns a one-line description.
 
     Args:
         out: folder to write to.
@@ -118,9 +118,9 @@ def build(
         ranks: numbers of data-parallel ranks to write `train-N` for.
         validation: number of held-out documents.
         source: a name in `sources.SOURCES`.
-        vocab_size: tokens of the tokenizer, at least the 256 bytes and 2.
-        orders: number of shuffled orders; 0: the source's texts take turns, so that the last documents are those of
-            the longest texts.
+        vocab_size: tokens of the tokenizer, at least 258 (256 bytes and 2 special tokens).
+        orders: number of shuffled orders; 0: documents alternate between the source's texts, so that the last ones
+            are from the longest texts.
     """
     scripts = (Path(__file__), Path(sources.__file__))
     wanted: dict[str, Any] = {
@@ -139,8 +139,8 @@ def build(
     if stamp.is_file():
         made = json.loads(stamp.read_text())
         if made["wanted"] == wanted:
-            return f"{made['summary']}, as built before"
-        stamp.unlink()  # a build that fails must not leave another's tokenizer under this name
+            return f"{made['summary']} (already built)"
+        stamp.unlink()  # a failed build must not leave an earlier tokenizer under this name
 
     found = sources.SOURCES[source](out / "package")
     held_out = found.texts[::VALIDATION_SHARE]
@@ -165,9 +165,9 @@ def build(
 
 
 def _interleave(texts: list[str], tokenizer: Any, tokens: int, count: int, seen: set[str]) -> list[str]:
-    """`count` documents taken from the texts in turn, so that neighbouring documents come from different texts.
+    """`count` documents, alternating between the texts, so that neighbouring documents come from different texts.
 
-    Documents that are in `seen` are left out, and those returned are added to it.
+    Documents in `seen` are skipped, and those returned are added to it.
     """
     pieces = [cut_documents(text, tokenizer, tokens) for text in texts]
     documents: list[str] = []
@@ -185,21 +185,21 @@ def _interleave(texts: list[str], tokenizer: Any, tokens: int, count: int, seen:
         pieces = alive
     if len(documents) < count:
         raise SystemExit(
-            f"The source gives {len(documents):,} documents of {tokens} tokens here, {count:,} are needed: ask for "
-            "fewer steps, a smaller batch or a smaller vocabulary."
+            f"The source has only {len(documents):,} documents of {tokens} tokens, but {count:,} are needed: use fewer "
+            "steps, a smaller batch or a smaller vocabulary."
         )
     return documents
 
 
 def _orders(documents: list[str], orders: int) -> dict[str, list[str]]:
-    """Ending of the folder's name -> documents: as they are, or shuffled with the seeds 0 to `orders` - 1."""
+    """Suffix of the folder name -> documents: unshuffled, or shuffled with seeds 0 to `orders` - 1."""
     if orders == 0:
         return {"": documents}
     return {f"-order-{seed}": random.Random(seed).sample(documents, len(documents)) for seed in range(orders)}
 
 
 def main() -> None:
-    """Command line: build a corpus and print what it is."""
+    """Command line: build a corpus and print its description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--seq-len", type=int, default=256)

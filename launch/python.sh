@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Which Python trains: $PYTHON, else that of the active virtual environment, else the repository's .venv, else python3.
-# Meant to be sourced: it sets PYTHON.
+# Selects the Python for training: $PYTHON, else that of the active virtual environment, else the repository's .venv,
+# else python3. Meant to be sourced: it sets PYTHON.
 
 if [ -z "${PYTHON:-}" ]; then
     PYTHON="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python"

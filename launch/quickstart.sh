@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 setup_venv titan
-export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}" HF_HUB_OFFLINE=1 # the data is local; nothing outside is written
+export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}" HF_HUB_OFFLINE=1 # the data are local; nothing is written elsewhere
 exec .venv/bin/python launch/quickstart.py "$@"

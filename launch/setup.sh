@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Makes the virtual environment `.venv` at the top of the repository. Meant to be sourced: `. launch/setup.sh`, then
+# Creates the virtual environment `.venv` at the root of the repository. Meant to be sourced: `. launch/setup.sh`, then
 # `setup_venv titan` or `setup_venv titan,test` (extras of pyproject.toml). An environment that is up to date is reused.
 
 REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,7 +10,7 @@ fail() {
     exit 1
 }
 
-# The first Python of at least 3.10: $PYTHON where it is set, else the usual names.
+# The first Python 3.10 or newer: $PYTHON if set, else the usual names.
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10; do
@@ -24,7 +24,7 @@ find_python() {
     return 1
 }
 
-# What an environment depends on: a change in any of it makes a new installation.
+# A hash of what an environment depends on: any change causes a new installation.
 setup_hash() {
     "$1" - "$REPO_ROOT/pyproject.toml" "$REPO_ROOT/launch/constraints.txt" "$REPO_ROOT/launch/setup.sh" <<'PY'
 import hashlib, sys
@@ -38,7 +38,7 @@ PY
 setup_venv() {
     local extras="$1" python hash stamp="$VENV/setup-stamp" log="$VENV/setup.log"
     python="$(find_python)" || fail "Python 3.10 or newer is needed${PYTHON:+, and PYTHON=$PYTHON is not one}." \
-        "Install it, or name it: PYTHON=/path/to/python3 bash $0"
+        "Install it, or set PYTHON=/path/to/python3 bash $0"
     hash="$(setup_hash "$python")"
     if [ -x "$VENV/bin/python" ] && { [ "$(cat "$stamp" 2>/dev/null)" = "$hash $extras" ] ||
         [ "$(cat "$stamp" 2>/dev/null)" = "$hash titan,test" ]; }; then
@@ -49,7 +49,7 @@ setup_venv() {
         rm -rf "$VENV"
         if ! "$python" -m venv "$VENV" >/dev/null 2>&1; then
             rm -rf "$VENV"
-            fail "$python cannot make a virtual environment. Install its venv module (on Debian and Ubuntu:" \
+            fail "$python cannot create a virtual environment. Install its venv module (on Debian and Ubuntu:" \
                 "apt install python3-venv), then run this again."
         fi
     fi
@@ -58,8 +58,8 @@ setup_venv() {
     if ! (cd "$REPO_ROOT" && "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint launch/constraints.txt --editable ".[$extras]") >"$log" 2>&1; then
         tail -n 15 "$log" >&2
-        fail "pip could not install titan-adam-mini[$extras]; the lines above are the end of $log." \
-            "It needs a package index that has the versions of launch/constraints.txt: check the network and pip's" \
+        fail "pip could not install titan-adam-mini[$extras]; see the end of $log above." \
+            "It needs a package index with the versions of launch/constraints.txt: check the network and pip's" \
             "configuration (pip config list), then run this again."
     fi
     echo "$hash $extras" >"$stamp"

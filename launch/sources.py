@@ -1,7 +1,7 @@
-"""The texts that corpora are made of: Python's standard library, with or without its tests, and an English dictionary.
+"""Sources of corpora: Python's standard library, with or without its tests, and an English dictionary.
 
-A source is a list of texts, each of them one whole file or section, in an order that looks random and is the same on
-every run. Nothing occurs in it twice. Whole texts are held out, so that no piece of a file is on both sides.
+A source is a list of texts, each a complete file or section, in a pseudo-random order that is the same on every run,
+without duplicates. Complete texts are held out, so that no file contributes to both training and validation.
 """
 
 import gzip
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Generated tables, and text that is no prose of programmers: they would be most of a small corpus.
+# Generated tables and non-code text, which would dominate a small corpus.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 _SKIPPED_FILES = {"pydoc_data/topics.py", "html/entities.py"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -24,7 +24,7 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 @dataclass(frozen=True)
 class Source:
-    """Texts, and in words what they are."""
+    """Texts and their description."""
 
     texts: list[str]
     title: str
@@ -35,7 +35,7 @@ def standard_library(cache: Path, *, tests: bool) -> Source:
     paths = source_files(tests)
     version = sys.version.split()[0]
     tail = " and its tests" if tests else ""
-    return Source(list(_different(_read(paths))), f"{len(paths)} files of Python {version}'s standard library{tail}")
+    return Source(list(_unique(_read(paths))), f"{len(paths)} files of Python {version}'s standard library{tail}")
 
 
 def source_files(tests: bool) -> list[Path]:
@@ -49,8 +49,8 @@ def source_files(tests: bool) -> list[Path]:
             found.append((_hash(inner.as_posix()), path))
     if len(found) < 50:
         raise SystemExit(
-            f"Only {len(found)} Python files found under {root}: the corpus is Python's standard library as source "
-            "files. Use a Python that has them (a zipped or stripped one does not)."
+            f"Only {len(found)} Python files found under {root}: the corpus is the source of Python's standard "
+            "library. Use a Python that has it (a zipped or stripped one does not)."
         )
     return [path for _, path in sorted(found)]
 
@@ -64,40 +64,40 @@ def _read(paths: list[Path]) -> Iterator[str]:
 
 
 # Debian's dict-gcide: the GNU Collaborative International Dictionary of English (Webster 1913 and additions), GPL-2 or
-# later. Chosen because it is the one with enough sentences, definitions and quotations, for 4 million tokens in one
-# file: the Debian handbook (1.0 million characters) and the King James Bible (4.3) are prose, but too short.
+# later. Chosen because it has enough sentences (definitions and quotations) for 4 million tokens in one file: the
+# Debian handbook (1.0 million characters) and the King James Bible (4.3) are prose, but too short.
 _PACKAGE = "dict-gcide"
 _DICTIONARY = "usr/share/dictd/gcide.dict.dz"
 _INSTALLED = Path("/", _DICTIONARY)
-_SHORTEST_ENTRY = 100  # characters: half of the entries say only "In a humble manner" or what they are a form of
+_SHORTEST_ENTRY = 100  # characters: half of the entries are only a phrase such as "In a humble manner", or a reference
 
 
 def english(cache: Path) -> Source:
-    """The dictionary's entries, those whose words begin with the same three letters as one text.
+    """The dictionary's entries; entries with the same first three letters are one text.
 
-    So words of one family, which explain each other in the same sentences, are held out together.
+    So related words, which share sentences in their explanations, are held out together.
     """
     with gzip.open(_fetch(cache), "rt", encoding="utf-8", errors="replace") as file:
         dictionary = file.read()
     sections: dict[str, list[str]] = {}
     count = 0
-    for entry in _different(map(plain, entries(dictionary))):
+    for entry in _unique(map(plain, entries(dictionary))):
         if len(entry) >= _SHORTEST_ENTRY:
             sections.setdefault(re.sub(r"\W", "", entry)[:3].lower(), []).append(entry)
             count += 1
     texts = ("\n\n".join(sections[name]) for name in sorted(sections, key=_hash))
     title = f"{count:,} entries of the GNU Collaborative International Dictionary of English"
-    return Source(list(_different(texts)), title)
+    return Source(list(_unique(texts)), title)
 
 
 def entries(dictionary: str) -> Iterator[str]:
-    """A dictd file's entries: a line that is not indented starts one. Those that are no words' are left out."""
+    """A dictd file's entries: a line that is not indented starts one. Entries that are not words are skipped."""
     return (entry for entry in re.split(r"\n(?=\S)", dictionary) if entry[:1].isalpha())
 
 
 def plain(entry: str) -> str:
-    """An entry without the marks of a dictionary: pronunciation, etymology, source, links; one line per paragraph."""
-    while (inner := re.sub(r"\[[^\[\]]*\]", "", entry)) != entry:  # brackets stand in brackets
+    """An entry without pronunciation, etymology, source and links; one line per paragraph."""
+    while (inner := re.sub(r"\[[^\[\]]*\]", "", entry)) != entry:  # brackets are nested
         entry = inner
     entry = re.sub(r"\\[^\\]*\\(\s*\([^()]*\))?", "", entry)
     entry = re.sub(r"[{}]", "", entry)
@@ -106,15 +106,15 @@ def plain(entry: str) -> str:
 
 
 def _fetch(cache: Path) -> Path:
-    """The dictionary's file: of the installed package, or of one that apt-get downloads and dpkg-deb unpacks."""
+    """The dictionary file, from the installed package, or downloaded with apt-get and unpacked with dpkg-deb."""
     unpacked = cache / _DICTIONARY
     for file in (unpacked, _INSTALLED):
         if file.is_file():
             return file
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]:
         raise SystemExit(
-            f"The English corpus is Debian's package {_PACKAGE}, and this machine has no {missing[0]}: put the "
-            f"package's file {_DICTIONARY} at {unpacked}, or take --source stdlib."
+            f"The English corpus is Debian's package {_PACKAGE}, but this machine has no {missing[0]}: put the "
+            f"package's file {_DICTIONARY} at {unpacked}, or use --source stdlib."
         )
     cache.mkdir(parents=True, exist_ok=True)
     _call(["apt-get", "download", _PACKAGE], cache)
@@ -127,14 +127,14 @@ def _fetch(cache: Path) -> Path:
 def _call(command: list[str], folder: Path) -> None:
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ran.returncode != 0:
-        said = (ran.stderr.strip() or "nothing").splitlines()[-1]
+        reason = (ran.stderr.strip() or "no error message").splitlines()[-1]
         raise SystemExit(
-            f"The English corpus is Debian's package {_PACKAGE}, and `{' '.join(command)}` failed: {said}. "
-            "Run `apt-get update` as root first, or take --source stdlib."
+            f"The English corpus is Debian's package {_PACKAGE}, but `{' '.join(command)}` failed: {reason}. "
+            "Run `apt-get update` as root first, or use --source stdlib."
         )
 
 
-def _different(texts: Iterable[str]) -> Iterator[str]:
+def _unique(texts: Iterable[str]) -> Iterator[str]:
     """Each text once."""
     seen = set()
     for text in texts:
@@ -152,4 +152,4 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "stdlib+tests": partial(standard_library, tests=True),
     "english": english,
 }
-"""Name -> function that reads it, given a folder where it may keep what it downloads."""
+"""Name -> function that reads the source, given a folder for downloads."""

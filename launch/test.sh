@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests: the fast tier; with --all also the slow one; with --slurm those that submit jobs to
-# a Slurm cluster of their own; with --nightly those that take long. The last two fail if they ran nothing. Other arguments go to pytest:
+# Sets up .venv and runs the tests: the fast ones; with --all also the slow ones; with --slurm those that submit jobs to
+# a private Slurm cluster; with --nightly those that take long. The last two fail if no test ran. Other arguments go to
+# pytest:
 #
 #   bash launch/test.sh --all
 #   bash launch/test.sh tests/titan -k config -x
 #
-# Two processes share the tests, a folder at a time; `-n 0` runs them in one, for a debugger.
+# Two processes run the tests, one folder at a time each; use `-n 0` for a debugger.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,9 +20,9 @@ for arg in "$@"; do
     --slurm)
         marker=(-m "slurm and not nightly") && export TITAN_ADAM_MINI_TEST_TIER=--slurm
         type slurmctld slurmd sbatch >/dev/null 2>&1 ||
-            fail "Slurm is not installed, so its tests cannot run." \
+            fail "Slurm is not installed; its tests need it." \
                 "Install it: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
-        [ "$(id -u)" = 0 ] || fail "The Slurm tests start a cluster of their own, which needs root. Run them as root."
+        [ "$(id -u)" = 0 ] || fail "The Slurm tests start a private cluster, which needs root. Run them as root."
         ;;
     --nightly) marker=(-m nightly) && export TITAN_ADAM_MINI_TEST_TIER=--nightly ;;
     *) args+=("$arg") ;;

@@ -17,7 +17,7 @@ from ranks import run
 from torch import Tensor
 
 from titan_adam_mini.check.decoder import Sizes
-from titan_adam_mini.check.injected import SOME, full, gradients, make, set_lr, take_step, values
+from titan_adam_mini.check.injected import STEPS_TAKEN, full, gradients, make, set_lr, take_step, values
 from titan_adam_mini.check.meshes import Placed, full_shapes, local
 from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.state import SECOND_MOMENTS
@@ -40,7 +40,7 @@ def train(
 
 
 def on_one_device(
-    sizes: Sizes, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = SOME, **options: Any
+    sizes: Sizes, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS_TAKEN, **options: Any
 ) -> dict[str, dict[str, Any]]:
     """The same on plain tensors in this process."""
     shapes = full_shapes(sizes)
@@ -101,7 +101,7 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def on_mesh(
-    name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = SOME, **options: Any
+    name: str, kind: str = "AdamMini", dtype: torch.dtype = torch.float64, steps: int = STEPS_TAKEN, **options: Any
 ) -> tuple[dict[str, dict[str, Any]], list[list[list[Collective]]]]:
     """`train` on all ranks of a mesh: everything together, and by rank the collectives."""
     mesh = MESHES[name]

@@ -1,4 +1,4 @@
-"""The arguments of AdamMini: those it refuses, options that exclude each other, bounds of hyper-parameters."""
+"""Validation of AdamMini's arguments: unsupported ones, exclusive options, bounds of hyper-parameters."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 NAMES_NEEDED = (
-    "AdamMini decides how a parameter is cut into blocks by its name: pass model.named_parameters() instead of "
+    "AdamMini divides a parameter into blocks by its name: pass model.named_parameters() instead of "
     "model.parameters(), or param groups whose 'params' are (name, parameter) pairs, or that have 'param_names'"
 )
-OF_THE_OPTIMIZER = {
+OPTIMIZER_OPTIONS = {
     *("n_heads", "n_kv_heads", "head_dim", "partition", "value_blocks", "second_moment"),
     *("momentum_dtype", "stochastic_rounding", "seed"),
 }
-"""Options that all groups share."""
+"""Options that apply to all groups."""
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8, torch.float16, torch.float64)
 UNSUPPORTED = {
     "amsgrad": "AdamMini has no amsgrad variant; leave amsgrad out",
     "differentiable": "AdamMini updates in place and cannot be differentiated through; leave differentiable out",
     "dim": "AdamMini reads sizes from the parameters; leave dim out",
-    "model_sharding": "AdamMini finds out by itself how parameters are sharded; leave model_sharding out",
+    "model_sharding": "AdamMini detects how parameters are sharded; leave model_sharding out",
     "verbose": "AdamMini logs through logging.getLogger('titan_adam_mini'); leave verbose out",
 }
 
 
 def refuse_unsupported(arguments: Mapping[str, Any]) -> None:
-    """Raise for arguments of AdamW or of the authors' adam-mini that have no meaning here: TypeError if unknown."""
+    """Raise ValueError for unsupported arguments of AdamW or the authors' adam-mini, TypeError for unknown ones."""
     for name, value in arguments.items():
         if name not in UNSUPPORTED:
             raise TypeError(f"AdamMini got an unknown argument {name!r}")
@@ -37,15 +37,15 @@ def refuse_unsupported(arguments: Mapping[str, Any]) -> None:
 
 
 def check_options(foreach: bool | None, fused: bool | None, momentum_dtype: torch.dtype | None) -> None:
-    """Raise ValueError for options that cannot be."""
+    """Raise ValueError for invalid options."""
     if foreach and fused:
         raise ValueError("foreach=True and fused=True cannot be combined; pass one of them, or neither")
     if momentum_dtype not in MOMENTUM_DTYPES:
-        raise ValueError(f"momentum_dtype is one of {', '.join(map(str, MOMENTUM_DTYPES))}, not {momentum_dtype}")
+        raise ValueError(f"momentum_dtype must be one of {', '.join(map(str, MOMENTUM_DTYPES))}, not {momentum_dtype}")
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the value, if one of a parameter group is out of bounds."""
+    """Raise ValueError, naming the value, if a hyper-parameter of a group is out of bounds."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid lr: a tensor of shape {tuple(lr.shape)}; pass a float or a 0-d tensor")

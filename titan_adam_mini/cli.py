@@ -1,8 +1,8 @@
-"""The command `titan-adam-mini`: its own flags, and any of torchtitan's as `--section.key value`.
+"""The command `titan-adam-mini`: its own flags, and any torchtitan setting as `--section.key value`.
 
-Help and wrong flags are answered without torch, whose imports take seconds: a command's module has its flags, and
-imports what does the work once they are known to be right. torchtitan is imported in another process only, which ends
-before the work begins: what a command needs of it is small, and its imports take half a gigabyte.
+Help and wrong flags are answered without importing torch, which takes seconds: a command's module defines its flags,
+and imports everything else after they are validated. torchtitan is imported only in a separate process, which ends
+before the command's work begins: commands need little from it, and its imports take half a gigabyte.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """One command: the module in this package and the class that has its flags, what it does, how it is configured.
+    """One command: its module in this package, the class with its flags, a summary, and how it is configured.
 
-    `config`: "positional" if the configuration may be its first argument, "flag" if it is --job.config_file alone; both
-    take torchtitan's flags. "" for a command that has neither.
+    `config`: "positional" if the configuration may be the first argument, "flag" if only --job.config_file is accepted;
+    both accept torchtitan's flags. "" for a command without configuration.
     """
 
     module: str
@@ -73,19 +73,19 @@ COMMANDS = {
 }
 
 _EXTRA = ("torchtitan", "triton", "tomli")
-"""Modules that only the extra `titan` brings."""
+"""Modules that are installed only with the extra `titan`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line `arguments` (the process's own by default).
+    """Run the command line `arguments` (by default the process's own).
 
-    Exits with status 1 and a sentence if it cannot be done, 2 if the command line is wrong, 130 on an interrupt.
+    Exits with status 1 and a message if the command fails, 2 if the command line is wrong, 130 on an interrupt.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] not in COMMANDS:
         asked = words in (["--help"], ["-h"])
         if words and not asked:
-            print(f"titan-adam-mini: there is no command {words[0]!r}\n", file=sys.stderr)
+            print(f"titan-adam-mini: unknown command {words[0]!r}\n", file=sys.stderr)
         print(_usage(), file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     command, rest = _parse(words[0], words[1:])
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         from rich.console import Console
 
         command(Console(), rest)
-    except (ValueError, OSError) as error:  # OSError: a full disk, a file that may not be read
+    except (ValueError, OSError) as error:  # OSError: a full disk, an unreadable file
         print(f"titan-adam-mini: {error}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
@@ -106,22 +106,22 @@ def main(arguments: list[str] | None = None) -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("titan-adam-mini: stopped; nothing was left half-written", file=sys.stderr)
+        print("titan-adam-mini: interrupted; no partial files were left", file=sys.stderr)
         sys.exit(130)
 
 
 def _usage() -> str:
     return "\n".join(
         [
-            "usage: titan-adam-mini COMMAND [own flags] [any of torchtitan's --section.key value]\n",
+            "usage: titan-adam-mini COMMAND [flags] [torchtitan's --section.key value]\n",
             *(f"  {name}: {command.summary}" for name, command in COMMANDS.items()),
-            "\nThe configuration is --job.config_file X or CONFIG_FILE=X. titan-adam-mini COMMAND --help says more.",
+            "\nSet the configuration with --job.config_file X or CONFIG_FILE=X. See titan-adam-mini COMMAND --help.",
         ]
     )
 
 
 def _parse(name: str, words: list[str]) -> tuple[Any, list[str]]:
-    """The command with its flags, and the words that are torchtitan's; ends the process if they are wrong."""
+    """The command with its flags, and the arguments for torchtitan; exits if flags are wrong."""
     import tyro
 
     about = COMMANDS[name]
@@ -135,7 +135,7 @@ def _parse(name: str, words: list[str]) -> tuple[Any, list[str]]:
         flag = word.partition("=")[0]
         if flag.startswith("--") and "." not in flag:
             print(
-                f"{prog}: there is no flag {flag}: {prog} --help lists its own, and torchtitan's are --section.key",
+                f"{prog}: unknown flag {flag}: see {prog} --help; torchtitan's flags are --section.key",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -143,7 +143,7 @@ def _parse(name: str, words: list[str]) -> tuple[Any, list[str]]:
 
 
 def _config_first(words: list[str]) -> tuple[list[str], list[str]]:
-    """`--job.config_file X` (or the environment's CONFIG_FILE) for torchtitan, and the other words."""
+    """`--job.config_file X` (or the environment's CONFIG_FILE) for torchtitan, and the other arguments."""
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag.replace("_", "-") == "--job.config-file":
@@ -154,9 +154,9 @@ def _config_first(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _config_in_place(words: list[str]) -> tuple[list[str], list[str]]:
-    """For a command with a CONFIG of its own: as `_config_first`, and the words with CONFIG in front, "" if none is.
+    """For a command with a positional CONFIG: as `_config_first`, and the arguments with CONFIG, or "", in front.
 
-    Were CONFIG left for the parser to find, the value of any of torchtitan's flags could be taken for it.
+    The parser itself could take the value of a torchtitan flag for CONFIG.
     """
     config, own = _config_first(words)
     for place, word in enumerate(own):

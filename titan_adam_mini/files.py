@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and only where nobody put a link."""
+"""Atomic file writes that do not follow symbolic links."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(file: str | Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A new file to write bytes into, which becomes `file` once the block ends well and is gone if it does not.
+    """A new file to write bytes into, which replaces `file` if the block succeeds and is deleted if it fails.
 
-    Whoever reads `file` meanwhile, or after a kill or a power failure, finds what was there before or all of the new
-    one. What is no regular file, such as a pipe or /dev/null, is written as it is.
+    Readers see either the old or the complete new content, also after a kill or a power failure. If `file` is not a
+    regular file, such as a pipe or /dev/null, it is written directly.
 
     Args:
         file: its folder must exist.
-        sync: wait until the disk has it.
+        sync: wait until the data are on disk.
 
     Raises:
         OSError: it cannot be written, or is a symbolic link (ELOOP).
     """
     file = Path(file)
     if file.is_symlink():
-        raise OSError(errno.ELOOP, "is a symbolic link: name the file that is meant", str(file))
+        raise OSError(errno.ELOOP, "is a symbolic link: pass the path that it points to", str(file))
     if file.exists() and not file.is_file():
         with open(file, "wb") as stream:
             yield stream
         return
     new = beside(file)
-    # Not tempfile's, which nobody else may read: it replaces a file with this process's usual permissions.
+    # Not tempfile, whose files are private: the new file has this process's usual permissions.
     handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with open(handle, "wb") as stream:
@@ -57,23 +57,23 @@ def atomic_write(file: str | Path, text: str, *, sync: bool = True) -> None:
 
 
 def name_file(error: BaseException, file: Path) -> None:
-    """Let an OSError that names no file, such as that of a full disk, name this one."""
+    """Set the file of an OSError that names none, such as that of a full disk."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(file)
 
 
 def beside(path: Path, name: str = "") -> Path:
-    """A path in the same folder, hidden, that nobody can have guessed: create it so that it must not exist.
+    """An unpredictable hidden path in the same folder; open it such that it must not exist yet.
 
     Args:
-        path: what is to be replaced or made.
-        name: what the new name says; that of `path` by default.
+        path: the file to be replaced or created.
+        name: part of the new name; that of `path` by default.
     """
     return path.with_name(f".{name or path.name}.{secrets.token_hex(6)}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has what was created, renamed or removed in a folder."""
+    """Wait until creations, renames and removals in a folder are on disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

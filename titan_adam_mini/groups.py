@@ -1,5 +1,5 @@
-"""Named parameters in torch's parameter groups: each group keeps its names under `param_names`, as torch's own
-optimizers do, and a name follows its parameter through every edit of `param_groups`."""
+"""Named parameters in torch's parameter groups: each group has its names under `param_names`, as in torch's own
+optimizers, and a name stays attached to its parameter through every edit of `param_groups`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .arguments import NAMES_NEEDED, OF_THE_OPTIMIZER
+from .arguments import NAMES_NEEDED, OPTIMIZER_OPTIONS
 from .partition import clean_name
 from .sharding import refuse_flat
 
@@ -22,8 +22,8 @@ def named_group(param_group: Group) -> Group:
     """A copy of a group with `params` a list of tensors and `param_names` their names.
 
     Raises:
-        TypeError: the group is no dict, or its parameters have no order.
-        ValueError: a name is missing, or an option of the whole optimizer is set for a group.
+        TypeError: the group is not a dict, or its parameters have no order.
+        ValueError: a name is missing, or an option of the entire optimizer is set for a group.
     """
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -33,14 +33,14 @@ def named_group(param_group: Group) -> Group:
         raise TypeError(
             "optimizer parameters need an order that stays the same between runs, and a set has none; use a list"
         )
-    for option in OF_THE_OPTIMIZER.intersection(group):
-        raise ValueError(f"{option} belongs to the whole optimizer, not to one group: pass it to AdamMini(...)")
+    for option in OPTIMIZER_OPTIONS.intersection(group):
+        raise ValueError(f"{option} applies to the entire optimizer, not to one group: pass it to AdamMini(...)")
     params = [params] if isinstance(params, Tensor) else list(params)
-    listed = group.get("param_names", None if params else [])  # a pipeline stage may have none of a group's parameters
-    if params and all(isinstance(one, tuple) for one in params):
+    listed = group.get("param_names", None if params else [])  # a pipeline stage may have no parameters of a group
+    if params and all(isinstance(param, tuple) for param in params):
         group["param_names"] = [name for name, _ in params]
         params = [param for _, param in params]
-    elif listed is None or any(isinstance(one, tuple) for one in params) or len(listed) != len(params):
+    elif listed is None or any(isinstance(param, tuple) for param in params) or len(listed) != len(params):
         raise ValueError(NAMES_NEEDED)
     else:
         group["param_names"] = list(listed)
@@ -51,17 +51,17 @@ def named_group(param_group: Group) -> Group:
 
 
 def named_parameters(groups: Sequence[Group], known: MutableMapping[Tensor, str], dims: dict[str, int]) -> Named:
-    """All parameters with their names. Names are put back in step with parameters that were moved, sorted or dropped.
+    """All parameters with their names. Names are updated after parameters were moved, sorted or dropped.
 
-    A tensor that is new in a group (a framework replaced the parameter) takes the name at its place.
+    A tensor that is new in a group (a framework replaced the parameter) takes the name at its position.
 
     Args:
-        groups: the optimizer's; their `param_names` are updated.
+        groups: of the optimizer; their `param_names` are updated.
         known: parameter -> name, of all that were ever in a group; updated.
         dims: name -> number of dims, likewise.
 
     Raises:
-        ValueError: a tensor whose name cannot be known, or two of one name.
+        ValueError: the name of a tensor is unknown, or two have the same name.
     """
     named: Named = []
     places: dict[str, int] = {}
@@ -81,7 +81,7 @@ def named_parameters(groups: Sequence[Group], known: MutableMapping[Tensor, str]
         refuse_flat(name, param)
         if dims.get(name, param.ndim) != param.ndim:
             raise ValueError(
-                f"param_groups[{places[name]}] holds a tensor of {param.ndim} dims in the place of {name!r}, which had "
+                f"param_groups[{places[name]}] has a tensor of {param.ndim} dims in the place of {name!r}, which had "
                 f"{dims[name]}: {_changed_by()}"
             )
     names = iter(name for name, _, _ in named)
@@ -95,11 +95,11 @@ def named_parameters(groups: Sequence[Group], known: MutableMapping[Tensor, str]
 def _changed_by() -> str:
     if "deepspeed" in sys.modules:
         return (
-            "DeepSpeed ZeRO stages 1 to 3 replace parameters by flat partitions, which AdamMini cannot cut into "
+            "DeepSpeed ZeRO stages 1 to 3 replace parameters by flat partitions, which AdamMini cannot divide into "
             "blocks; use ZeRO stage 0"
         )
     return (
-        "whoever replaces parameters in param_groups has to keep `param_names` in step with `params`; a framework that "
+        "code that replaces parameters in param_groups must update `param_names` as well as `params`; a framework that "
         "replaces them by flat partitions cannot be used with AdamMini"
     )
 
@@ -107,17 +107,17 @@ def _changed_by() -> str:
 def match_groups(groups: Sequence[Group], saved: Sequence[Group]) -> dict[Tensor, Any]:
     """Parameter -> its key in a state dict whose `param_groups` are `saved`.
 
-    Groups match by place. Inside a group parameters match by name where the state has names and its keys are numbers,
-    as torch's `state_dict()` gives them; else by place. `torch.distributed.checkpoint` has matched by name already: its
-    keys are names.
+    Groups match by position. Inside a group, parameters match by name if the state has names and its keys are numbers,
+    as in torch's `state_dict()`; else by position. `torch.distributed.checkpoint` has already matched by name: its keys
+    are names.
 
     Raises:
-        ValueError: other groups, or other parameters in one.
+        ValueError: the groups, or the parameters in one of them, differ.
     """
     lengths = [len(group["params"]) for group in saved]
     if lengths != [len(group["params"]) for group in groups]:
         raise ValueError(
-            f"the loaded state has groups of {lengths} parameters, this optimizer of "
+            f"the loaded state has groups with {lengths} parameters, this optimizer has groups with "
             f"{[len(group['params']) for group in groups]}"
         )
     keys: dict[Tensor, Any] = {}
@@ -131,7 +131,7 @@ def match_groups(groups: Sequence[Group], saved: Sequence[Group]) -> dict[Tensor
             if missing := [name for name in own if name not in key_of]:
                 extra = [name for name in key_of if name not in set(own)]
                 raise ValueError(
-                    f"the loaded state has other parameters in group {number}: {some_of(extra)} instead of "
+                    f"the loaded state has different parameters in group {number}: {some_of(extra)} instead of "
                     f"{some_of(missing)}; build the optimizer with the groups that were saved"
                 )
             order = [key_of[name] for name in own]

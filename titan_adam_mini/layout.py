@@ -1,7 +1,7 @@
-"""How one tensor is cut into blocks: tiles along every dim, and nothing but integers.
+"""How one tensor is cut into blocks: tiles along every dim, as integers.
 
-A block is a product of one tile per dim. Rows, heads, columns, experts, whole tensors, elementwise
-moments and fused projections are all the same thing here: a `BlockLayout`.
+A block is a product of one tile per dim. Rows, heads, columns, experts, full tensors, elementwise
+moments and fused projections are all represented by a `BlockLayout`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tiles:
 
     @staticmethod
     def whole(size: int) -> Tiles:
-        """One tile for the whole dim."""
+        """One tile that covers the dim."""
         return Tiles.of([(1, size)])
 
     @staticmethod
@@ -106,7 +106,7 @@ class Tiles:
         return self.tile_of(start), self.tile_of(stop - 1) + 1
 
     def tile_of(self, index: int) -> int:
-        """The number of the tile that holds `index`."""
+        """The number of the tile that contains `index`."""
         offset = number = 0
         for count, length in self.runs:
             if index < offset + count * length:
@@ -132,7 +132,7 @@ class BlockLayout:
     def of(shape: Sequence[int], *cuts: int | Iterable[Run] | None) -> BlockLayout:
         """Layout of a tensor of `shape`; one cut per dim: a tile length, runs, or None for one tile.
 
-        Raises ValueError, in words, if a dim is not covered exactly.
+        Raises ValueError if a dim is not covered exactly.
         """
         assert len(cuts) == len(shape), f"{len(cuts)} cuts for shape {tuple(shape)}"
         dims = []

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that importing it is cheap."""
+"""Lazy imports of a package's public names (PEP 562), so that importing the package is cheap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of momentum: which one a parameter gets, meshes that fit, and the way from one type to another."""
+"""Momentum dtypes: which one a parameter gets, supported meshes, and conversions between dtypes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .sharding import Shard, as_state, local, shard_of
 log = logging.getLogger("titan_adam_mini")
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""What may be asked for, by name."""
+"""Selectable dtypes, by name."""
 
 Conversions = Counter[tuple[torch.dtype, torch.dtype]]
-"""(from, to) -> for how many parameters momentum was converted so."""
+"""(from, to) -> number of parameters whose momentum was converted."""
 
 
 def dtype_of(momentum_dtype: torch.dtype | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
-    """The type of the momentum of a parameter of this dtype and global shape; see `momentum_dtype` of AdamMini."""
+    """The momentum dtype of a parameter of this dtype and global shape; see `momentum_dtype` of AdamMini."""
     chosen = momentum_dtype or dtype
     return torch.float32 if chosen == torch.int8 and not int8.fits(shape) else chosen
 
 
 def summary(dtypes: Iterable[torch.dtype]) -> str:
-    """How many parameters have momentum of which type, in words."""
-    return ", ".join(f"{_word(dtype)} for {count}" for dtype, count in Counter(dtypes).items())
+    """The number of parameters per momentum dtype, as text."""
+    return ", ".join(f"{_dtype_name(dtype)} for {count}" for dtype, count in Counter(dtypes).items())
 
 
 def check_runs(param: Tensor) -> None:
@@ -44,13 +44,13 @@ def check_runs(param: Tensor) -> None:
 
 
 def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
-    """A sentence that names dim, run and mesh axis if a mesh cuts a run of columns of int8 momentum; "" if none does.
+    """An error message if a mesh cuts a run of columns of int8 momentum, else "".
 
-    It follows from the shape, the placements and the mesh, and so is the same on every rank.
+    It depends on the shape, the placements and the mesh, and is the same on every rank.
 
     Args:
-        shard: what any rank holds.
-        names: of the mesh's axes, where they have any.
+        shard: of any rank.
+        names: of the mesh's axes, if they have names.
     """
     dim = len(shard.shape) - 1
     for level, cut in enumerate(shard.cuts_of(dim), 1):
@@ -59,7 +59,7 @@ def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
         if inside:
             axis = f"{names[cut.axis]!r}" if names else f"{cut.axis}"
             return (
-                f"momentum_dtype int8 has one scale per run of {RUN} columns, and mesh axis {axis} (of {cut.size}) "
+                f"momentum_dtype int8 has one scale per run of {RUN} columns, but mesh axis {axis} (of {cut.size}) "
                 f"cuts dim {dim}, of {shard.shape[dim]} columns, at {inside[0]}, inside a run; choose another degree "
                 f"for that axis, one that leaves every rank a multiple of {RUN} columns, or momentum_dtype bfloat16"
             )
@@ -67,9 +67,9 @@ def cut_run(shard: Shard, names: Sequence[str] | None) -> str:
 
 
 def empty_momentum(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors without values for momentum of another type, placed as the momentum `like` is.
+    """Uninitialised tensors for momentum of another dtype, with the placements of the momentum `like`.
 
-    Raises ValueError where int8 is asked for and the mesh cuts runs.
+    Raises ValueError for int8 if the mesh cuts runs.
     """
     data, same = local(like), like.placements if isinstance(like, DTensor) else ()
     state = {"exp_avg": as_state(torch.empty_like(data, dtype=dtype), like, like.shape, same, like.stride())}
@@ -81,19 +81,19 @@ def empty_momentum(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], conversions: Conversions) -> dict[str, Any]:
-    """The loaded state of one parameter with its momentum of the type of `expected`; counted in `conversions` if it
-    was of another. All tensors that matter must have the placements of `expected`, but for int8 that becomes a float.
+    """The loaded state of one parameter with its momentum in the dtype of `expected`; a conversion is counted in
+    `conversions`. All tensors must have the placements of `expected`, except int8 that is converted to a float.
 
     Raises ValueError for int8 without scales.
     """
     state = dict(loaded)
     if not isinstance(state.get("exp_avg_scale"), Tensor):
-        state.pop("exp_avg_scale", None)  # torch makes an empty dict of what a flat state dict does not have
+        state.pop("exp_avg_scale", None)  # torch inserts an empty dict for what a flat state dict lacks
     there, here = state["exp_avg"], expected["exp_avg"]
     if there.dtype == torch.int8 and "exp_avg_scale" not in state:
         raise ValueError(
-            "has int8 momentum without its scales (exp_avg_scale), which torch drops from flat state dicts where the "
-            "optimizer that loads them keeps none: pass it nested (flatten_optimizer_state_dict=False), or load it "
+            "has int8 momentum without its scales (exp_avg_scale), which torch drops from flat state dicts if the "
+            "optimizer that loads them has none: pass it nested (flatten_optimizer_state_dict=False), or load it "
             "with momentum_dtype=torch.int8"
         )
     if there.dtype == here.dtype:
@@ -112,14 +112,15 @@ def converted(expected: Mapping[str, Tensor], loaded: Mapping[str, Any], convers
 
 
 def log_conversions(conversions: Conversions) -> None:
-    """Log, on the first rank, what was converted; one line, none if nothing was."""
+    """Log conversions on the first rank, in one line, if there were any."""
     if not conversions or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         return
     shown = [
-        f"from {_word(there)} to {_word(here)} for {count} parameters" for (there, here), count in conversions.items()
+        f"from {_dtype_name(there)} to {_dtype_name(here)} for {count} parameters"
+        for (there, here), count in conversions.items()
     ]
     log.warning(f"AdamMini: momentum converted {', '.join(shown)}")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""AdamMini: the plan of its parameters, their state, and the order of a step. The rest lives elsewhere."""
+"""AdamMini: the plan of its parameters, their state, and the order of a step."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ log = logging.getLogger("titan_adam_mini")
 class AdamMini(Optimizer):
     """AdamW with one second moment per block of the Hessian instead of one per element (arXiv 2406.16793).
 
-    Parameters may be plain tensors or DTensors on any mesh: sharding never changes the result.
+    Parameters may be plain tensors or DTensors on any mesh; sharding does not change the result.
 
     Args:
-        params: `model.named_parameters()`, or param groups that hold such pairs or torch's `param_names`.
+        params: `model.named_parameters()`, or param groups with such pairs or with torch's `param_names`.
         lr: learning rate, a float or a 0-d tensor.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to the root of the second moment; positive.
-        weight_decay: decoupled, as in AdamW; which parameters it applies to is the partition's to say (all).
+        weight_decay: decoupled, as in AdamW; the partition decides to which parameters it applies (default: all).
         n_heads: number of query heads, for the default transformer partition.
         n_kv_heads: number of key heads; `n_heads` if None.
         head_dim: rows per head; a query's rows / `n_heads` and a key's rows / `n_kv_heads` if None.
-        partition: a `Partition` of your own; excludes the three above.
+        partition: a custom `Partition`; excludes the three above.
         value_blocks: "neuron", or "tensor" for one block per value projection.
-        second_moment: "blocks", the paper's; "channels": queries and keys by rows, outputs of attention and MLPs by
+        second_moment: "blocks", as in the paper; "channels": queries and keys by rows, outputs of attention and MLPs by
             columns (after SlimAdam, arXiv 2503.01843); or "factored": row means times column means for every matrix, as
-            Adafactor keeps them (arXiv 1804.04235).
-        momentum_dtype: dtype of `exp_avg`; None for the parameter's. torch.int8 keeps a float32 scale per run of 128
-            columns, for tensors of two dims or more whose columns are a multiple of 128; others stay float32.
+            in Adafactor (arXiv 1804.04235).
+        momentum_dtype: dtype of `exp_avg`; None for the parameter's. torch.int8 has a float32 scale per run of 128
+            columns, for tensors of two or more dims whose columns are a multiple of 128; others stay float32.
         maximize: ascend instead of descend.
-        foreach, fused: which engine computes (see `kernels.choose`); None and None for the best there is.
-        capturable: may be captured in a CUDA graph; needs the fused engine, and `lr` as a tensor if it is to move.
+        foreach, fused: select the engine (see `kernels.choose`); None and None for the fastest available.
+        capturable: for capture in a CUDA graph; needs the fused engine, and `lr` as a tensor if it is to change.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias, instead of to nearest.
-        seed: of that rounding; the same bits for the same seed, step and element on every mesh.
+        seed: for stochastic rounding; the same bits for the same seed, step and element on every mesh.
 
     State per parameter: `exp_avg` (shape and placements of the parameter), `exp_avg_sq` (the block grid, float32, or
-    float64 for float64 parameters), `step` (0-d float32); with int8, `exp_avg_scale` (float32, placed likewise); where
-    factored, `exp_avg_sq` is of the rows, `exp_avg_sq_col` of the columns, `exp_avg_sq_mean` of the whole.
+    float64 for float64 parameters), `step` (0-d float32); with int8, `exp_avg_scale` (float32, same placements); if
+    factored, `exp_avg_sq` has the rows, `exp_avg_sq_col` the columns, `exp_avg_sq_mean` the mean of the matrix.
 
     Raises:
-        ValueError: for a wrong hyper-parameter, missing names, or a parameter that no rule of the partition knows.
+        ValueError: for an invalid hyper-parameter, missing names, or a parameter that no rule of the partition matches.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class AdamMini(Optimizer):
             )
         elif any(heads) or value_blocks != "neuron" or second_moment != "blocks":
             raise ValueError(
-                "n_heads, n_kv_heads, head_dim, value_blocks and second_moment belong to the partition if you pass one"
+                "pass n_heads, n_kv_heads, head_dim, value_blocks and second_moment to the partition, not beside it"
             )
         self.partition, self.momentum_dtype = partition, momentum_dtype
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
@@ -118,9 +118,9 @@ class AdamMini(Optimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters (see `params` of the class); blocks and exchange are planned anew.
+        """Add a group of named parameters (see `params` of the class); blocks and exchange are replanned.
 
-        Raises ValueError, and leaves the groups as they were, if the group does not fit.
+        Raises ValueError, and leaves the groups unchanged, if the group is invalid.
         """
         group = named_group(param_group)
         check_hyper_parameters({**self.defaults, **group})
@@ -138,16 +138,16 @@ class AdamMini(Optimizer):
         self._forget_plan()
 
     def _named(self) -> Named:
-        """(name, parameter, group) of every parameter in the groups, in order; names are in step with parameters."""
+        """(name, parameter, group) of every parameter in the groups, in order, after names were synchronised."""
         return named_parameters(self.param_groups, self._names, self._dims)
 
-    def _assign(self, *, whole: bool = False, also: Collection[str] = ()) -> dict[str, Blocks]:
-        """The blocks of all parameters that are or were trainable, and of those in `also`: freezing changes none.
+    def _assign(self, *, complete: bool = False, also: Collection[str] = ()) -> dict[str, Blocks]:
+        """The blocks of all parameters that are or were trainable, and of those in `also`; freezing changes none.
 
-        Parameters that are frozen from the start need no role, but count for patterns and orientation.
+        Parameters that were always frozen need no role, but are considered for patterns and orientation.
 
-        Raises ValueError if a parameter has no blocks, or cannot be captured and is to be; if `whole`, also for a
-        pattern of the user's that matches no parameter, which a group that is still to come might have.
+        Raises ValueError if a parameter has no blocks, or cannot be captured although `capturable` is set; with
+        `complete` (no more groups will be added) also for a custom pattern that matches no parameter.
         """
         wanted = {*getattr(self, "_blocks", ()), *also}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -156,35 +156,35 @@ class AdamMini(Optimizer):
             into = shapes if param.requires_grad or name in wanted else frozen
             into[name] = tuple(param.shape)
             if self._flags[2] and param.device.type not in ("cuda", "meta"):
-                raise ValueError("capturable=True is for CUDA graphs, and there are parameters elsewhere; leave it out")
-        # A partition of the user's own may not know `others`.
-        return self.partition.assign(shapes, partial=not whole, **({"others": frozen} if frozen else {}))
+                raise ValueError("capturable=True needs all parameters on CUDA devices; leave it out")
+        # A custom partition may not accept `others`.
+        return self.partition.assign(shapes, partial=not complete, **({"others": frozen} if frozen else {}))
 
     # Plan and state
 
     def _forget_plan(self) -> None:
         self._exchange: Exchange | None = None
-        self._works: list[ParamStep] = []
+        self._param_steps: list[ParamStep] = []
         self._key: list[Any] = []
 
     def _current_key(self) -> list[Any]:
-        """What the plan stands and falls with; compared in every step, so it is short."""
+        """What invalidates the plan when it changes; compared at every step, so it is short."""
         params = [param for group in self.param_groups for param in group["params"]]
         key: list[Any] = [(id(param), param.requires_grad, param.shape) for param in params]
         return [*key, *map(id, self.param_groups), *(param.device for param in params[:1])]
 
     def _planned(self) -> Exchange:
-        """The exchange of the trainable tensors that are in the groups now; collective when it has to be planned."""
+        """The exchange of the trainable parameters; collective if it has to be planned first."""
         key = self._current_key()
         if self._exchange is None or key != self._key:
             self._forget_plan()
-            self._blocks = self._assign(whole=not self._checked)
+            self._blocks = self._assign(complete=not self._checked)
             self._checked = True
             self._drop_state_of_others()
             trainable = [(name, param) for name, param, _ in self._named() if param.requires_grad]
             items = []
-            home = next((local(param).device for _, param in trainable), torch.device("cpu"))
-            self.engine, self._engine_line = kernels.choose(*self._flags, home)
+            device = next((local(param).device for _, param in trainable), torch.device("cpu"))
+            self.engine, self._engine_line = kernels.choose(*self._flags, device)
             for name, param in trainable:
                 plans, data, exp_avg = self._plans(name, param), local(param), self._momentum(param)
                 dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -214,7 +214,7 @@ class AdamMini(Optimizer):
         return momentum.dtype_of(self.momentum_dtype, param.dtype, tuple(param.shape))
 
     def _log_plan(self, exchange: Exchange) -> None:
-        """Log once, on the first rank of those that share this plan, what was decided."""
+        """Log the plan once, on the first of the ranks that share it."""
         if not self._logs():
             return
         types = momentum.summary(self._momentum(item.param) for item in exchange.items)
@@ -224,7 +224,7 @@ class AdamMini(Optimizer):
         )
 
     def _logs(self) -> bool:
-        """Is this the first of the ranks that share the plan?"""
+        """Whether this is the first of the ranks that share the plan."""
         channels = self._exchange.channels if self._exchange is not None else {}
         first = min(chain.from_iterable(channels), default=0)
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == first
@@ -236,9 +236,9 @@ class AdamMini(Optimizer):
 
     @torch._disable_dynamo
     def init_state(self) -> None:
-        """Plan, and make the state of all trainable parameters at once. Collective; needs no gradients.
+        """Plan, and create the state of all trainable parameters. Collective; needs no gradients.
 
-        State that is there stays, that of frozen parameters too; state of tensors that have left the groups is dropped.
+        Existing state is kept, also of frozen parameters; state of tensors no longer in the groups is dropped.
         Raises ValueError for parameters on the meta device.
         """
         for item in self._planned().items:
@@ -256,10 +256,10 @@ class AdamMini(Optimizer):
 
     # The step
 
-    @torch._disable_dynamo  # compiled loops and addresses are nothing to trace
+    @torch._disable_dynamo  # compiled loops and addresses cannot be traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient on any rank. Collective where blocks straddle."""
+        """Update all parameters that have a gradient on any rank. Collective if blocks straddle."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -268,78 +268,75 @@ class AdamMini(Optimizer):
         if not all(map(self.state.get, (item.param for item in exchange.items))):
             self.init_state()
         with torch.profiler.record_function("AdamMini.exchange"):
-            works = self._current_works(exchange, exchange.gradients())
-            self.engine.check(works)
-            exchange.start(works, self.engine)
+            param_steps = self._current_param_steps(exchange, exchange.gradients())
+            self.engine.check(param_steps)
+            exchange.start(param_steps, self.engine)
         with torch.profiler.record_function("AdamMini.update"):
-            # Whoever needs no other rank goes first, while the sums travel.
-            alone = [work for work in works if work.grad is not None and not work.waits]
-            self.engine.update(alone)
+            # Parameters that need no other rank come first, during the all-reduce.
+            self.engine.update([p for p in param_steps if p.grad is not None and not p.waits])
             with torch.profiler.record_function("AdamMini.wait"):
                 exchange.finish()
-            self.engine.update(
-                [work for work in works if work.waits or (work.grad is None and work.present is not None)]
-            )
+            self.engine.update([p for p in param_steps if p.waits or (p.grad is None and p.present is not None)])
         if not self._stepped:
-            self._stepped = self._check_gradients(works)
-        for work in works:
-            work.release()
+            self._stepped = self._check_gradients(param_steps)
+        for param_step in param_steps:
+            param_step.release()
         return loss
 
-    def _check_gradients(self, works: Sequence[ParamStep]) -> bool:
-        """Has any parameter a gradient here or on another rank? If none has, and none had before, log it once."""
-        if any(work.grad is not None or (work.present is not None and work.present.item() > 0) for work in works):
+    def _check_gradients(self, param_steps: Sequence[ParamStep]) -> bool:
+        """Whether any parameter has a gradient on any rank. If none has or ever had, log a warning once."""
+        if any(p.grad is not None or (p.present is not None and p.present.item() > 0) for p in param_steps):
             return True
-        if works and not self._warned and self._logs():
+        if param_steps and not self._warned and self._logs():
             log.warning(NO_GRADIENT)
         self._warned = True
         return False
 
-    def _current_works(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[ParamStep]:
-        """What the engine gets of every parameter: local tensors, taken anew."""
-        if not self._works:
+    def _current_param_steps(self, exchange: Exchange, grads: Sequence[Tensor | None]) -> list[ParamStep]:
+        """Every parameter as the engine needs it, with its current local tensors."""
+        if not self._param_steps:
             groups = {id(param): group for _, param, group in self._named()}
             decay = {name: blocks.decay for name, blocks in self._blocks.items()}
-            self._works = exchange.param_steps(groups, decay, self.seed if self.stochastic_rounding else None)
-        for work, item, grad in zip(self._works, exchange.items, grads, strict=True):
-            state, work.param, work.grad = self.state[item.param], local(item.param), grad
-            follow_parameter(item.name, state, work.param, self.engine.step_on_device)
-            work.step = state["step"]
-            work.exp_avg, work.exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
-            work.exp_avg_scale = local(state["exp_avg_scale"]) if "exp_avg_scale" in state else None
-            for key, factor in zip(SECOND_MOMENTS[1:], work.factors, strict=False):
+            self._param_steps = exchange.param_steps(groups, decay, self.seed if self.stochastic_rounding else None)
+        for param_step, item, grad in zip(self._param_steps, exchange.items, grads, strict=True):
+            state, param_step.param, param_step.grad = self.state[item.param], local(item.param), grad
+            follow_parameter(item.name, state, param_step.param, self.engine.step_on_device)
+            param_step.step = state["step"]
+            param_step.exp_avg, param_step.exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            param_step.exp_avg_scale = local(state["exp_avg_scale"]) if "exp_avg_scale" in state else None
+            for key, factor in zip(SECOND_MOMENTS[1:], param_step.factors, strict=False):
                 factor.exp_avg_sq = local(state[key])
-        return self._works
+        return self._param_steps
 
     # Saving and loading
 
     @torch._disable_dynamo
     @torch.no_grad()
     def block_means(self, exp_avg_sq: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
-        """AdamW's second moments as AdamMini's: their mean over every block, by its key in the state, placed as the
-        state is. Collective.
+        """AdamW's second moments converted to AdamMini's: their mean over every block, by state key, with the state's
+        placements. Collective.
 
         Args:
             exp_avg_sq: one per trainable parameter, with its shape and placements.
         """
         self.init_state()
         exchange = self._planned()
-        # As roots, because the exchange squares what it sums.
+        # As roots, because the exchange sums squares.
         roots = [local(exp_avg_sq[item.param]).to(item.dtype).sqrt() for item in exchange.items]
-        works = self._current_works(exchange, roots)
-        for work in works:
-            work.step = torch.zeros(())  # the state here says nothing of the moments that are averaged
+        param_steps = self._current_param_steps(exchange, roots)
+        for param_step in param_steps:
+            param_step.step = torch.zeros(())  # this state predicts nothing about the moments to be averaged
         plain = Tensorwise("foreach", vectorized)
-        exchange.start(works, plain)
+        exchange.start(param_steps, plain)
         exchange.finish()
         means: dict[Tensor, dict[str, Tensor]] = {}
-        for work, item in zip(works, exchange.items, strict=True):
+        for param_step, item in zip(param_steps, exchange.items, strict=True):
             means[item.param] = {}
-            for key, mean in zip(SECOND_MOMENTS, plain.block_means(work), strict=False):
+            for key, mean in zip(SECOND_MOMENTS, plain.block_means(param_step), strict=False):
                 like = self.state[item.param][key]
                 placements = like.placements if isinstance(like, DTensor) else ()
                 means[item.param][key] = as_state(mean, item.param, like.shape, placements)
-            work.release()
+            param_step.release()
         return means
 
     @torch._disable_dynamo
@@ -352,12 +349,12 @@ class AdamMini(Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, on this mesh; dtypes and names stay this optimizer's. Collective.
+        """Load the result of `state_dict()`, on this mesh; dtypes and names of this optimizer are kept. Collective.
 
-        State belongs to every parameter of the groups, frozen or not. Trainable parameters that the state does not
-        have begin anew, which is logged; a state without any, of an optimizer that never stepped, leaves none.
+        Frozen parameters may have state, too. Trainable parameters without loaded state start with zero moments,
+        which is logged; loading an empty state, of an optimizer that never stepped, clears the state.
 
-        Raises ValueError, and leaves everything as it was, if the groups or the state do not fit.
+        Raises ValueError, and changes nothing, if the groups or the state do not fit.
         """
         self._planned()
         state_dict = state_dict.copy()
@@ -382,13 +379,13 @@ class AdamMini(Optimizer):
         if state:
             absent = [name for name, param, _ in named if param.requires_grad and param not in stored]
             if absent and self._logs():
-                log.warning(f"AdamMini: the loaded state has nothing of {some_of(absent)}: their moments begin at zero")
+                log.warning(f"AdamMini: the loaded state lacks {some_of(absent)}: their moments start at zero")
             self.init_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: everything but the plan, which holds process groups and is made anew."""
+        """For pickle and deepcopy: everything but the plan, which has process groups and is rebuilt."""
         own = ["partition", "momentum_dtype", "stochastic_rounding", "seed", "_flags", "_blocks"]
         own += ["_dims", "_checked", "_stepped", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}

@@ -1,4 +1,4 @@
-"""Pickles from files that anybody may have written: nothing is made but what is on a list, and nothing is run."""
+"""Safe unpickling of untrusted files: only types on a list are created, and no code is run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class NotAllowed(ValueError):
-    """A pickle asks for a class or function that is not on the list; its text is the name, such as "os.system"."""
+    """A pickle refers to a class or function that is not on the list; the message is its name, such as "os.system"."""
 
 
 def unpickle(content: bytes, allowed: Mapping[str, Any] | None = None) -> Any:
-    """What a pickle holds: containers, numbers and text, and what `allowed` names.
+    """The content of a pickle: containers, numbers, text, and objects of the types in `allowed`.
 
     Args:
         content: the pickle.
         allowed: "module.name" -> a class or function that may be called with any arguments.
 
     Raises:
-        NotAllowed: it asks for something else, of which nothing was made.
-        pickle.UnpicklingError: it is damaged, or no pickle.
+        NotAllowed: it refers to anything else; no object of it was created.
+        pickle.UnpicklingError: it is damaged, or not a pickle.
     """
     try:
         return _Unpickler(content, allowed or {}).load()

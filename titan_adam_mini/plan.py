@@ -1,10 +1,10 @@
-"""Which blocks lie on more than one rank, and which small buffers complete them: pure data, no process group.
+"""Which blocks lie on more than one rank, and the small buffers that complete them: pure data, no process group.
 
-The model, in four words. A rank *owns* a box of a tensor. Along each dim the outermost cuts may be *aligned*
-with the blocks (every rank then holds whole tiles, exactly those that torch would give it of the block grid);
-from the first cut that is not, the blocks *straddle*. What a rank would hold if only the aligned cuts were made
-is its *reach*: the blocks whose second moments it keeps. Every rank of a group along a straddling axis has the
-same reach, so the sums of a reach are what that group adds up, in buffers of equal shape.
+Four terms: A rank *owns* a box of a tensor. Along each dim the outermost cuts may be *aligned* with the blocks
+(every rank then has complete tiles, exactly those that torch would assign to it when sharding the block grid);
+from the first cut that is not, the blocks *straddle*. The *reach* of a rank is the box it would own if only the
+aligned cuts were made: the blocks whose second moments it stores. Every rank of a group along a straddling axis
+has the same reach, so that group reduces the sums of the reach, in buffers of equal shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .layout import BlockLayout, Tiles
 from .sharding import Axis, Box, Shard, box_shape, chunk
 
 Group = tuple[int, ...]
-"""What names a process group: its ranks."""
+"""A process group, identified by its ranks."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class BlockPlan:
     """One parameter's blocks on one rank.
 
     Attributes:
-        layout: how the whole tensor is cut into blocks.
-        shard: what this rank holds of it.
+        layout: how the global tensor is cut into blocks.
+        shard: this rank's part of it.
         levels: per dim, how many of its cuts (outer first) are aligned with the blocks.
-        keep: dims up to this one enter the exchange index by index ("row sums"), deeper ones summed over
-            their tiles; -1 exchanges one partial sum per block. Rows go into disjoint slots, so their exchange
-            adds zeros only, and every rank then adds the rows in the order of a single device: same bits.
-        axes: mesh axes whose groups complete the sums, in mesh order; empty where nothing straddles.
+        keep: dims up to this one are exchanged per index ("row sums"), later ones are summed over their tiles
+            first; -1 exchanges one partial sum per block. Rows go into disjoint slots, so their all-reduce
+            only adds zeros, and every rank then adds the rows in the order of a single device: bit-identical.
+        axes: mesh axes whose groups complete the sums, in mesh order; empty if nothing straddles.
     """
 
     layout: BlockLayout
@@ -61,12 +61,12 @@ class BlockPlan:
 
     @cached_property
     def own(self) -> tuple[Box, ...]:
-        """The boxes of the tensor that this rank holds."""
+        """The boxes of the tensor that this rank owns."""
         return self.shard.boxes()
 
     @cached_property
     def reach(self) -> Box:
-        """The box of the tensor whose second moments this rank keeps: whole blocks."""
+        """The box of the tensor whose second moments this rank stores: complete blocks."""
         return self.shard.box(self.levels)
 
     @cached_property
@@ -85,17 +85,18 @@ class BlockPlan:
 
     @cached_property
     def sums_shape(self) -> tuple[int, ...]:
-        """Shape of the sums of the reach as they are exchanged."""
+        """Shape of the exchanged sums of the reach."""
         rows = box_shape(self.reach)[: self.keep + 1]
         return rows + self.grid_shape[self.keep + 1 :]
 
     @cached_property
     def parts(self) -> tuple[tuple[tuple[Tiles, ...], tuple[slice, ...], tuple[slice, ...]], ...]:
-        """Per owned box: the pieces of its tiles, the place of its sums in those of the reach, its blocks."""
+        """Per owned box: the pieces of its tiles, the slices of its sums among those of the reach, and of its
+        blocks."""
         return tuple((self.tiles_in(box), self.place(box), self.blocks_of(box)) for box in self.own)
 
     def place(self, box: Box) -> tuple[slice, ...]:
-        """Where the sums of an owned box stand among the sums of the reach."""
+        """The slices of an owned box's sums among the sums of the reach."""
         slices = []
         for dim, ((start, stop), (base, _)) in enumerate(zip(box, self.reach, strict=True)):
             lo, hi = start - base, stop - base
@@ -103,7 +104,7 @@ class BlockPlan:
         return tuple(slices)
 
     def blocks_of(self, box: Box) -> tuple[slice, ...]:
-        """Where the blocks of an owned box stand in this rank's part of the grid."""
+        """The slices of an owned box's blocks in this rank's part of the grid."""
         return tuple(
             slice(*tiles.span(start - base, stop - base))
             for tiles, (start, stop), (base, _) in zip(self.reach_tiles, box, self.reach, strict=True)
@@ -111,7 +112,7 @@ class BlockPlan:
 
     @cached_property
     def of_columns(self) -> bool:
-        """Are the blocks the columns of a matrix, or of each of a stack?"""
+        """Whether the blocks are the columns of a matrix, or of each matrix of a stack."""
         if len(self.layout.shape) < 2:
             return False
         *stack, rows, columns = self.layout.dims
@@ -124,7 +125,7 @@ class BlockPlan:
 
     @cached_property
     def of_rows(self) -> BlockPlan:
-        """The same part of the tensor with a block for every row."""
+        """The plan of the same shard with one block per row."""
         shape = self.layout.shape
         return BlockPlan.of(BlockLayout.of(shape, *(1 for _ in shape[1:]), None), self.shard)
 
@@ -136,8 +137,8 @@ class BlockPlan:
 
 @cache
 def _aligned_levels(tiles: Tiles, sizes: tuple[int, ...]) -> int:
-    """How many of the nested cuts into `sizes` chunks (outer first) give every rank, everywhere, the tiles torch
-    would give it of the grid."""
+    """How many of the nested cuts into `sizes` chunks (outer first) give every rank the tiles that torch would give it
+    when sharding the grid."""
     pieces = {tiles}
     for level, size in enumerate(sizes):
         if not all(_is_aligned(piece, size) for piece in pieces):
@@ -148,7 +149,7 @@ def _aligned_levels(tiles: Tiles, sizes: tuple[int, ...]) -> int:
 
 @cache
 def _is_aligned(tiles: Tiles, chunks: int) -> bool:
-    """Do `chunks` chunks of the indices hold exactly the tiles of as many chunks of the list of tiles?"""
+    """Whether `chunks` chunks of the indices contain exactly the tiles of as many chunks of the list of tiles."""
     if tiles.is_unit:
         return True
     edges = [*tiles.starts(), tiles.size]
@@ -173,8 +174,8 @@ class Grid:
 
     @property
     def float64(self) -> bool:
-        """Do its sums travel as float64? Sums over a column are those of many rows, added in an order that the
-        sharding decides: they stay the same where the sum of the roundings is exact, or far below float32's."""
+        """Whether its sums are exchanged as float64. Sums over a column add many rows in an order that depends on the
+        sharding: in float64 the rounding errors are zero or far below those of float32."""
         return self.plan.of_columns
 
 
@@ -190,9 +191,9 @@ class Slot:
     Attributes:
         grid: its index.
         sums: offset of its sums, which have the plan's `sums_shape`; None if they are not exchanged here.
-        float64: do they stand in the buffer's float64 part?
-        present: offset of the number of ranks that have a gradient; never in that part.
-        after: index, in the list of buffers, of the one whose result goes into this one; None for the first.
+        float64: whether they are in the buffer's float64 part.
+        present: offset of the number of ranks that have a gradient; never in the float64 part.
+        after: index, in the list of buffers, of the one whose result is copied into this one; None for the first.
         present_after: the same for the number of ranks.
     """
 
@@ -215,21 +216,21 @@ class BufferPlan:
 
 
 def plan_buffers(grids: Sequence[Grid], axes: Sequence[Sequence[Axis]]) -> tuple[BufferPlan, ...]:
-    """The exchange of all block grids of an optimizer: one buffer per group that has anything to complete.
+    """The exchange of all block grids of an optimizer: one buffer per group with straddling blocks.
 
     Args:
         grids: see `grids_of`; all ranks have the same order.
         axes: of every parameter, the axes (of more than one rank) of its mesh.
 
-    The order of the buffers is one total order for all ranks: by position in the mesh, since a block cut on two
-    axes is reduced on each in turn, then by ranks. Where a group exchanges at all, every parameter that it shards
-    tells how many ranks have its gradient, so that `step` stays the same everywhere.
+    The order of the buffers is the same on all ranks: by position in the mesh, since a block cut on two axes is
+    reduced on each in turn, then by ranks. If a group exchanges at all, it also counts the ranks that have a gradient
+    for every parameter that it shards, so that `step` stays the same everywhere.
     """
     busy = {axis.ranks for grid in grids for axis in axes[grid.param] if axis.index in grid.plan.axes}
     order = {group: number for number, group in enumerate(ordered_groups(axes)) if group in busy}
     members: dict[Group, list[tuple[int, bool]]] = {group: [] for group in order}
     for index, grid in enumerate(grids):
-        cut = {one.axis for one in grid.plan.shard.cuts} | set(grid.plan.axes)
+        cut = {axis_cut.axis for axis_cut in grid.plan.shard.cuts} | set(grid.plan.axes)
         for axis in axes[grid.param]:
             if axis.ranks in busy and axis.index in cut:
                 members[axis.ranks].append((index, axis.index in grid.plan.axes))
@@ -253,10 +254,10 @@ def plan_buffers(grids: Sequence[Grid], axes: Sequence[Sequence[Axis]]) -> tuple
 
 
 def bytes_in(buffers: Sequence[BufferPlan], grids: Sequence[Grid], itemsizes: Sequence[int]) -> dict[int, int]:
-    """Bytes that each parameter has in the buffers, presence slots included; those that have none are left out.
+    """Bytes of each parameter in the buffers, presence slots included; parameters without any are left out.
 
     Args:
-        itemsizes: of every parameter; one buffer travels in the type of the widest in it.
+        itemsizes: of every parameter; a buffer is exchanged in the widest dtype of its parameters.
     """
     result: dict[int, int] = {}
     for buffer in buffers:
@@ -269,20 +270,20 @@ def bytes_in(buffers: Sequence[BufferPlan], grids: Sequence[Grid], itemsizes: Se
 
 
 def ordered_groups(axes: Sequence[Sequence[Axis]]) -> list[Group]:
-    """All groups of the parameters' meshes in one total order for all ranks: mesh order first, then ranks.
+    """All groups of the parameters' meshes in the same order on all ranks: mesh order first, then ranks.
 
-    Raises ValueError if two meshes name the same two groups in opposite order.
+    Raises ValueError if two meshes have the same two groups in opposite order.
     """
     meshes = {tuple(mesh) for mesh in axes}
     stage = {axis.ranks: 0 for mesh in meshes for axis in mesh}
-    steps = {(one.ranks, two.ranks) for mesh in meshes for one, two in pairwise(mesh)}
+    steps = {(outer.ranks, inner.ranks) for mesh in meshes for outer, inner in pairwise(mesh)}
     for _ in range(len(stage) + 1):
-        late = [(one, two) for one, two in steps if stage[two] <= stage[one]]
+        late = [(outer, inner) for outer, inner in steps if stage[inner] <= stage[outer]]
         if not late:
             return sorted(stage, key=lambda ranks: (stage[ranks], ranks))
-        for one, two in late:
-            stage[two] = stage[one] + 1
+        for outer, inner in late:
+            stage[inner] = stage[outer] + 1
     raise ValueError(
         f"ranks {late[0][0]} come before {late[0][1]} in one device mesh and after them in another; "
-        "give the meshes one order of axes"
+        "use the same order of axes in all meshes"
     )

@@ -1,7 +1,7 @@
-"""Private names of torch that this package uses, in one place: another version of torch may lack them.
+"""All private torch names that this package uses; another version of torch may lack them.
 
-``from titan_adam_mini.private import NAME`` imports the module that has the name, when it is asked for. tests/
-test_private.py says which of them the installed torch lacks.
+``from titan_adam_mini.private import NAME`` imports the module that defines the name, on demand. tests/test_private.py
+reports those that the installed torch lacks.
 """
 
 from importlib import import_module
@@ -27,12 +27,12 @@ MODULES = {
     "flatten_state_dict": "torch.distributed.checkpoint._nested_dict",
     "tree_map_only": "torch.utils._pytree",
 }
-"""Name -> the module of torch that has it."""
+"""Name -> the torch module that defines it."""
 
 ATTRIBUTES = {
-    "torch:_disable_dynamo": "a step that is not traced",
+    "torch:_disable_dynamo": "steps that are not traced",
     "torch:_foreach_add_": "sums of columns",
-    "torch.cuda.memory:_record_memory_history": "memory snapshots, which torchtitan takes with it",
+    "torch.cuda.memory:_record_memory_history": "memory snapshots, as torchtitan takes them",
     "torch.cuda.memory:_snapshot": "names of tensors in memory snapshots",
     "torch.distributed:ProcessGroup._device_types": "the devices that a process group reduces on",
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "FSDP's groups of parameters",
@@ -46,7 +46,7 @@ ATTRIBUTES = {
     "torch.distributed._tools.mem_tracker:MemTracker._update_and_maybe_create_winfos": "temporaries of the step",
     "torch.distributed._tools.mem_tracker:MemTracker._update_peak_stats": "a peak for each phase of a step",
 }
-"""Other private attributes in use: "module:name" or "module:class.name" -> what for."""
+"""Other private attributes in use: "module:name" or "module:class.name" -> purpose."""
 
 SET_ON_INSTANCES = {
     "torch.optim:Optimizer._optimizer_load_state_dict_pre_hooks": "hooks of users around load_state_dict",
@@ -54,7 +54,7 @@ SET_ON_INSTANCES = {
     "torch.optim.lr_scheduler:LRScheduler._last_lr": "the configuration's learning rate in place of a checkpoint's",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_group": "FSDP's groups of parameters",
 }
-"""The same for attributes that only an instance has."""
+"""The same for attributes of instances."""
 
 
 def __getattr__(name: str) -> Any:

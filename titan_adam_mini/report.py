@@ -1,4 +1,4 @@
-"""The start-up table: what every parameter is, how it is cut, and what its blocks cost in communication."""
+"""The start-up table: role and blocks of every parameter, and the communication they need."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .partition.roles import HEADED, TRANSPOSED
 from .plan import BufferPlan
 
 NO_GRADIENT = (
-    "AdamMini: step() found no gradient on any parameter, and there has been none before: nothing is trained. Was the "
-    "optimizer built before fully_shard or another wrapper replaced the model's parameters? Then build it afterwards. "
-    "Or were the gradients cleared before step()?"
+    "AdamMini: step() found no gradient on any parameter, now or before: nothing is trained. If the optimizer was "
+    "built before fully_shard or another wrapper replaced the model's parameters, build it afterwards. Otherwise "
+    "check whether gradients are cleared before step()."
 )
 HEADINGS = ("pattern", "n", "shape", "role", "blocks", "decay", "straddling", "bytes/step")
 
 
 def table(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence[BufferPlan]) -> str:
-    """A row per kind of parameter and a row of totals; `bytes/step` is what this rank puts into the exchange."""
+    """A row per kind of parameter and a row of totals; `bytes/step` is what this rank exchanges."""
     index = {blocks[item.name].name: number for number, item in enumerate(items)}
     cost = bytes_exchanged(items, buffers)
     rows = [HEADINGS]
@@ -45,7 +45,7 @@ def table(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence
 
 
 def exchange_summary(blocks: Mapping[str, Blocks], items: Sequence[Item], buffers: Sequence[BufferPlan]) -> str:
-    """What straddles and what that costs, in one line."""
+    """One line: how much straddles, and the bytes exchanged for it."""
     return (
         f"{sum(item.straddles for item in items)} of {len(items)} parameters have blocks on more than one rank, "
         f"{heads_cut(blocks, items)} heads cut, "
@@ -54,7 +54,7 @@ def exchange_summary(blocks: Mapping[str, Blocks], items: Sequence[Item], buffer
 
 
 def heads_cut(blocks: Mapping[str, Blocks], items: Sequence[Item]) -> int:
-    """How many heads of queries and keys lie on more than one rank, over all parameters of the optimizer."""
+    """Number of query and key heads that lie on more than one rank, over all parameters."""
     total = 0
     for item in items:
         role = blocks[item.name].role

@@ -1,8 +1,8 @@
-"""What this rank holds of one tensor, and the local tensor that holds it. Knows no roles.
+"""This rank's part of a tensor, and the local tensor with its data. Independent of roles.
 
-A `Shard` is pure data (global shape, and the cuts that mesh axes make), so the layout of a thousand ranks
-can be computed in a loop on one. DTensor placements are one source of it, flat slices of the flattened
-tensor (FSDP1, ZeRO) another.
+A `Shard` is pure data (the global shape, and the cuts made by mesh axes), so the layout of a thousand ranks
+can be computed in a loop on one. It is made from DTensor placements or from slices of the flattened tensor
+(FSDP1, ZeRO).
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ Box = tuple[Interval, ...]
 
 
 def chunk(size: int, chunks: int, index: int) -> Interval:
-    """The `index`-th of `chunks` pieces of `size` indices, cut as `torch.chunk` does: the last ones short or empty."""
+    """The `index`-th of `chunks` pieces of `size` indices, cut as by `torch.chunk`: the last ones may be short or
+    empty."""
     length = -(-size // chunks)
     return min(index * length, size), min((index + 1) * length, size)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Mesh axis `axis` cuts tensor dim `dim` into `size` chunks; this rank holds number `coordinate`."""
+    """Mesh axis `axis` cuts tensor dim `dim` into `size` chunks; this rank has number `coordinate`."""
 
     axis: int
     dim: int
@@ -47,8 +48,8 @@ class Shard:
     Attributes:
         shape: global shape.
         cuts: the cuts, along each dim in the order in which they are made (outer first).
-        flat: (start, stop, axis): this rank holds these elements of the flattened tensor, as one 1-D local
-            tensor, and the ranks along mesh axis `axis` hold the others. Excludes `cuts`.
+        flat: (start, stop, axis): this rank has these elements of the flattened tensor, as one 1-D local
+            tensor, and the ranks along mesh axis `axis` have the others. Excludes `cuts`.
     """
 
     shape: tuple[int, ...]
@@ -91,7 +92,7 @@ class Shard:
         return tuple(cut for cut in self.cuts if cut.dim == dim)
 
     def box(self, levels: Sequence[int] | None = None) -> Box:
-        """The index range per dim that is left after all cuts, or after the first `levels[dim]` of each dim."""
+        """The index range per dim after all cuts, or after the first `levels[dim]` of each dim."""
         box = []
         for dim, size in enumerate(self.shape):
             start, stop = 0, size
@@ -102,7 +103,7 @@ class Shard:
         return tuple(box)
 
     def pieces(self, dim: int, levels: int | None = None) -> list[Interval]:
-        """What all ranks together hold along one dim after all its cuts, or after the first `levels`."""
+        """The intervals of all ranks along one dim after all its cuts, or after the first `levels`."""
         pieces = [(0, self.shape[dim])]
         for cut in self.cuts_of(dim)[:levels]:
             pieces = [
@@ -113,13 +114,13 @@ class Shard:
         return pieces
 
     def boxes(self) -> tuple[Box, ...]:
-        """What this rank holds as disjoint boxes, in the order in which the local tensor stores them."""
+        """This rank's part as disjoint boxes, in the order of the local tensor."""
         if self.flat is None:
             return (self.box(),)
         return tuple(_flat_boxes(self.shape, *self.flat[:2]))
 
     def views(self, local: Tensor) -> list[Tensor]:
-        """The parts of the local tensor that hold `boxes()`, each in the shape of its box."""
+        """Views of the local tensor, one per box of `boxes()`, each in the shape of its box."""
         if self.flat is None:
             return [local]
         sizes = [box_shape(box) for box in self.boxes()]
@@ -134,7 +135,7 @@ def box_shape(box: Box) -> tuple[int, ...]:
 
 @cache
 def _flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """Elements [start, stop) of a flattened tensor as boxes: a cut row, whole rows, a cut row, dim by dim."""
+    """Elements [start, stop) of a flattened tensor as boxes: a partial row, full rows, a partial row, dim by dim."""
     if start >= stop:
         return []
     if len(shape) <= 1:
@@ -147,17 +148,17 @@ def _flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     if start % row:
         boxes += _flat_boxes(shape, start, (first + 1) * row)
         first += 1
-    whole = stop // row
-    if first < whole:
-        boxes.append(((first, whole), *((0, size) for size in shape[1:])))
+    end_of_full_rows = stop // row
+    if first < end_of_full_rows:
+        boxes.append(((first, end_of_full_rows), *((0, size) for size in shape[1:])))
     if stop % row:
-        boxes += _flat_boxes(shape, whole * row, stop)
+        boxes += _flat_boxes(shape, end_of_full_rows * row, stop)
     return boxes
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis, of more than one rank, of the mesh that a parameter lives on.
+    """One axis, of more than one rank, of a parameter's mesh.
 
     Attributes:
         index: its position in that mesh.
@@ -179,15 +180,15 @@ def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:
 
 
 def shard_of(param: Tensor) -> Shard:
-    """The shard that a parameter is; a plain tensor is whole.
+    """The shard of a parameter; a plain tensor is unsharded.
 
-    Raises ValueError if the parameter's local tensor is not what its placements say.
+    Raises ValueError if the parameter's local tensor does not match its placements.
     """
     if not isinstance(param, DTensor):
         return Shard(tuple(param.shape))
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "the parameter lives on a mesh that this rank is not part of"
+    assert coordinate is not None, "the parameter is on a mesh that this rank is not part of"
     shard = Shard.of(param.shape, param.placements, mesh.shape, coordinate)
     if tuple(param.to_local().shape) != box_shape(shard.box()):
         raise ValueError(
@@ -201,30 +202,31 @@ _FLAT = {
     "_is_flat_param": "a FlatParameter of FSDP1, which joins many parameters in one tensor",
     "_fsdp_flattened": "a flat slice that FSDP1 (FullyShardedDataParallel) made of the parameter",
     "ds_tensor": "a partition that DeepSpeed ZeRO stage 3 made of the parameter",
-    "_hp_mapping": "a parameter whose update DeepSpeed ZeRO does on flat partitions",
+    "_hp_mapping": "a parameter that DeepSpeed ZeRO updates in flat partitions",
 }
-"""Attributes that frameworks leave on tensors which are no whole parameters, and what such a tensor is."""
+"""Attributes that frameworks set on tensors that are not complete parameters -> what such a tensor is."""
 
 
 def refuse_flat(name: str, param: Tensor) -> None:
-    """Raise ValueError, naming the framework, if a tensor is part of a flattened parameter, which has no blocks."""
+    """Raise ValueError, naming the framework, if a tensor is part of a flattened parameter, whose blocks are
+    unknown."""
     for attribute, meaning in _FLAT.items():
         if getattr(param, attribute, False) is not False:
             cure = "use FSDP2 (fully_shard)" if "FSDP1" in meaning else "use ZeRO stage 0"
-            raise ValueError(f"{name!r} is {meaning}: AdamMini cannot tell its blocks; {cure}")
+            raise ValueError(f"{name!r} is {meaning}: AdamMini cannot determine its blocks; {cure}")
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain tensor with this rank's data, taken anew: unwrapped from DTensor, waited for, out of its subclass.
+    """The plain tensor with this rank's current data: unwrapped from DTensor, async wrappers and subclasses.
 
-    Frameworks may replace a DTensor's local tensor (FSDP2 does), so callers never keep the result.
+    Frameworks may replace a DTensor's local tensor (FSDP2 does), so callers must not keep the result.
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
-    if type(tensor) in _PLAIN:  # nearly always, and this is asked of every tensor in every step
+    if type(tensor) in _PLAIN:  # the usual case; this runs for every tensor in every step
         return tensor
     wait: Any = getattr(tensor, "wait", None)
     if wait is not None:
@@ -233,7 +235,9 @@ def local(tensor: Tensor) -> Tensor:
     while type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         if len(names) != 1:
-            raise ValueError(f"a {type(tensor).__name__} holds {len(names)} tensors: cannot be updated in place")
+            raise ValueError(
+                f"a {type(tensor).__name__} consists of {len(names)} tensors: it cannot be updated in place"
+            )
         tensor = getattr(tensor, names[0])
     return tensor
 
@@ -252,16 +256,16 @@ def as_state(
     state = DTensor.from_local(
         data, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    # from_local moves data to the mesh's device type; under CPU offload the data stays where the parameter is.
+    # from_local moves data to the mesh's device type; under CPU offload it must stay on the parameter's device.
     return state if state.device == data.device else state.to(data.device)
 
 
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """This rank's part of the gradient, as a plain tensor of the local parameter's shape.
 
-    A gradient that is Partial (a sum or an average) where its parameter is replicated passes: it is completed later.
-    One that is replicated where its parameter is sharded (torch's row-wise parallel embedding) is cut to size.
-    Raises ValueError if `grad` cannot update `param`: sparse, complex, or placed in another way.
+    A gradient that is Partial (sum or average) where its parameter is replicated is accepted: it is reduced later. One
+    that is replicated where its parameter is sharded (torch's row-wise parallel embedding) is sliced.
+    Raises ValueError if `grad` cannot update `param`: sparse, complex, or with other placements.
     """
     if grad.is_sparse or grad.layout != torch.strided:
         raise ValueError("its gradient is sparse; AdamMini needs dense gradients (sparse=False in nn.Embedding)")
@@ -273,7 +277,7 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
         return local(grad)
     assert isinstance(grad, DTensor)
     if param.device_mesh != grad.device_mesh:
-        raise ValueError(f"the parameter lives on {param.device_mesh} and its gradient on {grad.device_mesh}")
+        raise ValueError(f"the parameter is on {param.device_mesh} and its gradient on {grad.device_mesh}")
     if param.placements == grad.placements:
         return local(grad)
     for axis, (want, have) in enumerate(zip(param.placements, grad.placements, strict=True)):
@@ -284,13 +288,13 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
             )
     coordinate = param.device_mesh.get_coordinate()
     assert coordinate is not None
-    whole = [Replicate() if isinstance(one, Partial) else one for one in grad.placements]
-    held = Shard.of(grad.shape, whole, grad.device_mesh.shape, coordinate).box()
+    replicated = [Replicate() if isinstance(placement, Partial) else placement for placement in grad.placements]
+    grad_box = Shard.of(grad.shape, replicated, grad.device_mesh.shape, coordinate).box()
     own = shard_of(param).box()
-    if not all(base <= lo and hi <= end for (lo, hi), (base, end) in zip(own, held, strict=True) if lo < hi):
+    if not all(base <= lo and hi <= end for (lo, hi), (base, end) in zip(own, grad_box, strict=True) if lo < hi):
         raise ValueError(
             f"the parameter is placed as {param.placements} and its gradient, as {grad.placements}, lacks some of its "
             "elements here; redistribute the gradient first"
         )
-    cut = (slice(lo - base, hi - base) for (lo, hi), (base, _) in zip(own, held, strict=True))
+    cut = (slice(lo - base, hi - base) for (lo, hi), (base, _) in zip(own, grad_box, strict=True))
     return local(grad)[tuple(cut)]

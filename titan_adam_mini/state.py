@@ -1,4 +1,4 @@
-"""The optimizer's state of one parameter: new, loaded from a checkpoint, or put there by somebody else."""
+"""The optimizer state of one parameter: new, loaded from a checkpoint, or set by other code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CONVERT = (
     "[optimizer.adam_mini] load_adamw_state = true"
 )
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_col", "exp_avg_sq_mean")
-"""Keys of a parameter's grids: that of its blocks, and where it is factored those of its columns and of the whole."""
-FOREIGN = ("vmean", "head_per_gpu", "neuron_per_gpu")
-"""State that only the authors' adam-mini keeps: statistics of one GPU's part of a tensor."""
-AUTHORS = (
-    "the optimizer state of the authors' adam-mini, whose statistics belong to one GPU's part of a head and cannot be "
-    "put together again: load the model alone, and let the moments grow anew"
+"""Keys of a parameter's grids: blocks (or rows), and if factored, columns and the mean of the matrix."""
+UPSTREAM_KEYS = ("vmean", "head_per_gpu", "neuron_per_gpu")
+"""State keys that only the authors' adam-mini has: statistics of one GPU's part of a tensor."""
+UPSTREAM_STATE = (
+    "the optimizer state of the authors' adam-mini, whose statistics cover one GPU's part of a head and cannot be "
+    "merged: load only the model, and start with new moments"
 )
 
 
@@ -40,7 +40,7 @@ def new_state(
 
     Args:
         plans: one per grid of second moments.
-        step_on_device: is `step` where the parameter is? On the CPU otherwise.
+        step_on_device: whether `step` is on the parameter's device; on the CPU otherwise.
 
     Raises ValueError if the parameter itself is on the meta device.
     """
@@ -55,7 +55,7 @@ def new_state(
         "exp_avg": as_state(exp_avg, param, param.shape, same, param.stride()),
     }
     for key, plan in zip(SECOND_MOMENTS, plans, strict=False):
-        grid = [one if axis in plan.aligned_axes else Replicate() for axis, one in enumerate(same)]
+        grid = [placement if axis in plan.aligned_axes else Replicate() for axis, placement in enumerate(same)]
         zeros = torch.zeros(plan.grid_shape, dtype=dtype, device=data.device)
         state[key] = as_state(zeros, param, plan.layout.grid_shape, grid)
     if momentum_dtype == torch.int8:
@@ -65,7 +65,7 @@ def new_state(
 
 
 def check_state(name: str, param: Tensor, plans: Sequence[BlockPlan], state: Mapping[str, Any]) -> None:
-    """Raise ValueError if state that stands beside a parameter is not that of a parameter of its shape."""
+    """Raise ValueError if existing state does not fit its parameter's shape and partition."""
     expected = {"exp_avg": tuple(param.shape)}
     expected |= {key: plan.layout.grid_shape for key, plan in zip(SECOND_MOMENTS, plans, strict=False)}
     for key, want in expected.items():
@@ -73,14 +73,14 @@ def check_state(name: str, param: Tensor, plans: Sequence[BlockPlan], state: Map
         have = tuple(value.shape) if isinstance(value, Tensor) else None
         if have != want:
             raise ValueError(
-                f"the state of {name!r} has {key} of shape {have}, and the parameter, of shape {tuple(param.shape)}, "
-                f"needs {want}: it is of a tensor of another shape, or of another partition; delete it to begin anew "
+                f"the state of {name!r} has {key} of shape {have}, but the parameter, of shape {tuple(param.shape)}, "
+                f"needs {want}: the state belongs to another shape or partition; delete it to start with new state "
                 "(del optimizer.state[parameter])"
             )
 
 
 def follow_parameter(name: str, state: dict[str, Any], data: Tensor, step_on_device: bool) -> None:
-    """Bring state to the device of its parameter, from wherever it was moved; `step` may be a number.
+    """Move state to the device of its parameter; `step` may be a number.
 
     Args:
         data: the parameter's local tensor.
@@ -90,7 +90,7 @@ def follow_parameter(name: str, state: dict[str, Any], data: Tensor, step_on_dev
     device = data.device
     for key, value in state.items():
         want = device if step_on_device or key != "step" else _CPU
-        if value.device != want and not value.is_meta:  # which has lost its values: refused before the step
+        if value.device != want and not value.is_meta:  # a meta tensor has no values: refused before the step
             state[key] = value.to(want)
 
 
@@ -100,7 +100,7 @@ _CPU = torch.device("cpu")
 def adopt_all(
     stored: Mapping[Tensor, tuple[str, Mapping[str, Any]]], expected: Callable[[str, Tensor], Mapping[str, Tensor]]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """The loaded state of every parameter, each tensor as a new state has it; logs what momentum was converted.
+    """The loaded state of every parameter, with dtypes and placements of new state; logs momentum conversions.
 
     Nothing is changed in place.
 
@@ -128,8 +128,8 @@ def adopt(
     conversions: momentum.Conversions,
 ) -> dict[str, Tensor]:
     """`adopt_all` for one parameter; conversions of momentum are counted in `conversions`."""
-    if any(key in loaded for key in FOREIGN):
-        raise ValueError(f"the loaded state of {name!r} is {AUTHORS}")
+    if any(key in loaded for key in UPSTREAM_KEYS):
+        raise ValueError(f"the loaded state of {name!r} is {UPSTREAM_STATE}")
     first = loaded.get("exp_avg")
     if isinstance(first, Tensor) and first.shape == param.shape:
         if first.dtype != torch.int8 and expected["exp_avg"].dtype == torch.int8:
@@ -146,9 +146,9 @@ def adopt(
         if SECOND_MOMENTS[1] in missing and (second := loaded.get(SECOND_MOMENTS[0])) is not None:
             elementwise = isinstance(second, Tensor) and second.shape == param.shape
             hint = (
-                f": it is of AdamW; {CONVERT}"
+                f": it is AdamW's; {CONVERT}"
                 if elementwise
-                else ": it is of a run whose second_moment is not factored"
+                else ": it is from a run whose second_moment is not factored"
             )
         raise ValueError(
             f"the loaded state of {name!r} has no {', '.join(missing)} (it has {sorted(loaded) or 'none'}){hint}"
@@ -161,15 +161,15 @@ def adopt(
             if key == "exp_avg_sq" and value.shape == param.shape:
                 hint = f"AdamW, with one second moment per element; {CONVERT}"
             raise ValueError(
-                f"the loaded {key} of {name!r} has shape {tuple(value.shape)}, this partition needs "
-                f"{tuple(want.shape)}: the state is of {hint}"
+                f"the loaded {key} of {name!r} has shape {tuple(value.shape)}, but this partition needs "
+                f"{tuple(want.shape)}: the state is from {hint}"
             )
         state[key] = _placed(value, want).to(dtype=want.dtype)
     return state
 
 
 def _placed(value: Tensor, want: Tensor) -> Tensor:
-    """`value` with the device and placements of `want`; itself if it has them."""
+    """`value` with the device and placements of `want`; unchanged if it has them."""
     if isinstance(want, DTensor):
         if not isinstance(value, DTensor):
             value = distribute_tensor(value.to(want.device), want.device_mesh, want.placements, src_data_rank=None)

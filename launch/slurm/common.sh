@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What the batch scripts ask Slurm. Meant to be sourced. Slurm runs a copy of a batch script out of its spool, so a script
-# finds this file by the path that it was submitted with (train.sbatch shows how).
+# Functions for the batch scripts that query Slurm. Meant to be sourced. Slurm runs a copy of a batch script from its
+# spool, so a script finds this file by the path it was submitted with (see train.sbatch).
 
-# The top of the repository that this file is in.
+# The root of this repository.
 repository_root() {
     cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd
 }
 
-# The address of the job's first node. A node's name need not resolve on the others, so this is an IP address: the one
-# that Slurm has for the node, else the first that the node itself says it has.
+# The IP address of the job's first node, since its name need not resolve on the others: the address that Slurm has for
+# the node, else the first one reported by the node itself.
 head_address() {
     local head address
     head="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
@@ -22,19 +22,19 @@ head_address() {
         ;;
     esac
     [ -n "$address" ] || {
-        echo "error: neither Slurm nor the node $head itself (hostname -I) knows an IP address of $head." >&2
+        echo "error: neither Slurm nor the node itself (hostname -I) reports an IP address of $head." >&2
         return 1
     }
     echo "$address"
 }
 
-# A port for the job's ranks to meet at, the same on every node, another one in each restart, and below those that the
-# kernel gives to outgoing connections.
+# The rendezvous port of the job's ranks: the same on every node, different in each restart, and below the kernel's
+# ephemeral ports.
 port_of_job() {
     echo $((15000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 15000))
 }
 
-# GPUs per node: NGPU, else what Slurm gave the job on this node, else what the driver lists here, else 0.
+# GPUs per node: NGPU, else the GPUs that Slurm allocated on this node, else those listed by the driver, else 0.
 gpus_per_node() {
     if [ -n "${NGPU:-}" ]; then
         echo "$NGPU"
@@ -49,7 +49,7 @@ gpus_per_node() {
     fi
 }
 
-# The variables of this cluster's network, from network.sh in this folder if there is one: see network.example.sh.
+# Network variables of this cluster, from network.sh in this folder if it exists: see network.example.sh.
 network_variables() {
     local file
     file="$(repository_root)/launch/slurm/network.sh"

@@ -1,7 +1,7 @@
-"""Writes down what a later reader needs to know of an attempt: `environment.py FILE FLAGS...`.
+"""Records the environment of an attempt: `environment.py FILE FLAGS...`.
 
-Flags, commit, versions, driver, and environment variables: those that the tables below name, and of all others the
-names alone, since any of them may be a token. Only the user can read the file.
+Flags, commit, versions, driver, and environment variables: the values of those in the tables below, and only the names
+of all others, since any of them may be a token. Only the user can read the file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchtitan", "titan-adam-mini", "triton", "torchdata", "datasets", "tokenizers")
 
 VARIABLES = {
-    # this folder's scripts (README.md); not HEALTH_CHECK, which is a command of the user's
+    # this folder's scripts (README.md); not HEALTH_CHECK, which is a command set by the user
     *("ATTEMPT", "CONFIG_FILE", "HANG_SECONDS", "HEAD_ADDRESS", "HEAD_PORT", "LEAD_SECONDS", "LOG_RANK", "MASTER_ADDR"),
     *("MASTER_PORT", "MAX_REQUEUES", "NGPU", "OUTPUTS", "PLAN", "PYTHON", "RANKS", "RENDEZVOUS", "REPOSITORY"),
     *("SWEEP", "TRAIN_FILE"),
-    # Slurm, which has a token in SLURM_JWT, and the options of its plugins in SLURM_SPANK_*
+    # Slurm, except its token SLURM_JWT and plugin options SLURM_SPANK_*
     *("SLURMD_NODENAME", "SLURM_CLUSTER_NAME", "SLURM_CONF", "SLURM_EXPORT_ENV", "SLURM_NNODES", "SLURM_NODEID"),
     *("SLURM_NODELIST", "SLURM_NPROCS", "SLURM_RESTART_COUNT", "SLURM_TASKS_PER_NODE"),
     # devices
@@ -32,7 +32,7 @@ VARIABLES = {
     *("CONDA_PREFIX", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"),
     *("HOME", "HOSTNAME", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PWD", "PYTHONHASHSEED", "PYTHONPATH"),
     *("TMPDIR", "TRANSFORMERS_OFFLINE", "USER", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
-    # Weights & Biases, whose key is in WANDB_API_KEY
+    # Weights & Biases, except its key WANDB_API_KEY
     *("WANDB_MODE", "WANDB_PROJECT", "WANDB_RESUME", "WANDB_RUN_ID"),
 }
 """Variables that are written with their values."""
@@ -54,15 +54,15 @@ PREFIXES = (
     ),
     *("TORCHELASTIC_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
 )
-"""Beginnings of such names: families that configure and do not authenticate."""
+"""Prefixes of such names: families that do not contain credentials."""
 
 
 def variables(environment: Mapping[str, str]) -> list[str]:
-    """NAME=value, quoted as a shell needs it, of the variables above; in a last line the names of the others."""
+    """NAME=value of the variables above, shell-quoted; in the last line the names of the others."""
     written = {name for name in environment if name in VARIABLES or name.startswith(PREFIXES)}
     lines = [f"{name}={shlex.quote(environment[name])}" for name in sorted(written)]
     others = sorted(shlex.quote(name) for name in environment.keys() - written)
-    return [*lines, f"set, and not written down: {' '.join(others)}"]
+    return [*lines, f"set, values not recorded: {' '.join(others)}"]
 
 
 def lines_of(flags: list[str], environment: Mapping[str, str]) -> Iterator[str]:
@@ -86,7 +86,7 @@ def lines_of(flags: list[str], environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; "" if it is not there or fails, which is the ranks' to tell."""
+    """The output of a command; "" if it is missing or fails, which the ranks will report."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -95,7 +95,7 @@ def _output(*command: str) -> str:
 
 
 def write(file: Path, flags: list[str], environment: Mapping[str, str]) -> None:
-    """Write the file, which only the user can read. Raises FileExistsError if it is there already."""
+    """Write the file, readable only by the user. Raises FileExistsError if it exists."""
     text = "\n".join(lines_of(flags, environment)) + "\n"
     with open(
         os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", errors="replace"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# One attempt of a training job on Slurm, for the batch scripts beside it: `train FLAGS...` plans, starts torchrun on
-# every node, waits, hands signals on, and queues the job again where that helps. Meant to be sourced; LAUNCH is its
+# One attempt of a training job on Slurm, for the batch scripts in this folder: `train FLAGS...` plans, starts torchrun
+# on every node, waits, forwards signals, and requeues the job if that may help. Meant to be sourced; LAUNCH is its
 # folder.
 #
 # From the environment: CONFIG_FILE, NGPU, LOG_RANK, TRAIN_FILE, PYTHON as for launch/run_train.sh; OUTPUTS,
@@ -12,20 +12,20 @@ REPOSITORY="$(repository_root)"
 # shellcheck source=launch/python.sh
 . "$REPOSITORY/launch/python.sh"
 
-LEFT=75 REFUSED=78 # as in attempts.py
+SAVED=75 REFUSED=78 # as in attempts.py
 SIGNALLED="" CANCELLED="" JOB=""
 
-say() { echo "titan-adam-mini: $*" >&2; }
+log() { echo "titan-adam-mini: $*" >&2; }
 
 refuse() {
-    say "$@"
+    log "$@"
     exit "$REFUSED"
 }
 
 train() {
-    # From here on: a signal that nobody expects ends the script, and the job with it.
-    trap 'SIGNALLED=yes; say "USR1: the ranks are asked to save and leave"; hand_on' USR1
-    trap 'CANCELLED=yes; say "TERM: the job is cancelled"' TERM
+    # First of all: an unhandled signal would end the script, and the job with it.
+    trap 'SIGNALLED=yes; log "USR1: asking the ranks to save and exit"; forward_signal' USR1
+    trap 'CANCELLED=yes; log "TERM: the job is cancelled"' TERM
     identify
     if [[ "${1:-}" == *.toml ]]; then
         CONFIG_FILE="$1"
@@ -38,22 +38,22 @@ train() {
     [ "$NGPU" -gt 0 ] || NGPU=1 # no GPU: CPU with gloo
     local status=0 shown ranks=$((SLURM_JOB_NUM_NODES * NGPU))
     [ "${RANKS:-$ranks}" = "$ranks" ] ||
-        refuse "RANKS=$RANKS were asked for, and $SLURM_JOB_NUM_NODES nodes with $NGPU each make $ranks: submit with another -N, or with NGPU=ranks per node"
+        refuse "RANKS=$RANKS is set, but $SLURM_JOB_NUM_NODES nodes with $NGPU ranks each are $ranks: submit with another -N, or with NGPU=ranks per node"
     OUTPUTS="$(dump_folder "$@")"
     number="$("$PYTHON" "$LAUNCH/attempts.py" begin "$OUTPUTS")" || exit "$?"
     ATTEMPT="$(cd "$OUTPUTS" && pwd)/attempts/$number"
     export REPOSITORY ATTEMPT PYTHON TRAIN_FILE="${TRAIN_FILE:-torchtitan.train}"
     export LOG_RANK="${LOG_RANK:-0}"
-    # A user's flags come last and count.
+    # The user's flags come last and take precedence.
     set -- --job.config_file "$CONFIG_FILE" --checkpoint.enable --job.dump_folder "$OUTPUTS" \
         --comm.save_traces_folder "attempts/$number/comm_traces" "$@"
     prepare
-    "$PYTHON" "$LAUNCH/environment.py" "$ATTEMPT/environment.txt" "$@" || true # a note is no reason to lose the job
-    say "job $SLURM_JOB_ID, attempt $number on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST): logs in $ATTEMPT"
+    "$PYTHON" "$LAUNCH/environment.py" "$ATTEMPT/environment.txt" "$@" || true # a failure here must not lose the job
+    log "job $SLURM_JOB_ID, attempt $number on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST): logs in $ATTEMPT"
     if ! plan "$@"; then
         status="$REFUSED"
     elif [ -n "$SIGNALLED$CANCELLED" ]; then
-        status="$LEFT" # there is nothing to save yet
+        status="$SAVED" # nothing to save yet
     else
         show_ranks &
         shown=$!
@@ -77,7 +77,7 @@ dump_folder() {
     echo "$folder"
 }
 
-# Slurm's record of this job, on one line. The first id of an array stands for all its tasks: only ours counts.
+# Slurm's record of this job, on one line. The first id of an array stands for all its tasks: select only ours.
 record() {
     SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
 }
@@ -85,8 +85,8 @@ record() {
 # field RECORD NAME
 field() { sed -n "s/.* $2=\([^ ]*\).*/\1/p" <<<"$1"; }
 
-# The controller may be busy, or be starting again.
-patiently() {
+# Retries a command: the controller may be busy or restarting.
+retry() {
     local try
     for try in 1 2 3 4 5 6; do
         if "$@"; then
@@ -97,11 +97,11 @@ patiently() {
     return 1
 }
 
-# JOB, which means this task alone in an array, and how often it was queued again. The variables of Slurm may be those
-# of a job that this one was submitted from, and the sruns get all of ours, whatever sbatch --export said.
+# Sets JOB (in an array, only this task) and the number of requeues. Slurm's variables may be those of a job that this
+# one was submitted from. srun exports all our variables, regardless of sbatch --export.
 identify() {
     local job task
-    job="$(patiently record)" || refuse "Slurm does not tell of job $SLURM_JOB_ID"
+    job="$(retry record)" || refuse "Slurm has no record of job $SLURM_JOB_ID"
     task="$(field "$job" ArrayTaskId)"
     JOB="${task:+$(field "$job" ArrayJobId)_$task}"
     JOB="${JOB:-$SLURM_JOB_ID}"
@@ -116,7 +116,7 @@ pre_empted() {
     [[ "$at" =~ ^[0-9] && ! "$at" < "$(field "$1" StartTime)" ]]
 }
 
-# Where the ranks meet, that they save on a signal, and one curve for all attempts.
+# The environment of the ranks: rendezvous, saving on signals, one curve for all attempts.
 prepare() {
     HEAD_ADDRESS="${MASTER_ADDR:-$(head_address)}" || refuse "set MASTER_ADDR"
     HEAD_PORT="${MASTER_PORT:-$(port_of_job)}"
@@ -131,7 +131,7 @@ prepare() {
     network_variables
 }
 
-# Whether the run can start at all, asked once per job: the same flags would get the same answer.
+# Whether the run can start, checked once per job: the same flags give the same result.
 plan() {
     if [ "${PLAN:-yes}" = no ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         return
@@ -141,7 +141,7 @@ plan() {
     tail -n 1 "$ATTEMPT/plan.txt" >&2
 }
 
-# The output of the ranks LOG_RANK, as it comes.
+# Follows the output of the ranks LOG_RANK.
 show_ranks() {
     local files=() rank
     for rank in ${LOG_RANK//,/ }; do
@@ -150,7 +150,7 @@ show_ranks() {
     exec tail -q -n +1 -F "${files[@]}" 2>/dev/null
 }
 
-# Runs torchrun on every node; returns srun's status. A node that ends has the others end within a minute.
+# Runs torchrun on every node; returns srun's status. When one node ends, srun ends the others within a minute.
 start() {
     local step beats=0
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=60 \
@@ -158,23 +158,23 @@ start() {
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         sleep 2 &
-        wait "$!" || true # a trap ends the wait at once
+        wait "$!" || true # a trap interrupts the wait
         beats=$((beats + 1))
-        # A rank that has just started does not listen yet: it is asked again.
+        # Ranks that have just started do not handle signals yet: repeat it.
         if [ -n "$SIGNALLED" ] && [ $((beats % 5)) -eq 0 ]; then
-            hand_on
+            forward_signal
             if end_is_near; then
-                say "the end is near and the ranks have not left"
-                return 1 # queueing the job again ends them
+                log "the time limit is near and the ranks have not exited"
+                return 1 # requeueing the job ends them
             fi
         fi
     done
     wait "$step"
 }
 
-hand_on() { [ -z "$JOB" ] || scancel --signal=USR1 "$JOB" 2>/dev/null || true; }
+forward_signal() { [ -z "$JOB" ] || scancel --signal=USR1 "$JOB" 2>/dev/null || true; }
 
-# Whether Slurm is about to kill the job: after a pre-emption it queues it again itself, at the time limit it does not.
+# Whether Slurm is about to kill the job. After a pre-emption Slurm requeues it, at the time limit it does not.
 end_is_near() {
     local job end margin=30
     job="$(record)" && end="$(date -d "$(field "$job" EndTime)" +%s 2>/dev/null)" || return
@@ -182,18 +182,18 @@ end_is_near() {
     [ $((end - $(date +%s))) -lt "$margin" ]
 }
 
-# Writes the attempt down, queues the job again if that helps, and ends with training's status.
+# Records the attempt, requeues the job if that may help, and exits with training's status.
 finish() {
     local status="$1" bad="" job decision flags=()
     case "$status" in
-    0 | "$LEFT" | "$REFUSED") ;;
+    0 | "$SAVED" | "$REFUSED") ;;
     *) [ -n "$SIGNALLED" ] || bad="$(bad_nodes)" ;;
     esac
-    job="$(patiently record)" || say "Slurm does not tell of job $JOB"
+    job="$(retry record)" || log "Slurm has no record of job $JOB"
     if [ -n "$SIGNALLED" ] || pre_empted "$job"; then
         flags+=(--signalled)
     fi
-    # A job that was cancelled, or submitted with --no-requeue, is not brought back.
+    # A job that was cancelled, or submitted with --no-requeue, is not requeued.
     if [ -n "$CANCELLED" ] || [ "$(field "$job" JobState),$(field "$job" Requeue)" != RUNNING,1 ]; then
         flags+=(--no-requeue)
     fi
@@ -201,14 +201,14 @@ finish() {
         --limit "${MAX_REQUEUES:-50}" --bad "$bad" "${flags[@]}")"
     status="${decision% *}"
     if [ "${decision#* }" = requeue ] && [ -z "$CANCELLED" ]; then
-        trap '' TERM # Slurm sends it at once to this script and what it calls
-        patiently scontrol requeue "$JOB" || say "Slurm does not queue job $JOB again: submit it once more to go on"
+        trap '' TERM # Slurm immediately sends it to this script and its children
+        retry scontrol requeue "$JOB" || log "Slurm did not requeue job $JOB: submit it again to resume"
         [ -z "$bad" ] || exclude "$bad"
     fi
     exit "$status"
 }
 
-# Nodes that Slurm calls down, drained or silent, or that do not pass HEALTH_CHECK (a command that is run on each).
+# Nodes that Slurm reports as down, drained or not responding, or that fail HEALTH_CHECK (a command run on each).
 bad_nodes() {
     local node state healthy bad=()
     # shellcheck disable=SC2016
@@ -224,7 +224,7 @@ bad_nodes() {
     (IFS=, && echo "${bad[*]}")
 }
 
-# Slurm gives the waiting job other nodes than these, where the partition has enough: else the job would wait for ever.
+# Excludes nodes from the requeued job if the partition has enough others; else the job would wait forever.
 exclude() {
     local all left job partition
     job="$(record)" || return 0
@@ -235,8 +235,8 @@ exclude() {
     left="$(sinfo --noheader --Node --partition="$partition" --format=%N | sort -u |
         grep -c -v -x -F -f <(scontrol show hostnames "$all"))" || true
     if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
-        say "$1 not excluded: $partition has $left other nodes"
+        log "$1 not excluded: $partition has $left other nodes"
     else
-        scontrol update "JobId=$JOB" "ExcNodeList=$all" || say "$1 could not be excluded"
+        scontrol update "JobId=$JOB" "ExcNodeList=$all" || log "$1 could not be excluded"
     fi
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What srun starts on every node: torchrun, whose ranks write one log each. job.sh sets the environment.
+# Started by srun on every node: torchrun, with one log per rank. job.sh sets the environment.
 set -euo pipefail
 
 # shellcheck source=launch/device.sh

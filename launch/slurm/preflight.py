@@ -1,8 +1,8 @@
-"""Looks at every node of a Slurm job before a long run: its facts, then all-reduces of neighbours, then of all.
+"""Checks every node of a Slurm job before a long run: its facts, then all-reduces of neighbours, then of all nodes.
 
-preflight.sbatch runs this on the job's head; preflight_node.py is what runs on the nodes. Nodes stand in a ring and
-each is measured with both its neighbours, so a slow node is slow in both its pairs and its neighbours in one of theirs.
-A good node between two bad ones is taken for bad. Every step has a deadline, and bad nodes are left out of the next.
+preflight.sbatch runs this on the job's head node; preflight_node.py runs on all nodes. Nodes form a ring and each is
+measured with both its neighbours, so a slow node is slow in both its pairs and its neighbours in one of theirs. A good
+node between two bad ones is considered bad. Every step has a deadline, and bad nodes are excluded from the next.
 """
 
 import ipaddress
@@ -24,42 +24,42 @@ from rich.console import Console
 from rich.table import Table
 
 COMPARED = ("GPU", "driver", "python", "torch", "torchtitan", "titan_adam_mini", "NCCL", "commit")
-"""Facts in which all nodes are to agree."""
+"""Facts that must be the same on all nodes."""
 
 CLOCK = 5.0
-"""Seconds that a node's clock may differ from the median."""
+"""Maximum difference of a node's clock from the median, in seconds."""
 
 WIDTH = 120
-"""Columns of the table: a log file has no width of its own."""
+"""Width of the table, since a log file has none."""
 
 GRACE = 20
-"""Seconds from the deadline of what runs on the nodes to that of srun itself."""
+"""Seconds from the deadline of the command on the nodes to that of srun itself."""
 
-# What runs on a node for each task: the command with a deadline, then its status and last words. Its standard output
-# passes, so a node that cannot write into the shared folder still answers.
+# The script for each task on a node: the command with a deadline, then its status and last error line. Standard output
+# is passed through, so a node that cannot write to the shared folder still responds.
 ON_NODE = """\
-{ said="$(timeout --kill-after=5 "$@" 2>&1 >&3 3>&-)"; } 3>&1
+{ errors="$(timeout --kill-after=5 "$@" 2>&1 >&3 3>&-)"; } 3>&1
 status=$?
-said="$(grep -v -e '^$' -e '^frame #' <<<"$said" | tail -n 1)"
-echo "preflight $SLURMD_NODENAME $status ${said:0:300}"
+errors="$(grep -v -e '^$' -e '^frame #' <<<"$errors" | tail -n 1)"
+echo "preflight $SLURMD_NODENAME $status ${errors:0:300}"
 """
 
 LATE = (124, 137)
-"""Exit statuses of what `timeout` has ended."""
+"""Exit statuses of commands ended by `timeout`."""
 
 Reasons = dict[str, list[str]]
 """node -> why it is bad; no reasons for a good one."""
 
 
 class Answer(NamedTuple):
-    """How a node's command ended: exit status, and the last line of what it had to complain of."""
+    """How a node's command ended: exit status, and the last line of its error output."""
 
     status: int
     words: str
 
 
 class Group(NamedTuple):
-    """Nodes that were to make an all-reduce: its bus bandwidth in GB/s, or None and how it ended on which nodes."""
+    """Nodes of an all-reduce: its bus bandwidth in GB/s, or None and the failure on each node."""
 
     nodes: tuple[str, ...]
     rate: float | None
@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A step of all-reduces: its groups, each node's clock at the end of its own, and the nodes that did not answer."""
+    """A step of all-reduces: its groups, each node's clock at the end, and the nodes that did not respond."""
 
     groups: list[Group]
     clocks: dict[str, float]
@@ -75,7 +75,7 @@ class Measured(NamedTuple):
 
 
 def read_answers(log: str) -> tuple[dict[str, Answer], dict[str, dict[str, Any]]]:
-    """What nodes said in a step's log: node -> its first failure, else its success, and node -> its report."""
+    """Parse a step's log: node -> its first failure, else its success, and node -> its report."""
     answers: dict[str, Answer] = {}
     reports: dict[str, dict[str, Any]] = {}
     for node, kind, words in re.findall(r"^preflight (\S+) (\d+|report) ?(.*)$", log, re.MULTILINE):
@@ -93,21 +93,21 @@ def judge_facts(
     gpus: int | None,
     seconds: float,
 ) -> Reasons:
-    """What is wrong with each node before anything is measured.
+    """The problems of each node before anything is measured.
 
     Args:
         nodes: all of the job.
-        answers: how the nodes' commands ended; a node that did not answer is missing.
-        facts: what the nodes wrote into the shared folder, as far as the head sees it.
-        gpus: that each node is to have at least; None where all are to have as many as most have.
-        seconds: the deadline they had.
+        answers: how the nodes' commands ended; nodes that did not respond are missing.
+        facts: written by the nodes into the shared folder, as far as the head node sees them.
+        gpus: minimum per node; None if all nodes must have the most common number.
+        seconds: the deadline.
     """
     reasons: Reasons = {}
     for node in nodes:
         if node not in answers or answers[node].status:
             reasons[node] = [_ended(answers.get(node), seconds)]
         elif node not in facts:
-            reasons[node] = ["the head does not see what this node wrote: the folder is not shared"]
+            reasons[node] = ["the head node does not see this node's file: the folder is not shared"]
         else:
             reasons[node] = list(facts[node]["errors"])
     able = [node for node in nodes if not reasons[node]]
@@ -120,24 +120,24 @@ def judge_facts(
         usual = _majority(facts[node][name] for node in able)
         for node in able:
             if (version := facts[node][name]) != usual:
-                reasons[node].append(f"{name} {version or 'missing'}, the others {usual or 'have none'}")
+                reasons[node].append(f"{name} {version or 'missing'}, other nodes: {usual or 'missing'}")
     return reasons
 
 
 def _ended(answer: Answer | None, seconds: float) -> str:
     if answer is None:
-        return f"no answer within {seconds:g} s"
-    late = f"not done within {seconds:g} s" if answer.status in LATE else ""
+        return f"no response within {seconds:g} s"
+    late = f"not finished within {seconds:g} s" if answer.status in LATE else ""
     return ": ".join(filter(None, (late, answer.words))) or f"ended with status {answer.status}"
 
 
 def _majority(values: Iterable[Any]) -> Any:
-    """The most frequent value, of several the first."""
+    """The most frequent value; the first if there are several."""
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 def ring(nodes: Sequence[str]) -> list[list[tuple[str, ...]]]:
-    """Rounds of pairs in which every node meets both its neighbours in a ring; an odd ring takes three rounds."""
+    """Rounds of pairs in which every node is paired with both its neighbours; an odd ring takes three rounds."""
     edges = [(node, nodes[(index + 1) % len(nodes)]) for index, node in enumerate(nodes)]
     if len(nodes) < 3:
         edges = edges[: len(nodes) - 1]
@@ -147,7 +147,7 @@ def ring(nodes: Sequence[str]) -> list[list[tuple[str, ...]]]:
 
 
 def judge_pairs(nodes: Sequence[str], pairs: Sequence[Group], slow: float) -> Reasons:
-    """What is wrong with each node's all-reduces: none succeeded, or the best is below `slow` times the median's."""
+    """The problems of each node's all-reduces: none succeeded, or the best is below `slow` times the median."""
     best: dict[str, float] = {}
     for pair in pairs:
         for node in pair.nodes:
@@ -161,14 +161,14 @@ def judge_pairs(nodes: Sequence[str], pairs: Sequence[Group], slow: float) -> Re
             others = ", ".join(other for pair in met for other in pair.nodes if other != node)
             own = [pair.failed[node] for pair in met if node in pair.failed]
             theirs = [f"{other}: {words}" for pair in met for other, words in pair.failed.items()]
-            reasons[node].append(f"no all-reduce with {others}: {(own or theirs)[0]}")
+            reasons[node].append(f"all-reduce with {others} failed: {(own or theirs)[0]}")
         elif met and best[node] < slow * usual:
-            reasons[node].append(f"all-reduce {best[node]:.2f} GB/s at best, the median node {usual:.2f}")
+            reasons[node].append(f"all-reduce at most {best[node]:.2f} GB/s, median of all nodes {usual:.2f}")
     return reasons
 
 
 def judge_clocks(times: Mapping[str, float]) -> Reasons:
-    """Which clocks differ from the median; `times` is what they showed at one moment, in seconds since 1970."""
+    """Clocks that differ from the median; `times` were read at the same moment, in seconds since 1970."""
     usual = statistics.median(times.values()) if times else 0.0
     off = {node: shown - usual for node, shown in times.items()}
     return {
@@ -180,7 +180,7 @@ def judge_clocks(times: Mapping[str, float]) -> Reasons:
 
 
 def table(reasons: Reasons, facts: Mapping[str, Mapping[str, Any]], pairs: Sequence[Group]) -> Table:
-    """A row per node, bad ones first: its GPUs, the bandwidth with each neighbour, and what is wrong with it."""
+    """A row per node, bad ones first: its GPUs, the bandwidth with each neighbour, and its problems."""
     shown = Table(box=box.SIMPLE, width=WIDTH, pad_edge=False)
     for name in ("node", "", "GPUs"):
         shown.add_column(name, no_wrap=True)
@@ -196,7 +196,7 @@ def table(reasons: Reasons, facts: Mapping[str, Mapping[str, Any]], pairs: Seque
 
 
 def console(file: IO[str]) -> Console:
-    """For a log file: plain text, as wide as the table, brackets as they are."""
+    """A console for a log file: plain text of fixed width, without markup."""
     return Console(file=file, width=WIDTH, color_system=None, highlight=False, markup=False)
 
 
@@ -204,8 +204,8 @@ class Job:
     """The job around this process: its nodes, the folder they share, and steps on some of them.
 
     Args:
-        folder: where each step's log and the nodes' facts are.
-        port: the first port that groups may meet at.
+        folder: for each step's log and the nodes' facts.
+        port: the first port for rendezvous of groups.
         seconds: the deadline of each step.
     """
 
@@ -214,7 +214,7 @@ class Job:
         self.folder, self.seconds, self._port = folder, seconds, port
 
     def facts(self) -> tuple[dict[str, Answer], dict[str, dict[str, Any]]]:
-        """How the nodes answered, and the facts that the head sees of them."""
+        """The nodes' answers, and their facts as seen by the head node."""
         token = f"{os.environ['SLURM_JOB_ID']} {time.time()}"
         (self.folder / "head").write_text(token)
         answers, _ = self._step("facts", self.nodes, 1, "facts", self.folder, token)
@@ -232,7 +232,7 @@ class Job:
     def allreduce(
         self, name: str, groups: Sequence[tuple[str, ...]], gpus: int, addresses: Mapping[str, str]
     ) -> Measured:
-        """The groups' all-reduces, all at once."""
+        """Run the all-reduces of all groups concurrently."""
         asked = []
         for nodes in groups:
             asked.append({"nodes": nodes, "address": addresses[nodes[0]], "port": self._port})
@@ -246,14 +246,14 @@ class Job:
                 done.append(Group(group, reports[group[0]]["rate"]))
                 continue
             failed = [node for node in group if node not in answers or answers[node].status]
-            # Those that waited for another, to the end, come last.
+            # Nodes that only waited for others until the deadline come last.
             failed.sort(key=lambda node: node in answers and answers[node].status in LATE)
             done.append(Group(group, None, {node: _ended(answers.get(node), self.seconds) for node in failed}))
         clocks = {node: report["time"] for node, report in reports.items()}
         return Measured(done, clocks, [node for node in taking_part if node not in answers])
 
     def addresses(self, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """node -> an IP address: Slurm's, else what the node says of itself, since its name need not resolve."""
+        """node -> an IP address: Slurm's, else the node's own, since its name need not resolve."""
         shown = _slurm("--oneliner", "show", "node", ",".join(facts))
         known = dict(re.findall(r"^NodeName=(\S+).*? NodeAddr=(\S+)", shown, re.MULTILINE))
         return {
@@ -266,11 +266,11 @@ class Job:
         begin = time.monotonic()
         script = Path(__file__).with_name("preflight_node.py")
         flags = ["--overlap", "--overcommit", "--cpu-bind=none", "--input=none"]
-        flags += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]  # what happens to a node is not to end the others
+        flags += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]  # a failing node must not end the others
         flags += [f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}"]
         flags += [f"--nodelist={','.join(nodes)}"]
         if gpus := os.environ.get("SLURM_GPUS_ON_NODE"):
-            flags += [f"--gres=gpu:{gpus}"]  # those that came with --exclusive alone are given to no step unasked
+            flags += [f"--gres=gpu:{gpus}"]  # GPUs allocated by --exclusive alone must be requested for each step
         limited = [f"{self.seconds:g}", os.environ.get("PYTHON", sys.executable), script, *command]
         log = self.folder / f"{name.replace(' ', '-')}.log"
         with open(log, "wb") as out:
@@ -286,7 +286,7 @@ class Job:
         text = log.read_text(errors="replace")
         answers, reports = read_answers(text)
         if not answers:
-            print(f"srun says: {text[-2000:].strip()}")
+            print(f"srun output: {text[-2000:].strip()}")
         print(f"{name}: {len(nodes)} nodes, {time.monotonic() - begin:.0f} s", flush=True)
         return answers, reports
 
@@ -296,7 +296,7 @@ def _slurm(*words: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """What is in a file; None while it is not whole."""
+    """The content of a file; None while it is incomplete."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
@@ -317,11 +317,11 @@ def _number(name: str, default: str) -> float:
     with suppress(ValueError):
         if (number := float(value)) >= 0:
             return number
-    sys.exit(f"error: {name} = {value!r} is not valid: it is a number, 0 or more")
+    sys.exit(f"error: {name} = {value!r} is not valid: it must be a number, 0 or more")
 
 
 def main() -> int:
-    """Prints the table and, if need be, the nodes to leave out; returns 1 if any node is bad."""
+    """Print the table and the nodes to exclude; returns 1 if any node is bad."""
     folder, port = Path(sys.argv[1]), int(sys.argv[2])
     slow, slurms = _number("PREFLIGHT_SLOW", "0.5"), os.environ.get("SLURM_GPUS_ON_NODE", "")
     given = int(_number("NGPU", slurms)) if os.environ.get("NGPU") or slurms else None
@@ -340,17 +340,17 @@ def main() -> int:
     addresses = job.addresses({node: facts[node] for node in good()}) if good() else {}
     pairs: list[Group] = []
     for number, groups in enumerate(ring(good()), 1):
-        # A node that died in the round before would keep Slurm from starting this one.
+        # A node that died in the previous round would keep Slurm from starting this one.
         alive = [group for group in groups if not any(reasons[node] for node in group)]
         if alive:
             done = job.allreduce(f"pairs {number}", alive, gpus, addresses)
             pairs += done.groups
             judge({node: [_ended(None, job.seconds)] for node in done.silent})
     judge(judge_pairs(good(), pairs, slow))
-    together: list[Group] = []
+    all_nodes: list[Group] = []
     if len(good()) * max(gpus, 1) > 1:
         done = job.allreduce("all together", [tuple(good())], gpus, addresses)
-        together = done.groups
+        all_nodes = done.groups
         judge(judge_clocks(done.clocks))
         judge({node: [_ended(None, job.seconds)] for node in done.silent})
 
@@ -358,7 +358,7 @@ def main() -> int:
     for name in COMPARED:
         if usual := _majority(found[name] for found in facts.values()):
             out.print(f"{name}: {usual}", soft_wrap=True)
-    for group in together:
+    for group in all_nodes:
         node, words = next(iter(group.failed.items()), ("", ""))
         rate = f"{group.rate:.2f} GB/s" if group.rate is not None else f"FAILED: {node}: {words}"
         ranks = len(group.nodes) * max(gpus, 1)
@@ -366,11 +366,11 @@ def main() -> int:
     out.print(table(reasons, facts, pairs))
     bad = [node for node in job.nodes if reasons[node]]
     if bad:
-        print(f"Bad: {len(bad)} of {len(job.nodes)} nodes. The logs of all steps are in {folder}. To leave them out:")
+        print(f"Bad: {len(bad)} of {len(job.nodes)} nodes. The logs of all steps are in {folder}. To exclude them:")
         print(f"sbatch --exclude={_slurm('show', 'hostlist', ','.join(bad)).strip()}")
         return 1
-    if any(group.rate is None for group in together):
-        print(f"Each node is good by itself and with its neighbours, but not all together: see {folder}")
+    if any(group.rate is None for group in all_nodes):
+        print(f"Each node is good with its neighbours, but the all-reduce over all nodes failed: see {folder}")
         return 1
     print(f"All {len(job.nodes)} nodes are good.")
     return 0

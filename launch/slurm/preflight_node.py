@@ -1,4 +1,4 @@
-"""What one node says of itself before a long run, and what one rank measures with others; preflight.py starts both.
+"""Facts of one node before a long run, and all-reduce measurements of one rank; started by preflight.py.
 
 python preflight_node.py facts FOLDER TOKEN
 python preflight_node.py allreduce GROUPS GPUS SECONDS
@@ -20,27 +20,27 @@ from typing import Any
 
 MIB = 1 << 20
 LARGEST = 1024 * MIB
-"""Bytes of the largest message; a smaller one is taken where it needs SETTLED seconds."""
+"""Bytes of the largest message; a smaller one is used if it takes SETTLED seconds."""
 SETTLED, MEASURED = 0.2, 2.0
 
 
 def facts(folder: Path, token: str) -> None:
-    """Read what the head wrote to `folder/head`, and write this node's facts to `folder/NODE.json`.
+    """Compare `folder/head` with the head node's token, and write this node's facts to `folder/NODE.json`.
 
     Raises:
-        SystemExit: with a sentence, where the folder cannot be read or written.
+        SystemExit: with a message, if the folder cannot be read or written.
     """
     try:
         read = (folder / "head").read_text()
     except OSError as error:
-        sys.exit(f"cannot read {folder}/head, which the head wrote: {error.strerror}")
+        sys.exit(f"cannot read {folder}/head, written by the head node: {error.strerror}")
     if read != token:
-        sys.exit(f"{folder}/head has other text than the head wrote: the folder is another one here")
-    told = json.dumps({"token": token, **_facts()})
+        sys.exit(f"{folder}/head differs from what the head node wrote: the folder is not shared")
+    content = json.dumps({"token": token, **_facts()})
     try:
-        (folder / f"{os.environ['SLURMD_NODENAME']}.json").write_text(told)
+        (folder / f"{os.environ['SLURMD_NODENAME']}.json").write_text(content)
     except OSError as error:
-        sys.exit(f"cannot write into {folder}: {error.strerror}")
+        sys.exit(f"cannot write to {folder}: {error.strerror}")
 
 
 def _facts() -> dict[str, Any]:
@@ -50,13 +50,13 @@ def _facts() -> dict[str, Any]:
             importlib.import_module(name)
         except Exception as error:
             errors.append(f"cannot import {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-            break  # those that follow need it
+            break  # the following ones need it
     torch = sys.modules.get("torch")
     package = sys.modules.get("titan_adam_mini")
     gpus = torch.cuda.device_count() if torch else 0
     return {
         "errors": errors,
-        "address": (_said("hostname", "-I").split() or [socket.gethostname()])[0],
+        "address": (_output("hostname", "-I").split() or [socket.gethostname()])[0],
         "gpus": gpus,
         "GPU": ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)})) if torch else "",
         "driver": _driver(),
@@ -86,10 +86,10 @@ def _driver() -> str:
 
 
 def _commit(folder: Path) -> str:
-    return _said("git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12")
+    return _output("git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12")
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -97,28 +97,28 @@ def _said(*command: str) -> str:
 
 
 def allreduce(groups: list[dict[str, Any]], gpus: int, seconds: float) -> None:
-    """Measure the all-reduce of the group that has this node; one rank per GPU, or per node without GPUs.
+    """Measure the all-reduce of this node's group, with one rank per GPU, or per node without GPUs.
 
     Args:
         groups: each with `nodes`, and the `address` and `port` at which they meet, an address of the first node.
         gpus: GPUs per node to use.
-        seconds: the deadline of the whole; ranks wait half of it for one another, to have time to say so.
+        seconds: the deadline; ranks wait half of it for each other, to have time to report a timeout.
     """
     import torch
     import torch.distributed as dist
 
     node, local, per_node = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_LOCALID"]), max(gpus, 1)
-    group = next(one for one in groups if node in one["nodes"])
+    group = next(candidate for candidate in groups if node in candidate["nodes"])
     rank, ranks = group["nodes"].index(node) * per_node + local, len(group["nodes"]) * per_node
     device = torch.device("cpu")
     if gpus:
-        device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may have given each rank its own
+        device = torch.device("cuda", local % torch.cuda.device_count())  # Slurm may have assigned one to each rank
         torch.cuda.set_device(device)
-    patience = timedelta(seconds=seconds / 2)
-    store = dist.TCPStore(group["address"], group["port"], ranks, rank == 0, timeout=patience)
-    dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
+    timeout = timedelta(seconds=seconds / 2)
+    store = dist.TCPStore(group["address"], group["port"], ranks, rank == 0, timeout=timeout)
+    dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
     rate, size = _rate(device, ranks)
-    now = time.time()  # all ranks come out of the last all-reduce together
+    now = time.time()  # all ranks finish the last all-reduce at the same time
     dist.barrier()
     dist.destroy_process_group()
     if local == 0:
@@ -126,12 +126,12 @@ def allreduce(groups: list[dict[str, Any]], gpus: int, seconds: float) -> None:
 
 
 def _rate(device: Any, ranks: int) -> tuple[float, int]:
-    """Bus bandwidth in GB/s, as NCCL's tests have it, and the bytes of the message; the same on all ranks."""
+    """Bus bandwidth in GB/s, as defined by NCCL's tests, and the message size in bytes; the same on all ranks."""
     import torch
     import torch.distributed as dist
 
-    def took(message: torch.Tensor, times: int) -> float:
-        """Seconds of an all-reduce, on the rank where it takes longest."""
+    def seconds_of(message: torch.Tensor, times: int) -> float:
+        """Seconds per all-reduce, on the slowest rank."""
         _agree(0.0, device)
         begin = time.perf_counter()
         for _ in range(times):
@@ -143,11 +143,11 @@ def _rate(device: Any, ranks: int) -> tuple[float, int]:
     size = MIB
     while True:
         message = torch.zeros(size // 4, device=device)
-        took(message, 1)  # buffers and connections are made
-        if (once := took(message, 1)) >= SETTLED or size >= LARGEST:
+        seconds_of(message, 1)  # creates buffers and connections
+        if (once := seconds_of(message, 1)) >= SETTLED or size >= LARGEST:
             break
         size *= 2
-    seconds = took(message, max(1, math.ceil(MEASURED / once)))
+    seconds = seconds_of(message, max(1, math.ceil(MEASURED / once)))
     return size / seconds * 2 * (ranks - 1) / ranks / 1e9, size
 
 

@@ -1,4 +1,4 @@
-"""One checkpoint of each optimizer, which the tests of this room share and leave as it is."""
+"""One checkpoint of each optimizer, shared read-only by the tests of this folder."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_what_cannot_be_converted_is_refused_in_words(adamw: Path, mini: Path, t
     with pytest.raises(ValueError, match="nothing is overwritten"):
         convert(conversion(adamw, "adam_mini"), tmp_path / "there")
     fewer = {name: one for name, one in blocks().items() if "wq" not in name}
-    with pytest.raises(ValueError, match=r"has state for .*wq.*is it the configuration of this run"):
+    with pytest.raises(ValueError, match=r"has state for .*wq.*is this the configuration of that run"):
         Conversion(Stored(adamw), "adam_mini", fewer, {})
     more = {**blocks(), "layers.9.attention.wq.weight": next(iter(blocks().values()))}
     with pytest.raises(ValueError, match=r"has no state for layers.9"):

@@ -62,7 +62,7 @@ def test_malicious_metadata_is_refused_before_anything_runs(saved: Path) -> None
     metadata = FileSystemReader(saved).read_metadata()
     metadata.planner_data = Malicious(mark)
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"\.metadata was not written by .*asks for pathlib\S*touch.*nothing was"):
+    with pytest.raises(ValueError, match=r"\.metadata was not written by .*refers to pathlib\S*touch.*nothing was"):
         Stored(saved)
     assert not mark.exists()
     FileSystemReader(saved).read_metadata()
@@ -72,7 +72,7 @@ def test_malicious_metadata_is_refused_before_anything_runs(saved: Path) -> None
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}))[:-9]])
 def test_damaged_metadata_is_a_sentence(saved: Path, content: bytes) -> None:
     (saved / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match=r"\.metadata cannot be read .*take another step"):
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read .*use another step"):
         Stored(saved)
 
 
@@ -82,7 +82,7 @@ def test_a_malicious_entry_is_refused_by_name_before_anything_runs(tmp_path: Pat
     mark.unlink(missing_ok=True)
     stored = Stored(tmp_path / "step-1")
     assert stored.value("train_state.step") == 1
-    with pytest.raises(ValueError, match=r"step-1: its entry 'train_state.more' asks for getattr.*nothing was run"):
+    with pytest.raises(ValueError, match=r"step-1: its entry 'train_state.more' refers to getattr.*nothing was run"):
         stored.value("train_state.more")
     assert not mark.exists()
 

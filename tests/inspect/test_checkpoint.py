@@ -126,9 +126,9 @@ def test_what_cannot_be_looked_at_is_refused_in_words(adamw: Path, tmp_path: Pat
     for shapes, told in (
         (
             more,
-            r"has no state for layers\.9\.attention\.wq\.weight of the configuration's model: is it the configuration",
+            r"has no state for layers\.9\.attention\.wq\.weight of the configuration's model: is this the config",
         ),
-        (fewer, r"has state for .*wk\.weight.* that the model of the configuration does not have"),
+        (fewer, r"has state for .*wk\.weight.* that the configuration's model does not have"),
         (other, r"output\.weight is \(.*\) in .* and \(3, 4\) in the configuration's model"),
     ):
         with pytest.raises(ValueError, match=told):

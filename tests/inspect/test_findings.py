@@ -188,8 +188,10 @@ def test_the_best_setting_in_one_line() -> None:
 def test_a_setting_that_does_not_go_with_the_partition_is_left_out() -> None:
     inspection = inspected(llama(), value_blocks="tensor")
     assert list(inspection.settings) == ["blocks", "factored", "roles"]
-    assert "second_moment = \"channels\" is left out: second_moment='channels' keeps one per row" in printed(inspection)
-    assert "keeps one per row" in inspection.facts()["refused"]["channels"]
+    assert "second_moment = \"channels\" is left out: second_moment='channels' cannot be combined" in printed(
+        inspection
+    )
+    assert "one second moment per row" in inspection.facts()["refused"]["channels"]
 
 
 def test_the_role_is_the_one_that_the_blocks_have() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition
-from titan_adam_mini.check.engines import LAYOUTS, Played, engine_of, gradients, reference_engine, step
+from titan_adam_mini.check.engines import LAYOUTS, SimulatedRank, engine_of, gradients, reference_engine, step
 from titan_adam_mini.check.oracle import Oracle, error
 from titan_adam_mini.kernels import Factor, ParamStep
 from titan_adam_mini.kernels.check import check
@@ -55,7 +55,7 @@ class Steps:
             optimizer.step()
 
     def compare(self) -> None:
-        assert not self._engine()._left
+        assert not self._engine()._fallbacks
         for name, param in self.params[0].items():
             torch.testing.assert_close(param, self.params[1][name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -106,14 +106,14 @@ def test_gradients_of_any_dtype_are_read(dtype: torch.dtype) -> None:
     """The engine reads no float16: it gets a copy, and no other engine comes in for this rank alone."""
     layouts = {name: LAYOUTS[name] for name in ("rows", "heads", "norm", "columns", "factored")}
     engine = engine_of("cpu")
-    two = Played(layouts, engine), Played(layouts, reference_engine())
+    two = SimulatedRank(layouts, engine), SimulatedRank(layouts, reference_engine())
     for number in range(2):
         grads = gradients(layouts, number, dtype)
-        for played in two:
-            played.give(grads)
-            step([played])
-    assert isinstance(engine, Compiled) and not engine._left
-    for mine, other in zip(two[0].works, two[1].works, strict=True):
+        for simulated in two:
+            simulated.give(grads)
+            step([simulated])
+    assert isinstance(engine, Compiled) and not engine._fallbacks
+    for mine, other in zip(two[0].param_steps, two[1].param_steps, strict=True):
         assert torch.equal(mine.exp_avg, other.exp_avg), mine.name
         torch.testing.assert_close(mine.param, other.param, rtol=1e-6, atol=1e-7, msg=mine.name)
 
@@ -121,21 +121,21 @@ def test_gradients_of_any_dtype_are_read(dtype: torch.dtype) -> None:
 def test_int8_momentum_at_an_odd_address_and_second_moments_with_gaps() -> None:
     layouts = {name: LAYOUTS[name] for name in ("heads", "factored experts", "experts")}
     engine = engine_of("cpu")
-    two = [Played(layouts, one, momentum=torch.int8) for one in (engine, reference_engine())]
-    for work in two[0].works:
-        odd = torch.zeros(work.exp_avg.numel() + 3, dtype=torch.int8)[3:].view(work.exp_avg.shape)
+    two = [SimulatedRank(layouts, one, momentum=torch.int8) for one in (engine, reference_engine())]
+    for param_step in two[0].param_steps:
+        odd = torch.zeros(param_step.exp_avg.numel() + 3, dtype=torch.int8)[3:].view(param_step.exp_avg.shape)
         assert odd.data_ptr() % 16
-        work.exp_avg = odd
-        assert work.exp_avg_scale is not None
-        for grid in (work, *work.factors):
+        param_step.exp_avg = odd
+        assert param_step.exp_avg_scale is not None
+        for grid in (param_step, *param_step.factors):
             grid.exp_avg_sq = torch.zeros(*grid.exp_avg_sq.shape, 2)[..., 0]
-        work.exp_avg_scale = torch.zeros(*work.exp_avg_scale.shape, 2)[..., 1]
+        param_step.exp_avg_scale = torch.zeros(*param_step.exp_avg_scale.shape, 2)[..., 1]
     for number in range(3):
-        for played in two:
-            played.give(gradients(layouts, number, torch.float32))
-            step([played])
-    assert isinstance(engine, Compiled) and not engine._left
-    for mine, other in zip(two[0].works, two[1].works, strict=True):
+        for simulated in two:
+            simulated.give(gradients(layouts, number, torch.float32))
+            step([simulated])
+    assert isinstance(engine, Compiled) and not engine._fallbacks
+    for mine, other in zip(two[0].param_steps, two[1].param_steps, strict=True):
         assert torch.equal(mine.exp_avg, other.exp_avg) and torch.equal(mine.exp_avg_scale, other.exp_avg_scale)
         for one, another in zip((mine, *mine.factors), (other, *other.factors), strict=True):
             torch.testing.assert_close(one.exp_avg_sq, another.exp_avg_sq, rtol=1e-6, atol=0)
@@ -146,20 +146,25 @@ def test_sums_that_travel_wider_than_they_are_computed() -> None:
     """A float64 parameter in the same buffer makes it float64: the float32 ones keep their engine, and their bits."""
     layouts = {name: LAYOUTS[name] for name in ("heads", "norm", "columns", "factored", "whole")}
 
-    def world(wide: bool) -> list[Played]:
-        players = [Played(layouts, engine_of("cpu"), ranks=3, rank=rank) for rank in range(3)]
-        for grid in (grid for one in players for work in one.works for grid in (work, *work.factors)):
+    def world(wide: bool) -> list[SimulatedRank]:
+        simulated_ranks = [SimulatedRank(layouts, engine_of("cpu"), ranks=3, rank=rank) for rank in range(3)]
+        for grid in (
+            grid
+            for one in simulated_ranks
+            for param_step in one.param_steps
+            for grid in (param_step, *param_step.factors)
+        ):
             if wide and grid.sums is not None:
                 grid.own_sums, grid.sums = grid.own_sums.double(), grid.sums.double()
         for number in range(3):
-            for one in players:
+            for one in simulated_ranks:
                 one.give(gradients(layouts, number, torch.float32))
-            step(players)
-            assert not any(one.engine._left for one in players)
-        return players
+            step(simulated_ranks)
+            assert not any(one.engine._fallbacks for one in simulated_ranks)
+        return simulated_ranks
 
     for one, other in zip(world(False), world(True), strict=True):
-        for mine, wide in zip(one.works, other.works, strict=True):
+        for mine, wide in zip(one.param_steps, other.param_steps, strict=True):
             assert torch.equal(mine.exp_avg_sq, wide.exp_avg_sq) and torch.equal(mine.param, wide.param), mine.name
 
 
@@ -170,19 +175,21 @@ def test_one_rank_whose_tensors_lie_otherwise_adds_in_the_same_order() -> None:
     def irregular(x: Tensor) -> Tensor:
         return x.permute(*range(1, x.ndim), 0).contiguous().permute(-1, *range(x.ndim - 1))
 
-    def world(odd: Callable[[Tensor], Tensor]) -> list[Played]:
+    def world(odd: Callable[[Tensor], Tensor]) -> list[SimulatedRank]:
         stores = (torch.clone, odd, torch.clone)
-        players = [Played(layouts, engine_of("cpu"), ranks=3, rank=rank, store=stores[rank]) for rank in range(3)]
+        simulated_ranks = [
+            SimulatedRank(layouts, engine_of("cpu"), ranks=3, rank=rank, store=stores[rank]) for rank in range(3)
+        ]
         for number in range(3):
-            for one in players:
+            for one in simulated_ranks:
                 one.give(gradients(layouts, number, torch.float32))
-            step(players)
-        return players
+            step(simulated_ranks)
+        return simulated_ranks
 
     want, got = world(torch.clone), world(irregular)
     assert not got[1].named("convolution").param.is_contiguous()
     for one, other in zip(want, got, strict=True):
-        for mine, theirs in zip(one.works, other.works, strict=True):
+        for mine, theirs in zip(one.param_steps, other.param_steps, strict=True):
             assert torch.equal(mine.exp_avg_sq, theirs.exp_avg_sq) and torch.equal(mine.param, theirs.param), mine.name
 
 
@@ -224,9 +231,9 @@ def meta(x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[AdamMini, Tensor], None], str]] = {
-    "pruned": (shrunk, "state of 'layers.1.w' has exp_avg of shape (64, 8), and the parameter, of shape (16, 8)"),
-    "pruned, same address": (shrunk_in_place, "and the parameter, of shape (16, 8)"),
-    "grown": (grown, "and the parameter, of shape (128, 8)"),
+    "pruned": (shrunk, "state of 'layers.1.w' has exp_avg of shape (64, 8), but the parameter, of shape (16, 8)"),
+    "pruned, same address": (shrunk_in_place, "but the parameter, of shape (16, 8)"),
+    "grown": (grown, "but the parameter, of shape (128, 8)"),
     "momentum of another shape": (other_state("exp_avg", lambda x: x[:16].clone()), "exp_avg of 'layers.1.w'"),
     "momentum of another dtype": (other_state("exp_avg", torch.Tensor.double), "exp_avg of 'layers.1.w'"),
     "moments of another shape": (other_state("exp_avg_sq", lambda x: x[:5].clone()), "exp_avg_sq of 'layers.1.w'"),
@@ -267,10 +274,10 @@ def test_what_no_longer_fits_is_named_and_nothing_is_changed(what: str) -> None:
 
 def test_gradients_of_the_old_shape_are_named() -> None:
     """torch checks a gradient when it is assigned; not those that are there when a parameter changes."""
-    work = Played({"rows": LAYOUTS["rows"]}, engine_of("cpu")).works[0]
-    work.grad = torch.ones(36, 129)
+    param_step = SimulatedRank({"rows": LAYOUTS["rows"]}, engine_of("cpu")).param_steps[0]
+    param_step.grad = torch.ones(36, 129)
     with pytest.raises(ValueError, match=r"the gradient of 'rows' is .* of shape \(36, 129\)"):
-        check([work], False)
+        check([param_step], False)
 
 
 def test_memory_that_comes_back_is_used_where_it_is() -> None:
@@ -292,14 +299,14 @@ def test_memory_that_comes_back_is_used_where_it_is() -> None:
 
 def works_on(device: str, step: str) -> ParamStep:
     """A factored parameter on a device."""
-    (work,) = Played({"factored": LAYOUTS["factored"]}, engine_of("cpu")).works
+    (param_step,) = SimulatedRank({"factored": LAYOUTS["factored"]}, engine_of("cpu")).param_steps
     for key in ("param", "exp_avg", "exp_avg_sq"):
-        setattr(work, key, getattr(work, key).to(device))
-    work.factors = tuple(Factor(one.plan, one.exp_avg_sq.to(device)) for one in work.factors)
-    work.grad, work.step = torch.ones_like(work.param), work.step.to(step)
-    work.spec = None
-    work.__post_init__()
-    return work
+        setattr(param_step, key, getattr(param_step, key).to(device))
+    param_step.factors = tuple(Factor(one.plan, one.exp_avg_sq.to(device)) for one in param_step.factors)
+    param_step.grad, param_step.step = torch.ones_like(param_step.param), param_step.step.to(step)
+    param_step.spec = None
+    param_step.__post_init__()
+    return param_step
 
 
 def test_every_tensor_must_be_where_its_parameter_is() -> None:
@@ -310,26 +317,26 @@ def test_every_tensor_must_be_where_its_parameter_is() -> None:
         with pytest.raises(ValueError, match="step of 'factored' is on"):
             check([works_on("meta", place)], on_device)
     for key in ("grad", "exp_avg", "exp_avg_sq"):
-        work = works_on("meta", "meta")
-        setattr(work, key, torch.ones(getattr(work, key).shape))
+        param_step = works_on("meta", "meta")
+        setattr(param_step, key, torch.ones(getattr(param_step, key).shape))
         with pytest.raises(ValueError, match=r"of 'factored' is on cpu and the parameter on meta.*move it back"):
-            check([work], True)
+            check([param_step], True)
     for number, key in enumerate(("exp_avg_sq_col", "exp_avg_sq_mean")):
-        work = works_on("meta", "meta")
-        work.factors[number].exp_avg_sq = torch.ones(work.factors[number].exp_avg_sq.shape)
+        param_step = works_on("meta", "meta")
+        param_step.factors[number].exp_avg_sq = torch.ones(param_step.factors[number].exp_avg_sq.shape)
         with pytest.raises(ValueError, match=f"{key} of 'factored' is on cpu"):
-            check([work], True)
+            check([param_step], True)
 
 
 def test_a_model_that_is_moved_or_converted_after_a_step_is_named() -> None:
-    cases = ((meta, "on meta here, and was torch.float32 on cpu"), (torch.Tensor.double, "float64 on cpu"))
+    cases = ((meta, "on meta, but was torch.float32 on cpu"), (torch.Tensor.double, "float64 on cpu"))
     for change, words in cases:
-        work = Played({"rows": LAYOUTS["rows"]}, engine_of("cpu")).works[0]
-        work.grad = torch.ones_like(work.param)
-        check([work], False)
-        work.param, work.grad = change(work.param), change(work.grad)
+        param_step = SimulatedRank({"rows": LAYOUTS["rows"]}, engine_of("cpu")).param_steps[0]
+        param_step.grad = torch.ones_like(param_step.param)
+        check([param_step], False)
+        param_step.param, param_step.grad = change(param_step.param), change(param_step.grad)
         with pytest.raises(ValueError, match="'rows' is torch") as refused:
-            check([work], False)
+            check([param_step], False)
         assert words in str(refused.value)
 
 

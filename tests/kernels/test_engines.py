@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from titan_adam_mini.check.engines import (
+    CPU_FALLBACKS,
     ENGINES,
     GROUP,
     LAYOUTS,
-    LEFT,
-    Played,
+    SimulatedRank,
     differences,
     engine_of,
     gradients,
@@ -29,21 +29,21 @@ from titan_adam_mini.sharding import Shard as Part
 STEPS = 3
 
 
-def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[Played, Played]:
+def pair(engine: str, layouts: dict[str, BlockLayout] = LAYOUTS, **options: Any) -> tuple[SimulatedRank, SimulatedRank]:
     """The same parameters for an engine and for the reference."""
-    return Played(layouts, engine_of(engine), **options), Played(layouts, reference_engine(), **options)
+    return SimulatedRank(layouts, engine_of(engine), **options), SimulatedRank(layouts, reference_engine(), **options)
 
 
-def moved(two: tuple[Played, Played], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
-    grads = gradients({work.name: work.plan.layout for work in two[0].works}, number, dtype)
+def moved(two: tuple[SimulatedRank, SimulatedRank], number: int, dtype: torch.dtype, spoil: Any = None) -> None:
+    grads = gradients({param_step.name: param_step.plan.layout for param_step in two[0].param_steps}, number, dtype)
     if spoil is not None:
         spoil(grads)
-    for played in two:
-        played.give(grads)
-        step([played])
+    for simulated in two:
+        simulated.give(grads)
+        step([simulated])
 
 
-def compare(two: tuple[Played, Played], left: set[str] = LEFT) -> None:
+def compare(two: tuple[SimulatedRank, SimulatedRank], left: set[str] = CPU_FALLBACKS) -> None:
     assert differences(*two, left) == []
 
 
@@ -54,7 +54,9 @@ def test_all_layouts(engine: str, dtype: torch.dtype) -> None:
     for number in range(STEPS):
         moved(two, number, dtype)
         compare(two)
-    assert any(not torch.equal(a.param, b.param) for a, b in zip(two[0].works, pair(engine)[0].works, strict=True))
+    assert any(
+        not torch.equal(a.param, b.param) for a, b in zip(two[0].param_steps, pair(engine)[0].param_steps, strict=True)
+    )
 
 
 SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long rows", "large heads")}
@@ -83,7 +85,7 @@ SMALL = {name: layout for name, layout in LAYOUTS.items() if name not in ("long 
 def test_mixed_dtypes(engine: str, dtype: torch.dtype, momentum: torch.dtype | None, grad: torch.dtype) -> None:
     two = pair(engine, SMALL, dtype=dtype, momentum=momentum)
     # int8 runs lie along the rows; where the lines are something else, torch's operations are left to it.
-    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    left = CPU_FALLBACKS | ({"elements"} if momentum == torch.int8 else set())
     for number in range(STEPS):
         moved(two, number, grad)
         compare(two, left)
@@ -114,19 +116,19 @@ def test_tensors_that_are_not_contiguous(engine: str, momentum: torch.dtype | No
         (spread, padded),
     ]:
         two = pair(engine, flat, momentum=momentum, store=for_params)
-        for played in two:
-            played.store = for_grads
+        for simulated in two:
+            simulated.store = for_grads
         for number in range(2):
             moved(two, number, torch.float32)
-            compare(two, LEFT | {"elements", "whole", "no rows"})
+            compare(two, CPU_FALLBACKS | {"elements", "whole", "no rows"})
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_that_are_not_regular_are_copied(engine: str) -> None:
     layouts = {"elements": BlockLayout.of((6, 5, 4), 1, 1, 1), "whole": BlockLayout.of((6, 5, 4), 1, None, None)}
     two = pair(engine, layouts)
-    for played in two:
-        played.store = lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for simulated in two:
+        simulated.store = lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for number in range(3):
         moved(two, number, torch.float32)
         compare(two)
@@ -169,7 +171,7 @@ def test_what_is_not_finite_poisons_what_it_does_in_the_reference(
                 grad.view(-1)[grad.numel() * 2 // 3] = bad
 
     two = pair(engine, SMALL, momentum=momentum)
-    left = LEFT | ({"elements"} if momentum == torch.int8 else set())
+    left = CPU_FALLBACKS | ({"elements"} if momentum == torch.int8 else set())
     for number in range(3):
         moved(two, number, torch.float32, spoil if number == 1 else None)
         compare(two, left)
@@ -185,7 +187,7 @@ def test_bfloat16_rounds_whatever_bits_there_are(engine: str, bits: int) -> None
     odd = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     moved(two, 0, torch.float32, lambda grads: grads["rows"][5].fill_(odd))
     compare(two)
-    assert odd.isfinite() or not two[0].works[0].param[5].isfinite().any()
+    assert odd.isfinite() or not two[0].param_steps[0].param[5].isfinite().any()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -194,7 +196,7 @@ def test_missing_gradients(engine: str) -> None:
     two = pair(engine, SMALL)
     names = list(SMALL)
     for number in range(6):
-        before = {work.name: work.param.clone() for work in two[0].works}
+        before = {param_step.name: param_step.param.clone() for param_step in two[0].param_steps}
         gone = set(names[number::3])
 
         def spoil(grads: dict[str, Any], gone: set[str] = gone) -> None:
@@ -202,9 +204,11 @@ def test_missing_gradients(engine: str) -> None:
 
         moved(two, number, torch.float32, spoil)
         compare(two)
-        for work in two[0].works:
-            if work.param.numel():
-                assert torch.equal(work.param, before[work.name]) == (work.name in gone), work.name
+        for param_step in two[0].param_steps:
+            if param_step.param.numel():
+                assert torch.equal(param_step.param, before[param_step.name]) == (param_step.name in gone), (
+                    param_step.name
+                )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -216,7 +220,7 @@ def test_random_rounding_has_the_same_bits(engine: str) -> None:
     for number in range(STEPS):
         moved(two, number, torch.bfloat16)
         moved(plain, number, torch.bfloat16)
-    for mine, other, nearest in zip(*(played.works for played in (*two, plain[0])), strict=True):
+    for mine, other, nearest in zip(*(simulated.param_steps for simulated in (*two, plain[0])), strict=True):
         differ = int((mine.param != other.param).sum())
         assert differ <= 1, f"{mine.name}: {differ} of {mine.param.numel()}"
         assert not torch.equal(mine.param, nearest.param)
@@ -236,9 +240,9 @@ def test_random_rounding_of_elements_beyond_the_four_thousand_millionth(engine: 
         generator = torch.Generator().manual_seed(0)
         param, grad = (torch.randn(1, 66_000, generator=generator).bfloat16() for _ in range(2))
         state = {"exp_avg": torch.zeros(1, 66_000), "exp_avg_sq": torch.zeros(1, 1), "step": torch.zeros(())}
-        work = ParamStep(
+        param_step = ParamStep(
             name="w", plan=plan, param=param, grad=grad, exp_avg_scale=None, group=GROUP, decay=True, seed=1, **state
         )
-        one.update([work])
+        one.update([param_step])
         results.append(param)
     assert int((results[0] != results[1]).sum()) <= 20

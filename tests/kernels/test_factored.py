@@ -34,8 +34,10 @@ def column_sums(grad: Tensor, ranks: int, step: int, expected: Tensor | None = N
         own = tuple(slice(*interval) for interval in plan.own[0])
         factor = Factor(plan, state[tuple(slice(*one) for one in spans(plan))])
         rest = {"exp_avg": grad, "exp_avg_scale": None, "exp_avg_sq": grad, "group": GROUP, "decay": True}
-        work = ParamStep("w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest)
-        offset = columns.rounding_offset(work)
+        param_step = ParamStep(
+            "w", plan, grad, grad[own], step=torch.tensor(float(step)), factors=(factor, factor), **rest
+        )
+        offset = columns.rounding_offset(param_step)
         sums = columns.column_sums(grad[own], None if offset is None else offset[plan.parts[0][2]])
         total[tuple(slice(*one) for one in spans(plan))] += sums
     return total
@@ -226,5 +228,5 @@ def test_state_of_another_kind_is_told_apart() -> None:
     adamw.step()
     with pytest.raises(ValueError, match=r"exp_avg_sq_col.*second_moment is not factored"):
         optimizer.load_state_dict(blocks.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is of AdamW; convert it"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq_col.*it is AdamW's; convert it"):
         optimizer.load_state_dict(adamw.state_dict())

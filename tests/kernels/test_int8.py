@@ -54,11 +54,11 @@ def halves(seed: int, exponent: int, count: int = 32) -> Tensor:
     return near
 
 
-SOME = st.builds(runs, st.integers(0, 2**31), st.floats(-46, 38), st.floats(0, 12))
+STEPS_TAKEN = st.builds(runs, st.integers(0, 2**31), st.floats(-46, 38), st.floats(0, 12))
 
 
 @settings(max_examples=150, deadline=None)
-@given(SOME)
+@given(STEPS_TAKEN)
 def test_the_error_is_half_a_unit(momentum: Tensor) -> None:
     values, scale = stored(momentum)
     error = (dequantized(values, scale).double() - momentum.double()).abs().amax(-1)
@@ -71,7 +71,7 @@ def test_the_error_is_half_a_unit(momentum: Tensor) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.one_of(SOME, st.builds(halves, st.integers(0, 2**31), st.integers(-118, 120))))
+@given(st.one_of(STEPS_TAKEN, st.builds(halves, st.integers(0, 2**31), st.integers(-118, 120))))
 def test_it_is_the_definition_to_the_bit(momentum: Tensor) -> None:
     values, scale = stored(momentum)
     for row, (q, s) in enumerate(map(plain, momentum.numpy())):

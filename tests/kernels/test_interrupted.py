@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_adam_mini.check.engines import Played, engine_of, gradients, step
+from titan_adam_mini.check.engines import SimulatedRank, engine_of, gradients, step
 from titan_adam_mini.kernels import cpu
 from titan_adam_mini.layout import BlockLayout
 
@@ -28,7 +28,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> Any:
     state: dict[str, Any] = {"started": 0, "ended": 0, "caller": lambda: None, "helper": lambda: None}
     lock, main = threading.Lock(), threading.current_thread()
 
-    def work(*arguments: Any) -> None:
+    def run_units(*arguments: Any) -> None:
         if threading.current_thread() is main:
             while state["started"] == 0:
                 time.sleep(0.01)
@@ -44,7 +44,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> Any:
         with lock:
             state["ended"] += 1
 
-    monkeypatch.setattr(cpu, "_work", work)
+    monkeypatch.setattr(cpu, "_run_units", run_units)
     return state
 
 
@@ -65,13 +65,13 @@ def interrupted_for_real() -> None:
 @pytest.mark.parametrize("what", [interrupted, failed, interrupted_for_real])
 def test_helpers_have_ended_when_the_exception_arrives(what: Any, at_work: dict[str, Any]) -> None:
     engine = engine_of("cpu")
-    played = Played(LAYOUTS, engine)
-    played.give(gradients(LAYOUTS, 0, torch.float32))
+    simulated = SimulatedRank(LAYOUTS, engine)
+    simulated.give(gradients(LAYOUTS, 0, torch.float32))
     at_work["caller"] = what
     if what is interrupted_for_real:
         at_work["helper"] = _thread.interrupt_main
     with pytest.raises((KeyboardInterrupt, MemoryError)):
-        engine.update(played.works)
+        engine.update(simulated.param_steps)
     assert at_work["started"] == at_work["ended"] > 0
 
 
@@ -79,24 +79,24 @@ def test_an_error_of_a_helper_waits_for_the_others_and_later_steps_have_helpers_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert cpu._compiled(torch.float32) is None
-    ended, real, main = [], cpu._work, threading.current_thread()
+    ended, real, main = [], cpu._run_units, threading.current_thread()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     turn = iter([True, False])
 
-    def work(*arguments: Any) -> None:
+    def run_units(*arguments: Any) -> None:
         if threading.current_thread() is not main:
             if next(turn):
                 raise RuntimeError("broken")
             time.sleep(0.2)
             ended.append(True)
 
-    monkeypatch.setattr(cpu, "_work", work)
-    two = [Played(LAYOUTS, engine_of("cpu")) for _ in range(2)]
-    for played in two:
-        played.give(gradients(LAYOUTS, 0, torch.float32))
+    monkeypatch.setattr(cpu, "_run_units", run_units)
+    two = [SimulatedRank(LAYOUTS, engine_of("cpu")) for _ in range(2)]
+    for simulated in two:
+        simulated.give(gradients(LAYOUTS, 0, torch.float32))
     with pytest.raises(RuntimeError, match="broken"):
-        two[0].engine.update(two[0].works)
+        two[0].engine.update(two[0].param_steps)
     assert ended == [True]
-    monkeypatch.setattr(cpu, "_work", real)
+    monkeypatch.setattr(cpu, "_run_units", real)
     step([two[1]])
-    assert not torch.equal(two[1].works[0].param, two[0].works[0].param)
+    assert not torch.equal(two[1].param_steps[0].param, two[0].param_steps[0].param)

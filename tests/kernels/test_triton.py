@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titan_adam_mini import AdamMini, Partition, kernels
 from titan_adam_mini.check.engines import LAYOUTS as EVERY
-from titan_adam_mini.check.engines import Played, gradients, reference_engine, whole
+from titan_adam_mini.check.engines import SimulatedRank, gathered, gradients, reference_engine
 from titan_adam_mini.check.engines import step as one_step
 from titan_adam_mini.kernels import Factor, ParamStep, vectorized
 from titan_adam_mini.kernels.tensorwise import Tensorwise
@@ -114,7 +114,7 @@ def case(momentum: torch.dtype | None, *marks: pytest.MarkDecorator, **options: 
 )
 def test_it_computes_what_torch_computes(options: dict[str, Any]) -> None:
     fast, plain = trained(SHAPES, fused=True, **options), trained(SHAPES, foreach=True, **options)
-    assert fast[1].engine.launches > 0 and not fast[1].engine._left
+    assert fast[1].engine.launches > 0 and not fast[1].engine._fallbacks
     assert_close(fast, plain, 1e-6 if options["momentum_dtype"] is None else 1e-3)
 
 
@@ -140,13 +140,13 @@ def test_bfloat16_parameters(options: dict[str, Any]) -> None:
 def test_every_layout_as_the_reference_has_it(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
     layouts = {name: layout for name, layout in EVERY.items() if prod(layout.shape) < 6_000}
     engine = triton.TritonEngine(Tensorwise("foreach", vectorized))
-    two = [Played(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
+    two = [SimulatedRank(layouts, one, dtype=dtype, momentum=momentum) for one in (engine, reference_engine())]
     for number in range(2):
-        for played in two:
-            played.give(gradients(layouts, number, dtype))
-            one_step([played])
-    assert set(engine._left) <= {"no columns", "elements", "fused columns"}, engine._left
-    for mine, other in zip(two[0].works, two[1].works, strict=True):
+        for simulated in two:
+            simulated.give(gradients(layouts, number, dtype))
+            one_step([simulated])
+    assert set(engine._fallbacks) <= {"no columns", "elements", "fused columns"}, engine._fallbacks
+    for mine, other in zip(two[0].param_steps, two[1].param_steps, strict=True):
         assert torch.equal(mine.exp_avg, other.exp_avg), f"{mine.name}: momentum has nothing to add up"
         torch.testing.assert_close(mine.exp_avg_sq, other.exp_avg_sq, rtol=1e-6, atol=0, msg=mine.name)
         tight = 1e-6 if dtype == torch.float32 else 2**-7
@@ -218,7 +218,7 @@ def test_transposed_tensors_have_lines_of_their_own() -> None:
         return params, optimizer
 
     fast, plain = run(fused=True), run(foreach=True)
-    assert not fast[1].engine._left
+    assert not fast[1].engine._fallbacks
     assert_close(fast, plain, 1e-6)
 
 
@@ -297,14 +297,14 @@ FAST = {"rows", "norm", "fused", "columns", "experts by columns", "factored"}
     ],
 )
 def test_any_number_of_ranks_gives_the_bits_of_one(name: str, ranks: int) -> None:
-    """Ranks played one after the other, their sums added by hand, gradients at odd addresses."""
+    """Ranks simulated one after another, their sums added by hand, gradients at odd addresses."""
     layout = LAYOUTS[name]
     random = torch.Generator().manual_seed(3)
     start = torch.randn(layout.shape, generator=random)
     grads = [torch.randn(layout.shape, generator=random) for _ in range(2)]
     factored = name.startswith("factored")
-    want = played(layout, 1, start, grads, factored)
-    got = played(layout, ranks, start, grads, factored)
+    want = simulate(layout, 1, start, grads, factored)
+    got = simulate(layout, ranks, start, grads, factored)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -313,19 +313,21 @@ def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
     layouts = {"factored": BlockLayout.of((7, 70), 1, None), "factored, short": BlockLayout.of((2, 70), 1, None)}
     layouts["columns"] = BlockLayout.of((2, 70), None, 1)
 
-    def world(ranks: int) -> list[Played]:
+    def world(ranks: int) -> list[SimulatedRank]:
         engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in range(ranks)]
-        players = [Played(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)]
+        simulated_ranks = [
+            SimulatedRank(layouts, engine, ranks=ranks, rank=rank) for rank, engine in enumerate(engines)
+        ]
         for number in range(2):
-            for one in players:
+            for one in simulated_ranks:
                 one.give(gradients(layouts, number, torch.float32))
-            one_step(players)
-        return players
+            one_step(simulated_ranks)
+        return simulated_ranks
 
     (want,), got = world(1), world(3)
     assert not got[2].named("columns").param.numel()
-    for index, work in enumerate(want.works):
-        assert torch.equal(whole(got, index, "param"), work.param), work.name
+    for index, param_step in enumerate(want.param_steps):
+        assert torch.equal(gathered(got, index, "param"), param_step.param), param_step.name
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -333,30 +335,32 @@ def test_gradients_may_have_another_type(types: tuple[torch.dtype, torch.dtype])
     layout, random = LAYOUTS["heads"], torch.Generator().manual_seed(3)
     start = torch.randn(layout.shape, generator=random).to(types[0])
     grads = [torch.randn(layout.shape, generator=random).to(types[1])]
-    got = played(layout, 1, start, grads)
-    want = played(layout, 1, start.float(), [one.float() for one in grads])
+    got = simulate(layout, 1, start, grads)
+    want = simulate(layout, 1, start.float(), [one.float() for one in grads])
     assert got[0].dtype == types[0] and torch.equal(got[0], want[0].to(types[0]))
 
 
-def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], factored: bool = False) -> list[Tensor]:
+def simulate(
+    layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], factored: bool = False
+) -> list[Tensor]:
     """Parameter and momentum after steps of `ranks` FSDP ranks, put together."""
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
     shards = [Shard(layout.shape, (Cut(0, 0, ranks, rank),) if ranks > 1 else ()) for rank in range(ranks)]
     plans = [BlockPlan.of(layout, shard) for shard in shards]
     engines = [triton.TritonEngine(Tensorwise("foreach", vectorized)) for _ in plans]
-    works = []
+    param_steps = []
 
-    def room(plan: BlockPlan) -> Tensor | None:
+    def sums_of(plan: BlockPlan) -> Tensor | None:
         kind = torch.float64 if plan.of_columns else torch.float32
         return torch.zeros(plan.sums_shape, device=DEVICE, dtype=kind) if plan.axes else None
 
     for plan, shard in zip(plans, shards, strict=True):
         own = tuple(slice(*interval) for interval in plan.own[0])
-        sums = room(plan)
+        sums = sums_of(plan)
         others = [BlockPlan.of(one, shard) for one in factors(layout.shape)] if factored else []
-        rooms = [(one, torch.zeros(one.grid_shape, device=DEVICE), room(one)) for one in others]
+        grids = [(one, torch.zeros(one.grid_shape, device=DEVICE), sums_of(one)) for one in others]
         part = start[own].clone().to(DEVICE)
-        works.append(
+        param_steps.append(
             ParamStep(
                 name="w",
                 plan=plan,
@@ -370,26 +374,26 @@ def played(layout: BlockLayout, ranks: int, start: Tensor, grads: list[Tensor], 
                 decay=True,
                 own_sums=sums,
                 sums=sums,
-                factors=tuple(Factor(one, grid, sums, sums) for one, grid, sums in rooms),
+                factors=tuple(Factor(one, grid, sums, sums) for one, grid, sums in grids),
             )
         )
     for grad in grads:
-        for rank, (work, plan, engine) in enumerate(zip(works, plans, engines, strict=True)):
+        for rank, (param_step, plan, engine) in enumerate(zip(param_steps, plans, engines, strict=True)):
             own = tuple(slice(*interval) for interval in plan.own[0])
             value = grad[own].to(DEVICE)
-            room = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
-            work.grad = room.copy_(value.reshape(-1)).view(value.shape)
-            for one in (work, *work.factors):
+            memory = torch.empty(value.numel() + rank, device=DEVICE, dtype=value.dtype)[rank:]
+            param_step.grad = memory.copy_(value.reshape(-1)).view(value.shape)
+            for one in (param_step, *param_step.factors):
                 if one.own_sums is not None:
                     one.own_sums.zero_()
-            if work.waits and value.numel():
-                engine.square_sums([work])
-        for same in zip(*((work, *work.factors) for work in works), strict=True):
+            if param_step.waits and value.numel():
+                engine.square_sums([param_step])
+        for same in zip(*((param_step, *param_step.factors) for param_step in param_steps), strict=True):
             if same[0].sums is not None:
                 total = torch.stack([one.sums for one in same]).sum(0)
                 for one in same:
                     one.sums.copy_(total)
-        for work, engine in zip(works, engines, strict=True):
-            engine.update([work])
-            work.squares = None
-    return [torch.cat([getattr(work, key) for work in works]) for key in ("param", "exp_avg")]
+        for param_step, engine in zip(param_steps, engines, strict=True):
+            engine.update([param_step])
+            param_step.squares = None
+    return [torch.cat([getattr(param_step, key) for param_step in param_steps]) for key in ("param", "exp_avg")]

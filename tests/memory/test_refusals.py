@@ -13,7 +13,10 @@ BATCH = "--training.local_batch_size"
 QUICK = [
     (["--ngpu", "2", *SMALL, "nasty", "--model.name", "mystery"], "mystery (3, 4)"),
     (["--ngpu", "3", TP, "2"], "the mesh does not divide 3 ranks: tensor_parallel_degree 2 make 2"),
-    (["--ngpu", "2", "--optimizer.early_step_in_backward"], "early_step_in_backward = true cannot serve AdamMini"),
+    (
+        ["--ngpu", "2", "--optimizer.early_step_in_backward"],
+        "early_step_in_backward = true is not supported by AdamMini",
+    ),
     (["--ngpu", "4", BATCH, "2", "--training.global_batch_size", "12"], "not a multiple of local_batch_size 2 x 4"),
     (["--ngpu", "2", TP, "2"], "tensor_parallel_degree 2 does not divide the 5 attention heads"),
 ]

@@ -72,7 +72,7 @@ def test_names_come_as_pairs_in_groups_or_as_param_names() -> None:
         ({"capturable": True}, "capturable"),
         ({"momentum_dtype": torch.int16}, "momentum_dtype"),
         ({"foreach": True, "fused": True}, "cannot be combined"),
-        ({"partition": Partition.per_tensor()}, "belong to the partition"),
+        ({"partition": Partition.per_tensor()}, "pass n_heads, n_kv_heads"),
     ],
 )
 def test_wrong_settings_are_refused_in_words(options: dict[str, Any], words: str) -> None:

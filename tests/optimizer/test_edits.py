@@ -111,7 +111,7 @@ def test_a_set_and_options_of_the_whole_optimizer_are_refused_in_a_group() -> No
     params = parameters()
     with pytest.raises(TypeError, match="need an order"):
         AdamMini([{"params": set(params.values()), "param_names": list(params)}], n_heads=2)
-    with pytest.raises(ValueError, match="momentum_dtype belongs to the whole optimizer"):
+    with pytest.raises(ValueError, match="momentum_dtype applies to the entire optimizer"):
         AdamMini([{"params": params.items(), "momentum_dtype": torch.bfloat16}], n_heads=2)
 
 
@@ -228,7 +228,7 @@ def test_parameters_that_the_state_does_not_have_begin_anew(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "titan_adam_mini"):
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert [record.message for record in caplog.records] == [
-        "AdamMini: the loaded state has nothing of 'w1.weight': their moments begin at zero"
+        "AdamMini: the loaded state lacks 'w1.weight': their moments start at zero"
     ]
     assert float(other.state[twin["w1.weight"]]["step"]) == 0 and float(other.state[twin["wq.weight"]]["step"]) == 1
 
@@ -292,8 +292,12 @@ def test_between_steps_nothing_holds_the_tensors_of_a_step() -> None:
     params = parameters()
     optimizer = make(params)
     step(optimizer, params)
-    held = [work for work in optimizer._works if work.param.numel() or work.exp_avg.numel() or work.grad is not None]
-    assert optimizer._works and not held
+    held = [
+        param_step
+        for param_step in optimizer._param_steps
+        if param_step.param.numel() or param_step.exp_avg.numel() or param_step.grad is not None
+    ]
+    assert optimizer._param_steps and not held
 
 
 def test_parameters_that_were_replaced_before_the_first_step_are_let_go() -> None:

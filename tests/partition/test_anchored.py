@@ -65,7 +65,7 @@ def test_a_separate_query_beside_c_proj_says_that_weights_are_not_transposed() -
 
 def test_c_attn_that_disagree() -> None:
     shapes = {"h.0.attn.c_attn.weight": (4, 12), "h.1.attn.c_attn.weight": (12, 4)}
-    with pytest.raises(ValueError, match=r"attn\.c_attn\.weight and the biases of this model disagree"):
+    with pytest.raises(ValueError, match=r"attn\.c_attn\.weight and the biases of this model contradict"):
         Partition.transformer(n_heads=2).assign(shapes)
 
 

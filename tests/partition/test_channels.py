@@ -120,7 +120,7 @@ def test_decay_goes_by_the_role_in_the_model() -> None:
 
 
 def test_one_block_for_all_values_has_no_place_there() -> None:
-    with pytest.raises(ValueError, match="value_blocks='tensor' asks for other blocks"):
+    with pytest.raises(ValueError, match="cannot be combined with value_blocks='tensor'"):
         Partition.transformer(second_moment="channels", value_blocks="tensor")
 
 

@@ -63,7 +63,7 @@ def test_heads_are_checked_within_a_part() -> None:
 
 def test_projections_outside_every_part_ask_for_their_heads() -> None:
     shapes = {"projector.cross_attn.q_proj.weight": (24, 8)}
-    with pytest.raises(ValueError, match=r"query of none of the model's parts \(text, vision; see Geometry.parts\)"):
+    with pytest.raises(ValueError, match=r"query in none of the model's parts \(text, vision; see Geometry.parts\)"):
         Partition.from_config(TWO).assign(shapes)
     parts = {**Geometry.of(TWO).parts, "projector": Geometry(3)}
     got = Partition.transformer(Geometry(parts=parts)).assign(shapes)

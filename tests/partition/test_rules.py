@@ -137,11 +137,11 @@ def test_the_first_match_wins_and_the_users_come_first() -> None:
 @pytest.mark.parametrize("pattern", ["q.weight", "q.weigh[t]"])
 def test_a_pattern_starts_at_a_component_and_covers_the_rest(pattern: str) -> None:
     partition = Partition.transformer(roles={pattern: "tensor"})
-    for stranger in ("layers.0.xq.weight", "a.q.weight_g"):
+    for unknown in ("layers.0.xq.weight", "a.q.weight_g"):
         with pytest.raises(
-            ValueError, match=re.escape(f"no rule knows 1 parameter, and no role is assumed:\n  {stranger} ")
+            ValueError, match=re.escape(f"no rule matches 1 parameter, and there is no default role:\n  {unknown} ")
         ):
-            partition.assign({stranger: (4, 4), "a.q.weight": (4, 4)})
+            partition.assign({unknown: (4, 4), "a.q.weight": (4, 4)})
 
 
 def test_a_built_in_rule_has_to_fit_the_dims() -> None:
@@ -239,7 +239,7 @@ def test_an_unknown_parameter_shows_the_line_that_gives_it_a_role() -> None:
     with pytest.raises(ValueError) as caught:
         Partition.transformer().assign(shapes)
     text = str(caught.value)
-    assert text.startswith("no rule knows 8 parameters")
+    assert text.startswith("no rule matches 8 parameters")
     assert "layers.0.mixer.weight (4, 4)" in text
     assert "and 3 more" in text
     assert 'Partition.transformer(..., roles={"layers.*.mixer.weight": "neuron", "gain": "bias"})' in text
@@ -267,10 +267,10 @@ def test_a_pattern_that_matches_nothing() -> None:
         ({"head_dim": 3}, "wk.weight", (8, 4), "8 rows are not divisible by head_dim = 3"),
         ({"n_heads": 2, "head_dim": 3}, "wq.weight", (8, 4), "8 rows are not n_heads = 2 heads of 3 rows each"),
         ({"n_heads": 2, "n_kv_heads": 3}, "wk.weight", (8, 4), "8 rows are not divisible by n_kv_heads = 3"),
-        ({"n_heads": 3}, "wk.weight", (8, 4), "n_kv_heads, taken to be n_heads, = 3"),
+        ({"n_heads": 3}, "wk.weight", (8, 4), "n_kv_heads (by default n_heads) = 3"),
         ({}, "attn.Wqkv.weight", (12, 4), "a fused projection needs n_heads"),
-        ({"n_heads": 2}, "attn.Wqkv.weight", (8, 4), "with n_kv_heads not given its 8 rows should be 3 x 4"),
-        ({"n_heads": 3, "n_kv_heads": 2}, "qkv_linear.wqkv.weight", (14, 4), "3 query heads cannot be shared out"),
+        ({"n_heads": 2}, "attn.Wqkv.weight", (8, 4), "without n_kv_heads its 8 rows should be 3 x 4"),
+        ({"n_heads": 3, "n_kv_heads": 2}, "qkv_linear.wqkv.weight", (14, 4), "3 query heads are not divisible"),
         ({"n_heads": 2}, "wkv_b.weight", (8, 4), "qk_nope_head_dim, v_head_dim must be known"),
     ],
 )
@@ -297,7 +297,7 @@ def test_wrong_words_are_refused_at_once() -> None:
         Partition.transformer(value_blocks="head")
     with pytest.raises(ValueError, match="n_heads must be a positive integer or None, not 0"):
         Partition.transformer(n_heads=0)
-    with pytest.raises(ValueError, match="role norm: this role takes tensors of at most 1 dims, and this one has 2"):
+    with pytest.raises(ValueError, match="role norm: this role is for tensors of at most 1 dims, but this one has 2"):
         Partition.transformer(roles={"x": "norm"}).assign({"x": (2, 2)})
 
 

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-LEFT, STUCK = 75, 76
+SAVED, STUCK = 75, 76
 
 
 class Peers:
@@ -95,7 +95,7 @@ class Node:
         loss = self.load()
         self.progress(self.first)
         if peers.largest(self.heard):
-            return self.failed(dict.fromkeys(self.logs, ("", LEFT)))
+            return self.failed(dict.fromkeys(self.logs, ("", SAVED)))
         for step in range(self.first + 1, steps + 1):
             time.sleep(0 if self.restart else float(os.environ.get("STEP_SECONDS", "0")))
             if status := self.fail(step):
@@ -108,7 +108,7 @@ class Node:
                 self.save(step, loss)
             self.progress(step)
             if leaves:
-                return self.failed(dict.fromkeys(self.logs, ("", LEFT)))
+                return self.failed(dict.fromkeys(self.logs, ("", SAVED)))
         return 0
 
     def fail(self, step: int) -> int:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(SLURM))
 pytest.importorskip("tyro", reason="launch/slurm needs the extra: pip install -e '.[titan]'")
 
 import attempts  # noqa: E402
-from attempts import LEFT, STUCK, Attempt, decide  # noqa: E402
+from attempts import SAVED, STUCK, Attempt, decide  # noqa: E402
 
 STEPPED = {"first": 10, "step": 12, "saved": 10, "time": 5.0}
 NOT = {"first": 10, "step": 10, "saved": 10, "time": 5.0}
@@ -29,8 +29,8 @@ def attempt(number: int, status: int | None, progress: dict[str, Any], restart: 
     ("history", "refused", "again"),
     [
         ([(0, STEPPED)], False, False),
-        ([(LEFT, STEPPED)], False, True),
-        ([(LEFT, NOT)] * 5, False, True),
+        ([(SAVED, STEPPED)], False, True),
+        ([(SAVED, NOT)] * 5, False, True),
         ([(STUCK, STEPPED)], False, True),
         ([(1, STEPPED)] * 5, False, True),
         ([(1, NOT)], False, True),
@@ -41,7 +41,7 @@ def attempt(number: int, status: int | None, progress: dict[str, Any], restart: 
         ([(1, NOT)] * 3, False, False),
         ([(137, {})] * 3, False, False),
         ([(1, NOT), (1, STEPPED), (1, NOT), (1, NOT)], False, True),
-        ([(1, NOT), (LEFT, NOT), (1, NOT), (1, NOT)], False, True),
+        ([(1, NOT), (SAVED, NOT), (1, NOT), (1, NOT)], False, True),
         ([(1, NOT), (None, NOT), (1, NOT), (1, NOT)], False, False),
         ([(1, NOT), (None, NOT), (1, NOT)], False, True),
     ],
@@ -62,12 +62,12 @@ def test_a_signal_that_kills_it_before_the_first_step_is_no_failure(run) -> None
 
 
 def test_files_that_a_full_disk_left_empty(run) -> None:
-    assert run(LEFT, **{"progress.json": "", "failures-3.json": ""})[0] == f"{LEFT} requeue"
+    assert run(SAVED, **{"progress.json": "", "failures-3.json": ""})[0] == f"{SAVED} requeue"
 
 
 def test_the_limit_of_requeues() -> None:
-    assert decide([attempt(3, LEFT, STEPPED, restart=1)], refused=False, limit=2) == (True, "")
-    again, why = decide([attempt(3, LEFT, STEPPED, restart=2)], refused=False, limit=2)
+    assert decide([attempt(3, SAVED, STEPPED, restart=1)], refused=False, limit=2) == (True, "")
+    again, why = decide([attempt(3, SAVED, STEPPED, restart=2)], refused=False, limit=2)
     assert not again and "MAX_REQUEUES" in why
 
 
@@ -118,7 +118,7 @@ def lines(folder: Path) -> list[dict[str, str]]:
 
 
 def test_one_line_per_attempt_and_the_exit_status_of_training(run, tmp_path: Path) -> None:
-    assert run(LEFT, "--signalled", progress=STEPPED)[0] == f"{LEFT} requeue"
+    assert run(SAVED, "--signalled", progress=STEPPED)[0] == f"{SAVED} requeue"
     told = [[failure(0, "RuntimeError: Connection closed by peer", 9)], [failure(1, "OSError: disk\nfull", 9, 3)]]
     out, said = run(137, "--bad", "n2", progress=STEPPED, failures=told)
     assert out == "3 requeue"
@@ -126,7 +126,7 @@ def test_one_line_per_attempt_and_the_exit_status_of_training(run, tmp_path: Pat
     assert run(0, progress=STEPPED)[0] == "0 stop"
     table = lines(tmp_path)
     assert [one["attempt"] for one in table] == ["1", "2", "3"]
-    assert [one["status"] for one in table] == [str(LEFT), "3", "0"]
+    assert [one["status"] for one in table] == [str(SAVED), "3", "0"]
     assert [one["then"] for one in table] == ["requeue", "requeue", "stop"]
     assert table[1]["reason"] == "rank 1 on n1: OSError: disk; bad nodes: n2"
     assert (table[0]["from"], table[0]["step"], table[0]["saved"]) == ("10", "12", "10")
@@ -138,7 +138,7 @@ def test_an_attempt_that_was_killed_gets_its_line_when_the_next_begins(run, tmp_
     assert not (tmp_path / "attempts.tsv").exists()
     run(0)
     first, second = lines(tmp_path)
-    assert first["reason"].startswith("ended without a word") and first["status"] == "" and first["step"] == "12"
+    assert first["reason"].startswith("ended without a report") and first["status"] == "" and first["step"] == "12"
     assert second["attempt"] == "2"
 
 
@@ -165,7 +165,7 @@ def test_refused_flags_and_plans(run, status: int) -> None:
 
 
 def test_a_cancelled_job_stays_cancelled(run, tmp_path: Path) -> None:
-    assert run(LEFT, "--no-requeue", progress=STEPPED)[0] == f"{LEFT} stop"
+    assert run(SAVED, "--no-requeue", progress=STEPPED)[0] == f"{SAVED} stop"
     assert lines(tmp_path)[0]["then"] == "left to Slurm"
 
 

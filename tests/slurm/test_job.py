@@ -134,13 +134,13 @@ def test_a_controller_that_is_silent_does_not_end_a_save(train) -> None:
     saves = 'kill -USR1 "$PPID"; printf "" >"$FAKE/record"; sleep 14; printf "%s\\n" "$RECORD" >"$FAKE/record"; exit 75'
     record = RECORD.format(array="", end="2124-05-01T10:00:00")
     status, said, asked = train(saves, RECORD=record)
-    assert status == 75 and "have not left" not in said
+    assert status == 75 and "have not exited" not in said
     assert "scontrol requeue 7\n" in asked
 
 
 def test_a_save_that_comes_too_late_for_the_time_limit(train) -> None:
     _, said, asked = train('kill -USR1 "$PPID"; sleep 20; exit 75', end="2024-05-01T10:00:00")
-    assert "have not left" in said and "scontrol requeue 7\n" in asked
+    assert "have not exited" in said and "scontrol requeue 7\n" in asked
 
 
 @pytest.mark.parametrize(("have", "excluded"), [("n1 n2 n3", True), ("n1 n2", False)])

@@ -42,25 +42,25 @@ def judged(
 def test_nodes_that_are_alike_are_good() -> None:
     assert judged() == {}
     assert judged(gpus=8) == {}
-    assert judge_facts(NODES, {}, {}, None, 60) == {node: ["no answer within 60 s"] for node in NODES}
+    assert judge_facts(NODES, {}, {}, None, 60) == {node: ["no response within 60 s"] for node in NODES}
 
 
 def test_a_node_that_does_not_answer() -> None:
     missing = judge_facts(NODES, dict.fromkeys(NODES[1:], FINE), {node: facts() for node in NODES}, None, 60)
-    assert missing == {**{node: [] for node in NODES}, "node1": ["no answer within 60 s"]}
-    ends = {"node2": Answer(124, "last words"), "node3": Answer(1, "cannot write into /shared: Read-only file system")}
+    assert missing == {**{node: [] for node in NODES}, "node1": ["no response within 60 s"]}
+    ends = {"node2": Answer(124, "last words"), "node3": Answer(1, "cannot write to /shared: Read-only file system")}
     assert judged({**ends, "node4": Answer(139, "")}, node5=None) == {
-        "node2": ["not done within 60 s: last words"],
-        "node3": ["cannot write into /shared: Read-only file system"],
+        "node2": ["not finished within 60 s: last words"],
+        "node3": ["cannot write to /shared: Read-only file system"],
         "node4": ["ended with status 139"],
-        "node5": ["the head does not see what this node wrote: the folder is not shared"],
+        "node5": ["the head node does not see this node's file: the folder is not shared"],
     }
 
 
 def test_versions_differ() -> None:
     found = judged(node1={"torch": "2.12.0"}, node4={"torch": "2.12.0", "commit": ""})
-    assert found["node1"] == ["torch 2.12.0, the others 2.13.0"]
-    assert found["node4"] == ["torch 2.12.0, the others 2.13.0", "commit missing, the others abc"]
+    assert found["node1"] == ["torch 2.12.0, other nodes: 2.13.0"]
+    assert found["node4"] == ["torch 2.12.0, other nodes: 2.13.0", "commit missing, other nodes: abc"]
     assert list(found) == ["node1", "node4"]
     broken = ["cannot import torchtitan: ImportError: no"]
     assert judged(node2={"errors": broken, "torchtitan": ""}) == {"node2": broken}
@@ -75,7 +75,7 @@ def test_gpus() -> None:
     assert judged(node3={"gpus": 7}) == {"node3": ["7 GPUs, not 8"]}
     assert judged(node3={"gpus": 7}, gpus=4) == {}, "four are enough for a run with four"
     assert judged(gpus=9) == {node: ["8 GPUs, not 9"] for node in NODES}
-    assert judged(node3={"gpus": 0, "GPU": ""})["node3"] == ["0 GPUs, not 8", "GPU missing, the others H100"]
+    assert judged(node3={"gpus": 0, "GPU": ""})["node3"] == ["0 GPUs, not 8", "GPU missing, other nodes: H100"]
 
 
 def test_answers_are_read_from_a_log() -> None:
@@ -123,18 +123,18 @@ def pairs_of(rates: dict[str, float]) -> list[Group]:
 
 def test_a_slow_node_is_found_and_not_its_neighbours() -> None:
     bad = {node: why for node, why in judge_pairs(NODES, pairs_of({"node3": 12.0}), 0.5).items() if why}
-    assert bad == {"node3": ["all-reduce 12.00 GB/s at best, the median node 40.00"]}
+    assert bad == {"node3": ["all-reduce at most 12.00 GB/s, median of all nodes 40.00"]}
     assert not any(judge_pairs(NODES, pairs_of({"node3": 21.0}), 0.5).values())
     assert not any(judge_pairs(NODES, pairs_of({"node3": 12.0}), 0.2).values())
 
 
 def test_a_node_without_any_all_reduce() -> None:
     bad = {node: why for node, why in judge_pairs(NODES, pairs_of({"node3": 0.0}), 0.5).items() if why}
-    assert bad == {"node3": ["no all-reduce with node4, node2: node3 is stuck"]}
-    two = [Group(("node1", "node2"), None, {"node2": "no answer within 60 s"})]
+    assert bad == {"node3": ["all-reduce with node4, node2 failed: node3 is stuck"]}
+    two = [Group(("node1", "node2"), None, {"node2": "no response within 60 s"})]
     assert judge_pairs(["node1", "node2"], two, 0.5) == {
-        "node1": ["no all-reduce with node2: node2: no answer within 60 s"],
-        "node2": ["no all-reduce with node1: no answer within 60 s"],
+        "node1": ["all-reduce with node2 failed: node2: no response within 60 s"],
+        "node2": ["all-reduce with node1 failed: no response within 60 s"],
     }
     assert judge_pairs(["node1"], [], 0.5) == {"node1": []}
 
@@ -192,10 +192,10 @@ def node_says(folder: Path, **env: str) -> str:
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    told = f"cannot read {nowhere}/head, which the head wrote: No such file or directory"
+    told = f"cannot read {nowhere}/head, written by the head node: No such file or directory"
     assert node_says(nowhere) == told
     (tmp_path / "head").write_text("another token")
-    assert "has other text than the head wrote" in node_says(tmp_path)
+    assert "differs from what the head node wrote" in node_says(tmp_path)
 
 
 def test_a_node_tells_what_it_cannot_import_and_where_it_cannot_write(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_node_tells_what_it_cannot_import_and_where_it_cannot_write(tmp_path: 
     assert found["gpus"] == 0
     (tmp_path / "node1.json").unlink()
     (tmp_path / "node1.json").mkdir()
-    assert node_says(tmp_path, PYTHONPATH=str(modules)) == f"cannot write into {tmp_path}: Is a directory"
+    assert node_says(tmp_path, PYTHONPATH=str(modules)) == f"cannot write to {tmp_path}: Is a directory"
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_pre_empted_it_saves_waits_and_goes_on_and_so_it_does_after_a_failure(tr
     jobs.done(urgent)
     assert jobs.done(job)["Restarts"] == "2"
     first, second, third = jobs.attempts("preempted")
-    assert first["reason"] == "left on a signal, saved" and first["status"] == "75"
+    assert first["reason"] == "exited on a signal, saved" and first["status"] == "75"
     assert first["step"] == first["saved"] == second["from"] and int(first["step"]) > EVERY
     assert second["reason"].endswith("RuntimeError: a fault of the test") and second["status"] == "1"
     assert "in fail\n    raise RuntimeError" in jobs.cluster.log(job)
@@ -201,7 +201,7 @@ def test_pre_empted_it_saves_waits_and_goes_on_and_so_it_does_after_a_failure(tr
 def test_the_time_limit(jobs: Jobs, outcomes: dict[str, Outcome], steady: dict[int, float]) -> None:
     assert outcomes["limited"].state == "COMPLETED" and outcomes["limited"].restarts >= 1, outcomes["limited"].log
     first, *_, last = jobs.attempts("limited")
-    assert first["reason"] == "left on a signal, saved" and last["reason"] == "complete"
+    assert first["reason"] == "exited on a signal, saved" and last["reason"] == "complete"
     assert jobs.losses("limited") == steady
 
 
@@ -254,7 +254,7 @@ def test_another_number_of_ranks_than_was_asked_for(jobs: Jobs) -> None:
     job = jobs("few", nodes=2, RANKS="3")
     fields = jobs.cluster.wait(job, ended, LONG)
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "78:0")
-    assert "RANKS=3 were asked for, and 2 nodes with 1 each make 2: submit with another -N, or" in jobs.cluster.log(job)
+    assert "RANKS=3 is set, but 2 nodes with 1 ranks each are 2: submit with another -N, or" in jobs.cluster.log(job)
     assert not (jobs.folder / "outputs" / "few").exists(), "no attempt was made"
 
 

@@ -26,20 +26,20 @@ class Ranks:
 
     def run(self, rank: int) -> None:
         pace = random.Random(self.seed + rank)
-        agreement = Agreement(self.store.clone(), rank, len(self.at), 0, patience=20.0, every=0.001)
+        agreement = Agreement(self.store.clone(), rank, len(self.at), 0, timeout=20.0, interval=0.001)
         asks, number = self.asks.get(rank, (STEPS + 1, 0))
         for step in range(1, STEPS + 1):
             time.sleep(pace.random() * 2e-3)
             with self.moved:  # the collectives of a step, which the host may be ahead of
                 assert self.moved.wait_for(lambda step=step: min(self.at) >= step - self.ahead, 20.0)
-            why = agreement.exits(step, number if step >= asks else 0)
+            why = agreement.should_exit(step, number if step >= asks else 0)
             with self.moved:
                 self.at[rank] = step
                 self.moved.notify_all()
             if why:
                 self.left[rank] = (step, why)
                 break
-        agreement.meet()
+        agreement.barrier()
         agreement.close()
 
     def go(self) -> dict[int, tuple[int, int]]:
@@ -75,14 +75,14 @@ def test_nobody_leaves_unasked() -> None:
 
 def alone(**options: Any) -> Agreement:
     """Rank 0 of two, the other of which never answers."""
-    return Agreement(dist.HashStore(), 0, 2, 0, every=0.001, **options)
+    return Agreement(dist.HashStore(), 0, 2, 0, interval=0.001, **options)
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever() -> None:
-    agreement = alone(patience=0.2)
-    assert agreement.exits(1, 0) == 0
-    with pytest.raises(TimeoutError, match=r"asked to leave at step 2, and not all ranks answered within 0\.2 seconds"):
-        agreement.exits(2, 15)
-    agreement.meet()
+    agreement = alone(timeout=0.2)
+    assert agreement.should_exit(1, 0) == 0
+    with pytest.raises(TimeoutError, match=r"asked to exit at step 2, but not all ranks responded within 0\.2 seconds"):
+        agreement.should_exit(2, 15)
+    agreement.barrier()
     agreement.close()
     assert not agreement._thread.is_alive()

@@ -195,9 +195,9 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "early": (f"{MANAGER}._find_load_step", stale, "look for checkpoints: OSError: .*Stale file handle"),
     "late": (f"{SCHEDULER}.load_state_dict", no_key, "load a checkpoint: KeyError: 'last_epoch'"),
-    "settled": ("titan_adam_mini.titan.checkpoint._settle", no_key, "load a checkpoint: KeyError"),
-    "converted": ("titan_adam_mini.titan.builder.as_expected", no_key, "convert the optimizer state that was loaded"),
-    "collected": (f"{SCHEDULER}.state_dict", no_key, r"collect what goes into \S*step-4: KeyError"),
+    "settled": ("titan_adam_mini.titan.checkpoint._apply_hyper_parameters", no_key, "load a checkpoint: KeyError"),
+    "converted": ("titan_adam_mini.titan.builder.as_expected", no_key, "convert the loaded optimizer state"),
+    "collected": (f"{SCHEDULER}.state_dict", no_key, r"collect the state for \S*step-4: KeyError"),
     "full": ("torch.distributed.checkpoint.filesystem._write_item", full, "save step 4: OSError: .*No space left"),
     "purged": (f"{MANAGER}._purge_stale_checkpoints", stale, "save step 4: OSError: .*Stale file handle"),
 }
@@ -246,7 +246,7 @@ def test_the_checkpointer_fails_on_every_rank_if_it_fails_on_one(folder: str, na
 def test_ranks_that_see_other_checkpoints_are_told(folder: str) -> None:
     answers = run(lost, RANKS, folder, timeout=DEADLINE)
     assert len(set(answers)) == 1 and answers[0][0] == "ValueError"
-    assert "rank 0 sees step 3 as the one to load, rank 1 no such folder" in answers[0][1]
+    assert "rank 0 sees step 3 as the one to load, rank 1 sees no such folder" in answers[0][1]
 
 
 def test_loading_goes_on_where_nothing_fails(folder: str) -> None:

@@ -45,15 +45,15 @@ def test_the_checkpoint_counts_unless_the_configuration_is_to(trainer: Trainer, 
     by_default = resumed(trainer, "two", "hyper_checkpoint", **changed, **SHORT)
     assert difference(by_default, two, first=HALF + 1, last=MORE) == 0
     line = said(by_default, r"checkpoint and configuration differ: (.*)")
-    assert re.search(r"weight_decay \S+ there, 0.3 here", line) and re.search(r"lr \S+ there, 0.0005 here", line)
-    assert "the checkpoint counts" in line and 'hyper_parameters = "config"' in line
+    assert re.search(r"weight_decay \S+ and 0.3", line) and re.search(r"lr \S+ and 0.0005", line)
+    assert "the checkpoint's are used" in line and 'hyper_parameters = "config"' in line
     assert said(by_default, r"engine (for-loop)") == "for-loop", "the engine is never restored"
 
     of_config = resumed(
         trainer, "two", "hyper_config", **changed, **SHORT, **{"optimizer.adam_mini.hyper_parameters": "config"}
     )
     assert difference(of_config, two, first=HALF + 1, last=MORE) > 0
-    assert "the configuration counts" in said(of_config, r"checkpoint and configuration differ: (.*)")
+    assert "the configuration's are used" in said(of_config, r"checkpoint and configuration differ: (.*)")
     was, now = state(trainer, "hyper_checkpoint", MORE), state(trainer, "hyper_config", MORE)
     key = "optimizer.param_groups.output.weight."
     assert now["lr_scheduler.base_lrs"] == [5e-4] and now[key + "initial_lr"] == 5e-4
@@ -66,7 +66,7 @@ def test_the_schedule_counts_as_well_where_only_it_is_loaded(trainer: Trainer, t
     """The schedule has a learning rate of its own, and comes along when the optimizer's state does not."""
     alone = {"optimizer.lr": 5e-4, "checkpoint.exclude_from_loading": "optimizer", **SHORT}
     by_default = resumed(trainer, "two", "schedule_checkpoint", **alone)
-    assert "the checkpoint counts" in said(by_default, r"checkpoint and configuration differ: (lr .*)")
+    assert "the checkpoint's are used" in said(by_default, r"checkpoint and configuration differ: (lr .*)")
     assert state(trainer, "schedule_checkpoint", MORE)["lr_scheduler.base_lrs"] != [5e-4]
     resumed(trainer, "two", "schedule_config", **alone, **{"optimizer.adam_mini.hyper_parameters": "config"})
     assert state(trainer, "schedule_config", MORE)["lr_scheduler.base_lrs"] == [5e-4]
@@ -123,8 +123,8 @@ def test_mixtures_of_experts_go_on_too(even: Trainer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "settings", "told"),
     [
-        ("adamw", {}, "holds AdamW's optimizer state.*titan-adam-mini convert"),
-        ("two", {"optimizer.adam_mini.second_moment": "factored"}, r"is factored here and not there.*second_moment"),
+        ("adamw", {}, "contains AdamW's optimizer state.*titan-adam-mini convert"),
+        ("two", {"optimizer.adam_mini.second_moment": "factored"}, r"is factored here but not there.*second_moment"),
         ("two", {"ranks": 1, "data": 1}, "exclude_from_loading dataloader"),
     ],
 )
@@ -151,6 +151,6 @@ def test_no_run_starts_from_random_weights_by_accident(trainer: Trainer, enabled
 
     name = f"accident_{enabled}"
     (trainer.out / name / "checkpoint" / "step-6").mkdir(parents=True)
-    told = "Remove .*/checkpoint to start from there again" if enabled else "no effect without checkpoint.enable"
+    told = "Remove .*/checkpoint to use that setting" if enabled else "no effect without checkpoint.enable"
     with pytest.raises(RunFailed, match=told):
         trainer(name, ranks=1, **{"checkpoint.enable": enabled})

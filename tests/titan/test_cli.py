@@ -32,11 +32,11 @@ def test_errors_are_one_sentence(
         (convert, "give --job.config_file X, or set CONFIG_FILE=X"),
         (
             ["convert", str(tmp_path), str(target), "--to", "adamw", "--job.config_file", str(CONFIG)],
-            "is not a whole checkpoint",
+            "is not a complete checkpoint",
         ),
         (["convert", str(source), str(source), "--to", "adamw"], "nothing is overwritten"),
         ([*convert, "--job.config_file", str(CONFIG), "--model.flavor", "huge"], "no flavor 'huge': it has"),
-        ([*convert, "--job.config_file", str(CONFIG), *SMALL], "is it the configuration of this run?"),
+        ([*convert, "--job.config_file", str(CONFIG), *SMALL], "is this the configuration of that run?"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(words)

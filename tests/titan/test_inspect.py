@@ -35,7 +35,7 @@ def test_flags_that_cannot_be_served(
         ([config, "--steps", "0"], "--steps must be 1 or more, not 0"),
         ([config, "--steps", "1", "--ngpu", "0"], "must be a positive number, not 0"),
         ([config, "--checkpoint", str(tmp_path / "step-9")], "is not a folder: a checkpoint is a folder such as"),
-        ([config, "--checkpoint", str(tmp_path)], "is not a whole checkpoint"),
+        ([config, "--checkpoint", str(tmp_path)], "is not a complete checkpoint"),
         ([config, "--steps", "1", "--out", str(tmp_path / "a" / "b")], "its folder does not exist"),
         ([config, "--steps", "1", "--json", str(tmp_path / "a" / "b.json")], "its folder does not exist"),
     ):

@@ -94,7 +94,7 @@ def test_started_again_the_losses_are_those_of_a_run_that_nobody_touched(
     killed(trainer, name, death, steady)
     assert folder.is_dir()
     if death.resumes == 0:
-        with pytest.raises(RunFailed, match="holds no whole checkpoint"):
+        with pytest.raises(RunFailed, match="has no complete checkpoint"):
             trainer(name, ranks=2, data=2, **SAVING)
         shutil.rmtree(folder)
     again = trainer(name, ranks=2, data=2, **SAVING, **dict(death.settings))

@@ -70,14 +70,10 @@ def test_metrics_have_the_bytes_of_the_tensors(mini: Path, rank: int) -> None:
 
 
 def test_one_line_in_the_log_and_on_one_rank(mini: Path) -> None:
-    lines = [
-        path.read_text().count("bytes held by this rank") for path in (Path(f"{mini}.log"), Path(f"{mini}.rank1.log"))
-    ]
+    lines = [path.read_text().count("bytes on this rank") for path in (Path(f"{mini}.log"), Path(f"{mini}.rank1.log"))]
     assert lines == [1, 0]
     sizes = counted(mini, 0)
-    told = re.search(
-        r"bytes held by this rank: optimizer_state ([\d,]+), exp_avg ([\d,]+)", Path(f"{mini}.log").read_text()
-    )
+    told = re.search(r"bytes on this rank: optimizer_state ([\d,]+), exp_avg ([\d,]+)", Path(f"{mini}.log").read_text())
     assert told is not None
     state = sum(sizes[name] for name in sizes if name not in ("parameters", "gradients"))
     assert [int(one.replace(",", "")) for one in told.groups()] == [state, sizes["exp_avg"]]
@@ -88,13 +84,13 @@ def test_scales_of_int8_are_state(parallel_dims: SimpleNamespace) -> None:
     from torchtitan.models import llama3
 
     from titan_adam_mini.titan import build_optimizers, job_config
-    from titan_adam_mini.titan.metrics import bytes_held
+    from titan_adam_mini.titan.metrics import storage_bytes
 
     args = llama3.TransformerModelArgs(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=16, multiple_of=128)
     config = OptimizerConfig(name="AdamMini", implementation="foreach")
     config.adam_mini = job_config.AdamMini(momentum_dtype="int8", log_memory=True)  # type: ignore[attr-defined]
     container = build_optimizers([llama3.Transformer(args)], config, parallel_dims)
-    sizes = bytes_held(container)
+    sizes = storage_bytes(container)
     matrices = [param for param in container.model_parts[0].parameters() if param.ndim == 2]
     assert sizes["exp_avg_scale"] == 4 * sum(param.numel() // 128 for param in matrices) > 0
     parts = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "step")
@@ -106,7 +102,7 @@ def test_other_optimizers_log_what_they_did(adamw: Path) -> None:
     found = scalars(adamw, 0, 1)
     assert "memory/max_reserved(GiB)" in found
     assert not [name for name in found if "state" in name or "exp_avg" in name]
-    assert "bytes held by this rank" not in Path(f"{adamw}.log").read_text()
+    assert "bytes on this rank" not in Path(f"{adamw}.log").read_text()
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("AdamMini", 2), ("AdamW", 1)])
@@ -130,6 +126,6 @@ def test_without_a_gpu_snapshots_are_refused_in_a_sentence(trainer: Trainer) -> 
     from titan_adam_mini.tools.trainer import RunFailed
 
     with pytest.raises(
-        RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, and this run is on the CPU"
+        RunFailed, match=r"enable_memory_snapshot records the allocator of a GPU, but this run is on the CPU"
     ):
         trainer("no_gpu", ranks=1, **SNAPSHOTS)

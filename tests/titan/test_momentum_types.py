@@ -221,7 +221,7 @@ def test_int8_of_runs_that_this_mesh_cuts_is_refused_on_every_rank(tmp_path: Pat
     with pytest.raises(RankError) as told:
         run(load, 2, "TP 2, cut runs", str(tmp_path), (("int8", "float32"),), timeout=60)
     assert any(f"rank {both} of 2" in str(told.value) for both in ([0, 1], [1, 0])), "the same words on both"
-    assert "holds 'layers.0.feed_forward.w2.weight' with int8 momentum" in str(told.value)
+    assert "has int8 momentum for 'layers.0.feed_forward.w2.weight'" in str(told.value)
     assert "mesh axis 'tp' (of 2) cuts dim 1, of 384 columns, at 192" in str(told.value)
 
 

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     options = vars(parser.parse_args())
     name = options.pop("stage")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends what the stage has started
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like an interrupt: unwinding ends the processes of the stage
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
     context = Context(**options, started=time.monotonic())
     try:

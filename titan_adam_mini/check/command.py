@@ -1,4 +1,4 @@
-"""The command `check`: its flags, the stages in order within a budget, the printed table and the JSON."""
+"""The command `check`: its flags, the stages within a time budget, the printed table and the JSON file."""
 
 from __future__ import annotations
 
@@ -30,48 +30,50 @@ STAGES = (
     Stage("float8", limit=60, least=30),
 )
 RESERVE = 10.0
-"""Seconds kept back: a stage that is stopped gets some to end."""
+"""Seconds reserved for stages to end after they are stopped."""
 
 
 @dataclass
 class CheckCommand:
     """Check AdamMini on the GPUs of this machine, stage by stage, without a network: PASS, FAIL or SKIPPED.
 
-    The exit status is 1 if a stage failed. Nothing is installed; packages that are missing cost the stages that need
-    them. On a CPU, the same logic in small over gloo.
+    The exit status is 1 if a stage failed. Nothing is installed; stages that need missing packages are skipped. On a
+    CPU, small versions of the stages run over gloo.
     """
 
     ngpu: int | None = None
-    """GPUs to use, or processes on a CPU: all GPUs by default, on a CPU 2. As NGPU=N."""
+    """Number of GPUs, or of processes on a CPU; by default all GPUs, or 2 processes. Also NGPU=N."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where; what needs a GPU is skipped on a CPU."""
+    """Device; stages that need a GPU are skipped on a CPU."""
 
     budget: float = 520.0
-    """Seconds for everything; stages that no longer fit are skipped."""
+    """Total seconds; stages that no longer fit are skipped."""
 
     json: Path = Path("gpu_check.json")
-    """A file for the results, written anew after every stage."""
+    """File for the results, rewritten after every stage."""
 
     out: Path = Path("outputs/gpu_check")
-    """A folder for the logs."""
+    """Folder for the logs."""
 
     only: str = ""
-    """Some stages only: environment,kernels,oracle,steady,captured,bench,train,trace,float8."""
+    """Run only these stages: environment,kernels,oracle,steady,captured,bench,train,trace,float8."""
 
     def __call__(self, console: Console, arguments: list[str]) -> None:
         stages, ngpu = self._checked()
-        for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends the stage that runs
+        for number in (signal.SIGTERM, signal.SIGHUP):  # like an interrupt: unwinding ends the running stage
             signal.signal(number, lambda received, frame: sys.exit(128 + received))
         if status := check(stages, self.device, ngpu, self.budget, self.json, self.out.resolve()):
             sys.exit(status)
 
     def _checked(self) -> tuple[list[Stage], int]:
-        """The stages and the number of ranks; ValueError for flags that cannot be served."""
+        """The stages and the number of ranks; ValueError for invalid flags."""
         known = [stage.name for stage in STAGES]
         wanted = [name for name in self.only.split(",") if name] or known
         if unknown := sorted(set(wanted) - set(known)):
-            raise ValueError(f"--only {self.only}: there is no stage {', '.join(unknown)}, only {', '.join(known)}")
+            raise ValueError(
+                f"--only {self.only}: unknown stage {', '.join(unknown)}; valid stages are {', '.join(known)}"
+            )
         if not self.budget > 0:
             raise ValueError(f"--budget must be a positive number of seconds, not {self.budget}")
         check_file("--json", self.json)
@@ -88,13 +90,13 @@ class CheckCommand:
 
             found = torch.cuda.device_count()
             if not found:
-                raise ValueError("torch finds no GPU here: --device cpu checks the same logic in small")
+                raise ValueError("torch finds no GPU: --device cpu runs small versions of the stages")
             ngpu = ngpu or found
         return [stage for stage in STAGES if stage.name in wanted], ngpu
 
 
 def check(stages: list[Stage], device: str, ngpu: int, budget: float, file: Path, out: Path) -> int:
-    """Run `stages` and print a row for each as it ends; returns 1 if one failed."""
+    """Run `stages` and print a row for each when it ends; returns 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     report: dict[str, Any] = {"device": device, "ngpu": ngpu, "budget": budget, "seconds": 0.0, "stages": []}
@@ -104,7 +106,7 @@ def check(stages: list[Stage], device: str, ngpu: int, budget: float, file: Path
         left = budget - RESERVE - (time.monotonic() - started)
         outcome = run(stage, left, {"--device": device, "--ngpu": ngpu}, out)
         outcomes.append(outcome)
-        report |= {"seconds": round(time.monotonic() - started, 1), "stages": [asdict(one) for one in outcomes]}
+        report |= {"seconds": round(time.monotonic() - started, 1), "stages": [asdict(outcome) for outcome in outcomes]}
         atomic_write(file, json.dumps(report, indent=1) + "\n")
         print(f"{outcome.name:12s} {outcome.status:8s} {outcome.seconds:7.1f}  {outcome.line}", flush=True)
         for line in outcome.tail:

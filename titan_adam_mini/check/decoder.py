@@ -1,8 +1,8 @@
-"""A tiny Llama-like decoder with odd sizes, its data, and torch's own ways to parallelise it.
+"""A tiny Llama-like decoder with odd sizes, its data, and its parallelisation with torch.
 
-Names and structure are torchtitan's; only the rotary embedding is left out, as it has no parameters. Two kinds of
-layer: dense, and with `experts` set, a mixture of experts whose tokens all go through all experts (so that routing,
-which is not under test, needs no communication of its own).
+Names and structure are torchtitan's, without the rotary embedding, which has no parameters. Layers are dense or, with
+`experts` set, a mixture of experts in which all tokens go through all experts (so that routing, which is not under
+test, needs no communication).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """The decoder's sizes. A head's rows are independent of `dim`; nothing divides anything that it need not."""
+    """The decoder's sizes. A head's rows are independent of `dim`; sizes share as few divisors as possible."""
 
     vocab: int = 29
     dim: int = 10
@@ -94,7 +94,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         if not isinstance(self.w1, DTensor):
             return self.mix(x, weights, self.w1, self.w2, self.w3)
-        # Expert parallelism: every rank has some experts and all tokens, and the outputs are added up.
+        # Expert parallelism: every rank has some experts and all tokens, and the outputs are summed.
         mesh = self.w1.device_mesh
         assert isinstance(self.w2, DTensor) and isinstance(self.w3, DTensor)
         x = DTensor.from_local(x, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole, or with `first` and `last` a stage of it; tokens (or activations) to logits (or activations)."""
+    """The full model, or after `stage` a pipeline stage; tokens (or activations) to logits (or activations)."""
 
     def __init__(self, s: Sizes, seed: int = 0) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def shard_data(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | None
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # gloo has no pre-multiplied sum, which a divide factor would otherwise be turned into
+            # gloo has no pre-multiplied sum, with which FSDP would otherwise apply a divide factor
             module.set_force_sum_reduction_for_comms(True)
 
 
@@ -206,10 +206,10 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh, norms: str = "sequence") -> 
     """Tensor parallelism as torchtitan plans it.
 
     Args:
-        model: a whole decoder.
+        model: a full decoder.
         mesh: 1-D.
-        norms: "sequence", activations between the projections are sharded along the tokens, so that norms are
-            Replicate and get Partial gradients; "plain", norms stay plain tensors and see whole activations.
+        norms: "sequence": activations between the projections are sharded along the tokens, so that norms are
+            Replicate and get Partial gradients; "plain": norms stay plain tensors and get full activations.
     """
     sequence = norms == "sequence"
     between = Shard(1) if sequence else Replicate()
@@ -221,7 +221,7 @@ def shard_tensors(model: Decoder, mesh: DeviceMesh, norms: str = "sequence") -> 
         plan["norm"] = SequenceParallel(use_local_output=False)
     parallelize_module(model, mesh, plan)
     for layer in model.layers.values():
-        # Outputs stay DTensors: as local tensors their global size would be guessed, wrongly where it is uneven.
+        # Outputs stay DTensors: from local tensors the global size would be inferred wrongly if uneven.
         plan = {
             "attention": PrepareModuleInput(input_layouts=between, desired_input_layouts=Replicate()),
             "attention.wq": ColwiseParallel(),

@@ -1,6 +1,6 @@
-"""Engines without an optimizer and without process groups, held against the reference kernel.
+"""Engines without an optimizer and without process groups, compared with the reference kernel.
 
-Parameters with layouts of every kind, on one rank or on several whose exchange is done by hand.
+Parameters with layouts of every kind, on one or on several simulated ranks, whose exchange is computed here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LAYOUTS = {
     "factored": BlockLayout.of((37, 1200), 1, None),
     "factored experts": BlockLayout.of((3, 5, 128), 1, 1, None),
 }
-"""By name; those that begin with "factored" have second moments of columns and of the whole beside them."""
+"""Layouts by name; those that begin with "factored" also have second moments of columns and of the full matrix."""
 
 ROWS = {
     name: LAYOUTS[name]
@@ -59,7 +59,7 @@ ROWS = {
     )
     for name in names
 }
-"""Those whose bits do not depend on how many ranks cut them between rows."""
+"""Layouts that are bit-identical for any number of ranks that cut them between rows."""
 
 
 def reference_engine() -> Tensorwise:
@@ -67,7 +67,7 @@ def reference_engine() -> Tensorwise:
 
 
 def engine_of(name: str) -> Engine:
-    """A new engine: "foreach", "cpu" or "triton". One for another device joins here, and in ENGINES."""
+    """A new engine: "foreach", "cpu" or "triton". Add new ones here, and in ENGINES."""
     plain = Tensorwise("foreach", vectorized)
     if name == "triton":
         from ..kernels.triton import TritonEngine
@@ -77,18 +77,18 @@ def engine_of(name: str) -> Engine:
 
 
 ENGINES = ["foreach", "cpu"]
-"""That run on a CPU."""
-LEFT = {"no columns"}
-"""Layouts that the engine for CPUs leaves to torch's operations."""
-LEFT_BY_TRITON = {"no columns", "elements", "fused columns"}
-"""The same for Triton's."""
+"""Engines that run on a CPU."""
+CPU_FALLBACKS = {"no columns"}
+"""Layouts for which the CPU engine falls back to torch."""
+TRITON_FALLBACKS = {"no columns", "elements", "fused columns"}
+"""The same for the Triton engine."""
 
 
-class Played:
-    """Parameters with state, whole (one rank) or this rank's part along dim 0 of `ranks`.
+class SimulatedRank:
+    """Parameters with state on one simulated rank, sharded along dim 0 over `ranks`.
 
     Attributes:
-        works: one per layout.
+        param_steps: one per layout.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Played:
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(0)
         groups = groups or [GROUP]
-        self.works = []
+        self.param_steps = []
         for number, (name, layout) in enumerate(layouts.items()):
             full = torch.randn(layout.shape, generator=generator).to(dtype)
             places = [Shard(0)] if layout.shape else []
@@ -121,7 +121,7 @@ class Played:
                 wanted = torch.float32
             precision = torch.float64 if dtype == torch.float64 else torch.float32
             scale = self._zeros(int8.scale_shape(param.shape)) if wanted == torch.int8 else None
-            work = ParamStep(
+            param_step = ParamStep(
                 name=name,
                 plan=plan,
                 param=param,
@@ -136,39 +136,41 @@ class Played:
             )
             if name.startswith("factored"):
                 plans = [BlockPlan.of(factor, part) for factor in factors(layout.shape)]
-                work.factors = tuple(Factor(one, self._zeros(one.grid_shape, precision)) for one in plans)
-            for grid in _grids(work):
+                param_step.factors = tuple(
+                    Factor(factor_plan, self._zeros(factor_plan.grid_shape, precision)) for factor_plan in plans
+                )
+            for grid in _grids(param_step):
                 if grid.plan.axes:
                     kind = torch.float64 if grid.plan.of_columns else precision
                     grid.own_sums, grid.sums = (self._zeros(grid.plan.sums_shape, kind) for _ in range(2))
-            work.present = self._zeros(()) if ranks > 1 and layout.shape else None
-            self.works.append(work)
+            param_step.present = self._zeros(()) if ranks > 1 and layout.shape else None
+            self.param_steps.append(param_step)
 
     def _zeros(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def give(self, grads: Mapping[str, Tensor | None]) -> None:
-        """This step's gradients, whole; a rank takes its part."""
-        for work in self.works:
-            grad = grads[work.name]
-            work.grad = None if grad is None else self.store(own(work.plan, grad).to(self.device))
+        """Set this step's gradients from full ones."""
+        for param_step in self.param_steps:
+            grad = grads[param_step.name]
+            param_step.grad = None if grad is None else self.store(own(param_step.plan, grad).to(self.device))
 
     def named(self, name: str) -> ParamStep:
-        return next(work for work in self.works if work.name == name)
+        return next(param_step for param_step in self.param_steps if param_step.name == name)
 
 
-def _grids(work: ParamStep) -> tuple[ParamStep | Factor, ...]:
-    """A parameter's grids of second moments: its own, and those of its columns and of the whole."""
-    return (work, *work.factors)
+def _grids(param_step: ParamStep) -> tuple[ParamStep | Factor, ...]:
+    """A parameter's grids of second moments: its own, and those of its columns and of the full matrix."""
+    return (param_step, *param_step.factors)
 
 
 def own(plan: BlockPlan, full: Tensor) -> Tensor:
-    """This rank's part of a whole tensor."""
+    """This rank's part of a full tensor."""
     return full[tuple(slice(*interval) for interval in plan.own[0])]
 
 
 def gradients(layouts: dict[str, BlockLayout], number: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gradients of one step, of different size in every row."""
+    """Gradients of one step, with a different scale in every row."""
     generator = torch.Generator().manual_seed(100 + number)
     grads = {}
     for name, layout in layouts.items():
@@ -179,66 +181,74 @@ def gradients(layouts: dict[str, BlockLayout], number: int, dtype: torch.dtype) 
     return grads
 
 
-def step(players: Iterable[Played]) -> None:
-    """One step of all ranks of a world, the exchange done by hand."""
-    players = list(players)
-    for played in players:
-        for grid in (grid for work in played.works for grid in _grids(work)):
+def step(simulated_ranks: Iterable[SimulatedRank]) -> None:
+    """One step of all simulated ranks, including the exchange."""
+    simulated_ranks = list(simulated_ranks)
+    for simulated in simulated_ranks:
+        for grid in (grid for param_step in simulated.param_steps for grid in _grids(param_step)):
             if grid.own_sums is not None:
                 grid.own_sums.zero_()
-        played.engine.square_sums([w for w in played.works if w.waits and w.grad is not None and w.grad.numel()])
-    for index, _ in enumerate(players[0].works):
-        same = [played.works[index] for played in players]
-        here = sum(work.grad is not None for work in same)
-        for work in same:
-            if work.present is not None:
-                work.present.fill_(here)
-        for ranks in zip(*(_grids(work) for work in same), strict=True):
+        simulated.engine.square_sums(
+            [w for w in simulated.param_steps if w.waits and w.grad is not None and w.grad.numel()]
+        )
+    for index, _ in enumerate(simulated_ranks[0].param_steps):
+        same = [simulated.param_steps[index] for simulated in simulated_ranks]
+        here = sum(param_step.grad is not None for param_step in same)
+        for param_step in same:
+            if param_step.present is not None:
+                param_step.present.fill_(here)
+        for ranks in zip(*(_grids(param_step) for param_step in same), strict=True):
             for grid in ranks:
                 if grid.sums is not None:
                     grid.sums.copy_(sum(other.own_sums for other in ranks))
-    for played in players:
-        played.engine.update([w for w in played.works if w.grad is not None and not w.waits])
-        played.engine.update([w for w in played.works if w.waits or (w.grad is None and w.present is not None)])
-        for work in played.works:
-            work.squares = None
+    for simulated in simulated_ranks:
+        simulated.engine.update([w for w in simulated.param_steps if w.grad is not None and not w.waits])
+        simulated.engine.update(
+            [w for w in simulated.param_steps if w.waits or (w.grad is None and w.present is not None)]
+        )
+        for param_step in simulated.param_steps:
+            param_step.squares = None
 
 
-def whole(players: list[Played], index: int, kind: str) -> Tensor:
-    """`param` or `exp_avg` of all ranks put together."""
-    works = [played.works[index] for played in players]
-    parts = [getattr(work, kind) for work in works if not work.plan.layout.shape or work.param.numel()]
-    if not parts or not works[0].plan.layout.shape:
-        return getattr(works[0], kind)
-    assert sum(part.shape[0] for part in parts) == works[0].plan.layout.shape[0]
+def gathered(simulated_ranks: list[SimulatedRank], index: int, kind: str) -> Tensor:
+    """The full `param` or `exp_avg`, from all ranks."""
+    param_steps = [simulated.param_steps[index] for simulated in simulated_ranks]
+    parts = [
+        getattr(param_step, kind)
+        for param_step in param_steps
+        if not param_step.plan.layout.shape or param_step.param.numel()
+    ]
+    if not parts or not param_steps[0].plan.layout.shape:
+        return getattr(param_steps[0], kind)
+    assert sum(part.shape[0] for part in parts) == param_steps[0].plan.layout.shape[0]
     return torch.cat(parts)
 
 
-def reach_of(grid: ParamStep | Factor, whole: Tensor) -> Tensor:
-    """The part of a whole grid that a rank keeps."""
+def reach_of(grid: ParamStep | Factor, full_grid: Tensor) -> Tensor:
+    """The part of a full grid that a rank stores."""
     plan = grid.plan
-    assert box_shape(plan.reach) == tuple(one.size for one in plan.reach_tiles)
-    spans = [one.span(*interval) for one, interval in zip(plan.layout.dims, plan.reach, strict=True)]
-    return whole[tuple(slice(*span) for span in spans)]
+    assert box_shape(plan.reach) == tuple(tiles.size for tiles in plan.reach_tiles)
+    spans = [tiles.span(*interval) for tiles, interval in zip(plan.layout.dims, plan.reach, strict=True)]
+    return full_grid[tuple(slice(*span) for span in spans)]
 
 
-def differences(got: Played, want: Played, left: set[str] = LEFT) -> list[str]:
-    """What an engine has computed otherwise than the reference did, in words; empty if nothing.
+def differences(got: SimulatedRank, want: SimulatedRank, fallbacks: set[str] = CPU_FALLBACKS) -> list[str]:
+    """Descriptions of differences between an engine's result and the reference; empty if there are none.
 
-    What is done element by element has the same bits on a CPU. Sums may differ in their last bits where an engine is
-    compiled, and where they do, a few values may be rounded apart. On a GPU, whose compilers fuse multiplications with
-    additions, this goes for momentum too.
+    Elementwise operations are bit-identical on a CPU. Sums of a compiled engine may differ in the last bits, and then a
+    few values may be rounded differently. On a GPU, whose compilers fuse multiplications with additions, momentum may
+    differ too.
 
     Args:
-        got: of the engine.
+        got: parameters updated by the engine.
         want: the same parameters after the same steps of the reference.
-        left: layouts that a compiled engine may leave to torch's operations.
+        fallbacks: layouts for which a compiled engine may fall back to torch.
     """
     compiled, cuda = isinstance(got.engine, Compiled), got.device.type == "cuda"
     found = []
-    if isinstance(got.engine, Compiled) and (more := set(got.engine._left) - left):
-        found.append(f"left to torch: {', '.join(sorted(more))}")
-    for mine, other in zip(got.works, want.works, strict=True):
+    if isinstance(got.engine, Compiled) and (more := set(got.engine._fallbacks) - fallbacks):
+        found.append(f"fell back to torch: {', '.join(sorted(more))}")
+    for mine, other in zip(got.param_steps, want.param_steps, strict=True):
         few = 2 + mine.param.numel() // 500
         double = mine.exp_avg_sq.dtype == torch.float64
         tight = 0.0 if not compiled else 1e-13 if double else 1e-6
@@ -270,16 +280,20 @@ def differences(got: Played, want: Played, left: set[str] = LEFT) -> list[str]:
 
 
 def _apart(one: Tensor, two: Tensor, relative: float = 0.0, absolute: float = 0.0) -> int:
-    """How many elements are further apart than that; NaN is equal to NaN alone."""
+    """Number of elements that differ by more than the tolerances; NaN equals only NaN."""
     one, two = one.double(), two.double()
     near = (one == two) | (one.isnan() & two.isnan()) | ((one - two).abs() <= absolute + relative * two.abs())
     return int((~near).sum())
 
 
-def _momentum(work: ParamStep) -> Tensor:
-    """In float32; of int8, value times scale."""
-    values = work.exp_avg.float()
-    return values if work.exp_avg_scale is None else values * work.exp_avg_scale.repeat_interleave(int8.RUN, -1)
+def _momentum(param_step: ParamStep) -> Tensor:
+    """Momentum as float32; int8 is dequantised."""
+    values = param_step.exp_avg.float()
+    return (
+        values
+        if param_step.exp_avg_scale is None
+        else values * param_step.exp_avg_scale.repeat_interleave(int8.RUN, -1)
+    )
 
 
 def world(
@@ -289,34 +303,36 @@ def world(
     without: int | None = None,
     layouts: dict[str, BlockLayout] = ROWS,
     **options: Any,
-) -> list[Played]:
-    """All ranks after some steps; rank `without` has no gradients in the second of them."""
-    players = [Played(layouts, engine_of(engine), ranks=ranks, rank=rank, **options) for rank in range(ranks)]
+) -> list[SimulatedRank]:
+    """All simulated ranks after some steps; rank `without` has no gradients in the second step."""
+    simulated_ranks = [
+        SimulatedRank(layouts, engine_of(engine), ranks=ranks, rank=rank, **options) for rank in range(ranks)
+    ]
     dtype = options.get("dtype", torch.float32)
     for number in range(steps):
         grads = gradients(layouts, number, dtype)
-        for rank, played in enumerate(players):
-            played.give(dict.fromkeys(layouts) if number == 1 and rank == without else grads)
-        step(players)
-    return players
+        for rank, simulated in enumerate(simulated_ranks):
+            simulated.give(dict.fromkeys(layouts) if number == 1 and rank == without else grads)
+        step(simulated_ranks)
+    return simulated_ranks
 
 
-def differing_bits(ranks: list[Played], one: Played) -> list[str]:
-    """Names of what a world of several ranks has in other bits than one rank, parameters and both moments."""
+def differing_bits(ranks: list[SimulatedRank], one: SimulatedRank) -> list[str]:
+    """Parameters and moments that are not bit-identical on several ranks and on one."""
     found = []
-    for index, work in enumerate(one.works):
-        if work.by_columns and work.param.dtype == torch.float64:
-            continue  # float64 has no room to round in before it adds
+    for index, param_step in enumerate(one.param_steps):
+        if param_step.by_columns and param_step.param.dtype == torch.float64:
+            continue  # float64 squares are not rounded before they are added
         found += [
-            f"{work.name}: {kind}"
+            f"{param_step.name}: {kind}"
             for kind in ("param", "exp_avg")
-            if not torch.equal(whole(ranks, index, kind), getattr(work, kind))
+            if not torch.equal(gathered(ranks, index, kind), getattr(param_step, kind))
         ]
-        for played in ranks:
-            mine = played.works[index]
-            grids = zip(_grids(mine), _grids(work), strict=True)
+        for simulated in ranks:
+            mine = simulated.param_steps[index]
+            grids = zip(_grids(mine), _grids(param_step), strict=True)
             if not all(torch.equal(grid.exp_avg_sq, reach_of(grid, other.exp_avg_sq)) for grid, other in grids):
-                found.append(f"{work.name}: exp_avg_sq")
-            if float(mine.step) != float(work.step):
-                found.append(f"{work.name}: step")
+                found.append(f"{param_step.name}: exp_avg_sq")
+            if float(mine.step) != float(param_step.step):
+                found.append(f"{param_step.name}: step")
     return found

@@ -1,6 +1,6 @@
 """The custom import of the check's torchtitan runs: sizes of Llama 3 as flavors, and peak memory in the log.
 
-torchtitan logs reserved memory only; the line added here also has what was in use.
+torchtitan logs only reserved memory; the line added here also has active memory.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Steps with gradients put there by hand, on any mesh and in the oracle.
+"""Steps with given gradients, on any mesh and in the oracle.
 
-Same values, gradients and schedule everywhere: gradients change in size by a hundred from step to step and are
-clipped, the learning rate moves, and two parameter groups differ in learning rate, betas and decay.
+Parameters, gradients and schedule are the same everywhere: gradients differ by up to a factor of 100 between steps and
+are clipped, the learning rate changes, and two parameter groups have different learning rates, betas and decay.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .meshes import Mesh, Placed, draw, factors, full_shapes, layouts, norms_alo
 from .oracle import Oracle
 
 STEPS = 20
-"""Of the schedule of the learning rate."""
-SOME = 6
-"""That are taken: past the warm-up, with every size of gradients twice."""
+"""Steps of the learning rate schedule."""
+STEPS_TAKEN = 6
+"""Steps taken by default: beyond the warm-up, with every gradient scale twice."""
 EPS = 1e-8
 MATRICES: dict[str, Any] = {"lr": 3e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 VECTORS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.99), "weight_decay": 0.01}
@@ -34,7 +34,7 @@ def group_of(name: str) -> dict[str, Any]:
 
 
 def lr_factor(step: int) -> float:
-    """Warm-up, then down."""
+    """Linear warm-up, then linear decay."""
     return min(1.0, (step + 1) / 5) * (1 - step / (2 * STEPS))
 
 
@@ -51,7 +51,7 @@ def gradients(shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, Ten
 
 
 def groups(params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Two parameter groups of named parameters; both are there on every pipeline stage."""
+    """Two parameter groups of named parameters; both exist on every pipeline stage."""
     return [
         {"params": [pair for pair in params.items() if group_of(pair[0]) is hyper], **hyper}
         for hyper in (MATRICES, VECTORS)
@@ -59,13 +59,13 @@ def groups(params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """What a scheduler does."""
+    """Set the learning rates of a step, as a scheduler would."""
     for group, hyper in zip(optimizer.param_groups, (MATRICES, VECTORS), strict=True):
         group["lr"] = hyper["lr"] * lr_factor(step)
 
 
 def make(kind: str, params: Mapping[str, Tensor], sizes: Sizes, **options: Any) -> torch.optim.Optimizer:
-    """AdamW (the control: it needs no blocks) or AdamMini."""
+    """AdamW (as a control, since it needs no blocks) or AdamMini."""
     if kind == "AdamW":
         return torch.optim.AdamW(groups(params), eps=EPS, foreach=False, **options)
     heads: dict[str, Any] = {"n_heads": sizes.n_heads, "n_kv_heads": sizes.n_kv_heads, "head_dim": sizes.head_dim}
@@ -80,23 +80,25 @@ def take_step(mesh: Mesh, placed: Placed, optimizer: torch.optim.Optimizer, step
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a second moment, by torch."""
+    """The full second moment, gathered by torch."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def advance(one: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
+def advance(reference: Oracle, grads: Mapping[str, Tensor | None], step: int) -> None:
     """One step of the oracle with the hyper-parameters of both groups."""
     for hyper in (MATRICES, VECTORS):
         mine = {name: grad for name, grad in grads.items() if group_of(name) is hyper}
         decay = dict.fromkeys(mine, hyper["weight_decay"])
-        one.step(mine, lr=hyper["lr"] * lr_factor(step), betas=hyper["betas"], eps=EPS, weight_decay=decay)
+        reference.step(mine, lr=hyper["lr"] * lr_factor(step), betas=hyper["betas"], eps=EPS, weight_decay=decay)
 
 
 @lru_cache
-def oracle(sizes: Sizes, steps: int = SOME, *, second_moment: str = "blocks") -> Oracle:
-    """The oracle after so many steps."""
+def oracle(sizes: Sizes, steps: int = STEPS_TAKEN, *, second_moment: str = "blocks") -> Oracle:
+    """The oracle after this many steps."""
     shapes = full_shapes(sizes)
-    one = Oracle(values(shapes), layouts(sizes, second_moment), factors(sizes) if second_moment == "factored" else None)
+    reference = Oracle(
+        values(shapes), layouts(sizes, second_moment), factors(sizes) if second_moment == "factored" else None
+    )
     for step in range(steps):
-        advance(one, gradients(shapes, step), step)
-    return one
+        advance(reference, gradients(shapes, step), step)
+    return reference

@@ -1,8 +1,8 @@
-"""Meshes, ways to put the same tensors on them, and to get them back whole.
+"""Meshes, and functions that place the same tensors on them and gather them.
 
-Every element's place is found by sending its own flat index through torch's parallelism first: whatever torch makes
-of it is what this rank holds. So neither gradients nor results depend on code under test, nor on torch's own
-gathering (`distribute_tensor` refuses uneven `_StridedShard`s, which FSDP2 over tensor parallelism makes).
+The position of every element is found by parallelising a model whose values are flat indices. So neither gradients nor
+results depend on code under test, nor on torch's own gathering (`distribute_tensor` refuses uneven `_StridedShard`s, as
+made by FSDP2 with tensor parallelism).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..layout import BlockLayout
 from .decoder import Decoder, Experts, Layer, Sizes, shard_data, shard_experts, shard_tensors
 
 DENSE = Sizes()
-"""Sizes that divide nothing."""
+"""Sizes that no number of ranks divides."""
 Part = tuple[Tensor, Tensor]
-"""(flat indices, values): what one rank holds of one tensor."""
+"""(flat indices, values) of one rank's part of a tensor."""
 
 
 # The tensors: full values, blocks, decay
@@ -32,12 +32,12 @@ Part = tuple[Tensor, Tensor]
 
 @cache
 def full_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the whole decoder."""
+    """Name and shape of every parameter of the full decoder."""
     return {name: tuple(param.shape) for name, param in Decoder(sizes).named_parameters()}
 
 
 def layouts(sizes: Sizes, second_moment: str = "blocks") -> dict[str, BlockLayout]:
-    """The blocks of every parameter, by hand; of a factored one, its rows."""
+    """The expected blocks of every parameter; of a factored one, its rows."""
     found = {}
     for name, shape in full_shapes(sizes).items():
         stack = [1] * (len(shape) - 2)
@@ -52,7 +52,7 @@ def layouts(sizes: Sizes, second_moment: str = "blocks") -> dict[str, BlockLayou
 
 
 def factors(sizes: Sizes) -> dict[str, tuple[BlockLayout, BlockLayout]]:
-    """The columns and the whole of every matrix, or of every expert, by hand."""
+    """The expected factor layouts (columns, full matrix) of every matrix, or of every expert."""
     found = {}
     for name, shape in full_shapes(sizes).items():
         if len(shape) > 1:
@@ -62,7 +62,7 @@ def factors(sizes: Sizes) -> dict[str, tuple[BlockLayout, BlockLayout]]:
 
 
 def draw(shapes: Mapping[str, Sequence[int]], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
-    """Float64 normal values; a tensor's depend on its place in `shapes` and the seed only."""
+    """Float64 normal values; a tensor's values depend only on its position in `shapes` and the seed."""
     values = {}
     for number, (name, shape) in enumerate(shapes.items()):
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
@@ -75,13 +75,13 @@ def draw(shapes: Mapping[str, Sequence[int]], seed: int, scale: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One way to spread the decoder over ranks.
+    """One way to distribute the decoder over ranks.
 
     Attributes:
-        name: what the tables call it.
+        name: its name in tables.
         shape: the device mesh.
         axes: its axes' names: pp, rep, dp, ep, tp.
-        sizes: the decoder; nasty ones, so only good for gradients that are put there by hand.
+        sizes: of the decoder; often uneven, so only for given gradients.
         norms: with tp, "sequence" (norms are Replicate along tp) or "plain".
         partial: gradients of norms are Partial along tp, as in tensor parallelism alone.
         expert_dim: the dim along which FSDP2 cuts experts.
@@ -122,7 +122,7 @@ class Mesh:
             shard_data(model, mesh["dp"], offload, self.expert_dim)
 
     def _shard_moe(self, model: Decoder, mesh: DeviceMesh) -> None:
-        """As torchtitan: experts over (dp, ep), everything else over all of these ranks as one axis."""
+        """As in torchtitan: experts over (dp, ep), everything else over all of these ranks as one axis."""
         everyone = mesh._flatten("dp_ep")
         for module in model.modules():
             if isinstance(module, Experts):
@@ -140,27 +140,27 @@ class Placed:
     """Named parameters on this rank, and the flat global index of every element of their local tensors."""
 
     def __init__(self, params: Mapping[str, Tensor], module: nn.Module | None = None) -> None:
-        """`params` hold their own flat indices."""
+        """The values of `params` must be their own flat indices."""
         self.module = module
         self.params = dict(params)
         self.index = {name: local(param).detach().cpu().long().clone() for name, param in params.items()}
 
     @staticmethod
     def decoder(mesh: Mesh, dtype: torch.dtype = torch.float64) -> Placed:
-        """The decoder on a mesh; its values are still indices."""
+        """The decoder on a mesh; its values are indices."""
         model = Decoder(mesh.sizes).to(mesh.device, dtype)
         with torch.no_grad():
             for param in model.parameters():
                 param.copy_(torch.arange(param.numel()).view_as(param))
         mesh.place(model)
         placed = Placed(dict(model.named_parameters()), model)
-        if torch.finfo(dtype).bits < 32:  # too few digits for an index: ask a twin with more
+        if torch.finfo(dtype).bits < 32:  # not enough bits for an index: use a float64 copy
             placed.index = Placed.decoder(mesh).index
         return placed
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> Placed:
-        """Give the parameters these full values."""
+        """Set the parameters from these full values."""
         for name, param in self.params.items():
             local(param).copy_(values[name].flatten()[self.index[name]])
         return self
@@ -168,7 +168,7 @@ class Placed:
     def inject(
         self, grads: Mapping[str, Tensor | None], partial: Callable[[str, Tensor], Sequence[int]] | None = None
     ) -> None:
-        """Give the parameters these full gradients; along the mesh axes that `partial(name, param)` names, in parts."""
+        """Set gradients from these full ones; Partial along the mesh axes returned by `partial(name, param)`."""
         for name, param in self.params.items():
             full, axes = grads[name], () if partial is None else partial(name, param)
             param.grad = None if full is None else self._gradient(name, full, axes)
@@ -186,7 +186,7 @@ class Placed:
         return DTensor.from_local(data, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
     def parts(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
-        """What this rank holds of the parameters, or of other tensors placed like them."""
+        """This rank's part of the parameters, or of other tensors placed like them."""
         values = self.params if values is None else values
         return {name: (self.index[name], local(value).detach().cpu().clone()) for name, value in values.items()}
 

@@ -1,6 +1,6 @@
-"""The oracle: Adam-mini on one device in float64, block by block, straight from the paper (Algorithms 1 and 3).
+"""The oracle: Adam-mini on one device in float64, block by block, as in the paper (Algorithms 1 and 3).
 
-And with factored second moments (arXiv 1804.04235, Algorithm 2): a row's mean times a column's over the whole's.
+Also with factored second moments (arXiv 1804.04235, Algorithm 2): row mean times column mean over the matrix mean.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def blocks(layout: BlockLayout) -> Iterator[tuple[slice, ...]]:
 class Oracle:
     """Full float64 tensors, their first moments, one second moment per block, and a step count each.
 
-    What is in `factors` has two more grids, of its columns and of the whole.
+    Parameters in `factors` have two more grids, of their columns and of the full matrix.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Oracle:
         eps: float,
         weight_decay: Mapping[str, float],
     ) -> None:
-        """One update; a parameter without a gradient, or not in `grads`, is left alone."""
+        """One update; a parameter without a gradient, or not in `grads`, does not change."""
         beta1, beta2 = betas
         for name, p in self.params.items():
             grad = grads.get(name)
@@ -70,19 +70,19 @@ class Oracle:
             self.steps[name] += 1
             t = self.steps[name]
             m.copy_(beta1 * m + (1 - beta1) * g)
-            second = _moved(self.exp_avg_sq[name], self.layouts[name], g, beta2)
+            second = _advanced(self.exp_avg_sq[name], self.layouts[name], g, beta2)
             if name in self.factors:
                 grids = (self.exp_avg_sq_col[name], self.exp_avg_sq_mean[name])
                 columns, whole = (
-                    _moved(grid, layout, g, beta2) for grid, layout in zip(grids, self.factors[name], strict=True)
+                    _advanced(grid, layout, g, beta2) for grid, layout in zip(grids, self.factors[name], strict=True)
                 )
                 second = torch.where(whole > 0, second * columns / whole, 0.0)
             denominator = (second / (1 - beta2**t)).sqrt() + eps
             p.copy_(p * (1 - lr * weight_decay[name]) - lr * (m / (1 - beta1**t)) / denominator)
 
 
-def _moved(grid: Tensor, layout: BlockLayout, grad: Tensor, beta2: float) -> Tensor:
-    """Move a grid on by one step; every element with the second moment of its block."""
+def _advanced(grid: Tensor, layout: BlockLayout, grad: Tensor, beta2: float) -> Tensor:
+    """Advance a grid by one step; returns the second moment of every element."""
     v, here, elements = grid.view(-1), list(blocks(layout)), torch.empty_like(grad)
     v.copy_(beta2 * v + (1 - beta2) * torch.stack([(grad[block] ** 2).mean() for block in here]))
     for block, value in zip(here, v, strict=True):

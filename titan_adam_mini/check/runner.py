@@ -1,4 +1,4 @@
-"""One stage in a subprocess: a deadline, nothing left running after it, and what came of it."""
+"""Runs one stage in a subprocess with a deadline, and ends all its descendants."""
 
 import contextlib
 import json
@@ -13,9 +13,9 @@ from typing import Any
 
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 TAIL = 15
-"""Lines of a failed stage's output that are kept."""
+"""Number of lines kept of a failed stage's output."""
 GRACE = 8.0
-"""Seconds that a late stage gets to end its own processes before all of them are killed."""
+"""Seconds for a stage that is late to end its own processes before all of them are killed."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Stage:
     """One row of the table.
 
     Attributes:
-        name: what the table calls it; also its module in `stages`.
-        limit: seconds after which it has failed.
-        least: it is not started with fewer seconds left.
+        name: its name in the table, and its module in `stages`.
+        limit: seconds after which it fails.
+        least: minimum of remaining seconds needed to start it.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """What came of a stage.
+    """The outcome of a stage.
 
     Attributes:
         name: the stage's.
         status: PASS, FAIL or SKIPPED.
         seconds: how long it took.
-        line: what the table says.
-        numbers: whatever the stage measured.
+        line: its result in the table.
+        numbers: its measurements.
         tail: of a failed stage, the last lines of its output.
     """
 
@@ -74,7 +74,7 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
         "-m",
         "titan_adam_mini.check",
         stage.name,
-        *(str(one) for pair in flags.items() for one in pair),
+        *(str(word) for pair in flags.items() for word in pair),
     ]
     started = time.monotonic()
     status = execute(command, limit, log)
@@ -95,9 +95,9 @@ def run(stage: Stage, left: float, options: dict[str, Any], out: Path) -> Outcom
 
 
 def execute(command: list[str], limit: float, log: Path, environment: dict[str, str] | None = None) -> int | None:
-    """Run a command, its output into `log`; its exit status, or None if it had to be stopped after `limit` seconds.
+    """Run a command with its output in `log`; returns its exit status, or None if it was stopped after `limit` seconds.
 
-    It and everything that it started is gone when this returns or raises.
+    It and all its descendants have ended when this returns or raises.
     """
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -117,7 +117,7 @@ def execute(command: list[str], limit: float, log: Path, environment: dict[str, 
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
-    """End a process and all its descendants, those in sessions of their own too (torchrun's ranks): SIGTERM first."""
+    """End a process and all its descendants, also those in other sessions (torchrun's ranks): SIGTERM first."""
     family = _descendants(process.pid)
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -130,7 +130,7 @@ def end(process: "subprocess.Popen[Any]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
     now = _started()
     for pid, since in family.items():
-        if now.get(pid, (0, ""))[1] == since:  # not another process that got its number
+        if now.get(pid, (0, ""))[1] == since:  # not another process that reused its id
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""Llama 3 in sizes from half a billion parameters to 8 billion, and which of them a device can train with AdamW."""
+"""Llama 3 in sizes from half a billion to 8 billion parameters, and which of them a device can train with AdamW."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ VOCAB = 128256
 ADAMW = 16
 """Bytes per parameter: fp32 weight, gradient and two moments."""
 SHARE = 0.9
-"""Of a device's memory: what the estimate may fill."""
+"""Share of a device's memory that the estimate may use."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes under the names of torchtitan's Llama 3; attention heads have `dim / heads` rows."""
+    """Sizes as in torchtitan's Llama 3; attention heads have `dim / heads` rows."""
 
     name: str
     dim: int
@@ -35,10 +35,10 @@ class Size:
         return int(2 * self.vocab * self.dim + self.layers * (attention + 3 * self.dim * self.hidden))
 
     def bytes(self, ranks: int, tokens: int) -> float:
-        """A generous estimate of what one of `ranks` FSDP ranks needs with AdamW for `tokens` tokens of its own.
+        """An upper estimate of the memory of one of `ranks` FSDP ranks with AdamW and `tokens` tokens per rank.
 
         On one rank, where torchtitan does not shard, autocast keeps a bf16 copy of the weights; FSDP gathers the
-        embedding and the output, in bf16 with fp32 gradients. Activations as without checkpointing.
+        embedding and the output, in bf16 with fp32 gradients. Activations without checkpointing.
         """
         copies = 2 * self.parameters if ranks == 1 else 6 * 2 * self.vocab * self.dim
         return ADAMW * self.parameters / ranks + copies + tokens * (34 * self.layers * self.dim + 14 * self.vocab)
@@ -51,11 +51,11 @@ SIZES = (
     Size("1B", 2048, 16, 32, 8, 1.5, 256),
     Size("0.5B", 1024, 16, 16, 8, 1.0, 256),
 )
-"""Large first."""
+"""Largest first."""
 SMALL = Size("small", 160, 4, 5, 5, 1.0, 32, vocab=512)
 """For a CPU: five heads of 32 rows, which two ranks cut."""
 
 
 def fitting(free: int, ranks: int, tokens: int) -> list[Size]:
-    """The sizes that fit into `free` bytes, large first; the smallest always is among them."""
+    """The sizes that fit into `free` bytes, largest first; always includes the smallest."""
     return [size for size in SIZES[:-1] if size.bytes(ranks, tokens) < SHARE * free] + [SIZES[-1]]

@@ -1,4 +1,4 @@
-"""What the stages share: what they are given, what they answer, and how they start ranks."""
+"""Shared by the stages: their inputs and results, and how they start ranks."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from ..files import atomic_write
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is given.
+    """The inputs of a stage.
 
     Attributes:
         device: "cuda" or "cpu".
@@ -38,7 +38,7 @@ class Context:
 
     @property
     def cuda(self) -> bool:
-        """Whether this is about GPUs."""
+        """Whether the device is a GPU."""
         return self.device == "cuda"
 
     @property
@@ -53,7 +53,7 @@ class Context:
 
 @dataclass
 class Result:
-    """What a stage answers: whether all is as it should be, one line of numbers, and all numbers."""
+    """The result of a stage: whether it passed, a one-line summary, and all measurements."""
 
     passed: bool
     line: str
@@ -61,12 +61,12 @@ class Result:
     skipped: bool = False
 
     def write(self, file: Path) -> None:
-        """For the runner; a stage may do so before its end, so that a deadline does not lose everything."""
+        """Write it for the runner; a stage may do so early, so that partial results survive a deadline."""
         atomic_write(file, json.dumps(asdict(self), indent=1, default=str), sync=False)
 
 
 class Skip(Exception):
-    """Raised by a stage that does not apply here; the message says why."""
+    """Raised by a stage that does not apply; the message is the reason."""
 
 
 def need_cuda(context: Context, why: str) -> None:
@@ -76,7 +76,7 @@ def need_cuda(context: Context, why: str) -> None:
 
 
 def on_ranks(context: Context, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(context, rank, *args)` returns on all ranks: built-in types, from a function of a module."""
+    """The results of `function(context, rank, *args)` on all ranks: built-in types, from a module-level function."""
     with tempfile.TemporaryDirectory() as folder:
         if context.ngpu == 1:
             _rank(0, context, function, args, folder)
@@ -106,7 +106,7 @@ def _rank(rank: int, context: Context, function: Callable[..., Any], args: tuple
 
 
 def engine_of(optimizer: Any, cuda: bool) -> str:
-    """Name of the engine that computes. On a GPU all but the fused one is an error: nothing may fall back unseen."""
+    """The name of the engine. On a GPU any but the fused one is an error, so that no fallback goes unnoticed."""
     optimizer.init_state()
     line: str = optimizer._engine_line
     if cuda and not line.startswith("fused"):

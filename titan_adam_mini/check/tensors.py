@@ -1,4 +1,4 @@
-"""Llama 3's 291 tensors in small, their gradients, and the optimizers that the stages compare."""
+"""Llama 3's 291 tensors, scaled down, their gradients, and the optimizers that the stages compare."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ LAYERS = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """Types of the tensors, and options of AdamMini.
+    """Dtypes of the tensors, and options of AdamMini.
 
     Attributes:
-        name: what the table calls it.
+        name: its name in the table.
         matrix: dtype of the matrices.
         vector: dtype of the norms.
         options: for AdamMini.
@@ -91,7 +91,7 @@ def adam_mini(params: Mapping[str, Tensor], variant: Variant, lr: float | Tensor
 
 
 def state_of(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All that a step changes, by name."""
+    """All tensors that a step changes, by name."""
     found = {}
     for name, param in params.items():
         found[name] = param.detach()

@@ -1,4 +1,4 @@
-"""One run of torchtitan's trainer under torchrun, and the text that it reads: the standard library's Python files."""
+"""One run of torchtitan's trainer under torchrun, and its data: the standard library's Python files."""
 
 import importlib.util
 import json
@@ -19,11 +19,11 @@ from .stage import Context, Skip
 CONFIG = Path(__file__).with_name("llama3.toml")
 NEEDED = ("torchtitan", "tokenizers", "datasets", "torchdata", "tensorboard")
 FEWEST_FILES = 50
-"""Of Python source; a zipped or stripped Python has none."""
+"""Minimum number of Python source files; a zipped or stripped Python has none."""
 FILES = 400
-"""That the tokenizer is trained on."""
+"""Number of files on which the tokenizer is trained."""
 CHARACTERS = 4
-"""More than a token has, on average."""
+"""More characters than a token has on average."""
 _NUMBER = r"([-+0-9.einfa]+)"
 _STEP = re.compile(rf"step:\s*(\d+)\s+loss:\s*{_NUMBER}\s+grad_norm:\s*{_NUMBER}.*?tps:\s*([\d,]+)")
 _PEAK = re.compile(r"peak active: ([\d.]+)GiB reserved: ([\d.]+)GiB")
@@ -31,7 +31,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 
 class RunFailed(Exception):
-    """A run that did not end well; the message says what happened and where its log is."""
+    """A failed run; the message has the reason and the log file."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Run:
 
     Attributes:
         ranks: number of processes.
-        log: file with everything that was printed.
+        log: file with all output.
         lines: its lines.
         losses, grad_norms: of every step, over all ranks.
         rates: tokens per second and rank, of every step.
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """For the JSON; the rate is the median of all ranks together, without the first five steps, which allocate."""
+        """For the JSON; the rate is the median over all ranks, without the first five steps, which allocate."""
         rates = self.rates[5:] or self.rates
         return {
             "losses": self.losses,
@@ -84,14 +84,14 @@ class Run:
         }
 
     def error(self) -> str:
-        """The exceptions of a failed run, or its last lines where there are none."""
+        """The exceptions of a failed run, or its last lines if there are none."""
         plain = [re.sub(r"^\[\w+\]:", "", line).strip() for line in self.lines]
         errors = [line for line in plain if _ERROR.match(line) and "ChildFailedError" not in line]
         return "\n".join(dict.fromkeys(errors)) if errors else "\n".join(self.lines[-12:])
 
 
 def need_packages() -> None:
-    """Skip where torchtitan, or what it and the text need, is missing."""
+    """Skip if torchtitan or a package that it or the data need is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(f"{', '.join(missing)} not installed")
@@ -134,9 +134,9 @@ def train(context: Context, name: str, settings: dict[str, Any], limit: float) -
 
 
 def environment(context: Context) -> dict[str, str]:
-    """No network, nothing written outside the folder of logs, and what torch should know of the devices."""
+    """The environment: no network, nothing written outside the log folder, and device settings for torch."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(context.out / "huggingface"), "PYTHONUNBUFFERED": "1"}
-    found.setdefault("PET_LOCAL_ADDR", "127.0.0.1")  # torchrun: this machine's name need not resolve
+    found.setdefault("PET_LOCAL_ADDR", "127.0.0.1")  # for torchrun, if the host name does not resolve
     if context.cuda:
         found.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
@@ -146,7 +146,7 @@ def environment(context: Context) -> dict[str, str]:
 
 
 def settings_of(context: Context, seq_len: int, steps: int) -> dict[str, Any]:
-    """What all runs have in common; builds the text and its tokenizer if they are not there."""
+    """Settings shared by all runs; builds the data and the tokenizer if needed."""
     text = build_text(context.out / "text", CHARACTERS * context.ngpu * steps * seq_len)
     return {
         "model.hf_assets_path": text / "tokenizer",
@@ -162,7 +162,7 @@ def settings_of(context: Context, seq_len: int, steps: int) -> dict[str, Any]:
 
 
 def build_text(folder: Path, characters: int) -> Path:
-    """Source files as documents, at least so many characters if there are, and a byte-level BPE tokenizer of theirs."""
+    """Source files as documents, with at least this many characters if possible, and a byte-level BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     documents = folder / "documents" / "data.jsonl"
@@ -170,9 +170,7 @@ def build_text(folder: Path, characters: int) -> Path:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*path.parts}]
     if len(paths) < FEWEST_FILES:
-        raise Skip(
-            f"there are {len(paths)} Python files under {root}, which are the text: use a Python with its sources"
-        )
+        raise Skip(f"there are only {len(paths)} Python files under {root} to train on: use a Python with its sources")
     texts: list[str] = []
     for path in paths:
         if len(texts) >= FILES and sum(map(len, texts)) >= characters:

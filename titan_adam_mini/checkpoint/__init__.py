@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what one holds, whether it fits, and what momentum and second moments become."""
+"""Checkpoints on disk: their contents, whether they fit a run, and conversion of moments."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Optimizer state in the kind in which a checkpoint holds it: room for it before the load, our own kind afterwards.
+"""Loading optimizer state of another dtype or layout: tensors like the checkpoint's to load into, then conversion.
 
-torch's distributed checkpoint reads into the live tensors and casts what is of another type, int8 without its scales
-too, without a word. So a load asks for what is there, and converts then. State dicts here are flat, as torch gives
-them with `flatten_optimizer_state_dict=True`.
+torch's distributed checkpoint reads into the live tensors and silently casts other dtypes, also int8 without its
+scales. So a load uses tensors like those in the checkpoint, and converts afterwards. State dicts here are flat, as
+returned by torch with `flatten_optimizer_state_dict=True`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MOMENTUM = (EXP_AVG, EXP_AVG_SCALE)
 
 
 def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    """The optimizer state of a run with room for what the checkpoint holds; what is of one kind stays the live tensor.
+    """The optimizer state of a run, with new tensors where the checkpoint has another kind, else the live tensors.
 
     Args:
         state: the state of AdamMini.
-        kinds: parameter -> its kind in the checkpoint, elementwise only where AdamW's state is to be taken.
+        kinds: parameter -> its kind in the checkpoint, elementwise only if AdamW's state is to be converted.
 
     Raises:
         ValueError: naming the parameter, if the checkpoint has int8 momentum and this mesh cuts its runs.
@@ -42,7 +42,7 @@ def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, 
             try:
                 fresh = empty_momentum(live, kind.momentum)
             except ValueError as error:
-                raise ValueError(f"the checkpoint holds {name!r} with int8 momentum, and here {error}") from None
+                raise ValueError(f"the checkpoint has int8 momentum for {name!r}, but {error}") from None
             state.pop(start + EXP_AVG_SCALE, None)
             state |= {f"{start}.{key}": value for key, value in fresh.items()}
         if kind.elementwise:
@@ -56,12 +56,12 @@ def as_stored(state: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, 
 def as_expected(
     state: Mapping[str, Any], expected: Mapping[str, Mapping[str, Tensor]], conversions: Conversions
 ) -> dict[str, Any]:
-    """What was loaded into `as_stored`, with momentum as this run keeps it. Second moments are left as they are.
+    """State loaded into `as_stored`, with momentum converted to this run's dtype. Second moments are unchanged.
 
     Args:
-        state: what was loaded.
-        expected: parameter -> state of this run, as `optimizer.state` has it.
-        conversions: where conversions are counted.
+        state: the loaded state.
+        expected: parameter -> state of this run, as in `optimizer.state`.
+        conversions: counts the conversions.
     """
     state = dict(state)
     for name, own in expected.items():

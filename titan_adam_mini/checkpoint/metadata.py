@@ -1,4 +1,4 @@
-"""The metadata of a distributed checkpoint, read without executing anything: torch's own reader runs it."""
+"""Reads the metadata of a distributed checkpoint without executing code, which torch's own reader would do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..private import _MEM_FORMAT_ENCODING, _get_layout, _StorageInfo
 
 
 def read_metadata(content: bytes) -> Metadata:
-    """What the file `.metadata` of a checkpoint says.
+    """Parse the content of a checkpoint's `.metadata` file.
 
     Raises:
-        NotAllowed: it names something that torch does not write there.
-        pickle.UnpicklingError: it is damaged, or no such file.
+        NotAllowed: it refers to something that torch does not write there.
+        pickle.UnpicklingError: it is damaged, or another kind of file.
     """
     found = unpickle(content, _ALLOWED)
     if not (
@@ -31,7 +31,7 @@ def read_metadata(content: bytes) -> Metadata:
 
 
 def _named(*classes: Any) -> dict[str, Any]:
-    return {f"{one.__module__}.{one.__qualname__}": one for one in classes}
+    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
 
 
 def _joined(*parts: str) -> str:
@@ -53,7 +53,7 @@ _ALLOWED: dict[str, Any] = {
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": _get_layout,
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
-    # Where it was saved, which nobody asks for. Python 3.13 moved the module.
+    # The path where it was saved, which is not used. Python 3.13 moved the module.
     **{f"{module}.{kind}Path": _joined for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")},
 }
-"""What torch writes there: the name of a class -> what is made of it."""
+"""The names that torch writes there -> the class or function to use for them."""

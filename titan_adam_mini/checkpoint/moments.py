@@ -1,4 +1,4 @@
-"""Second moments of whole tensors: one per element as block means, and block means spread over the elements."""
+"""Second moments of unsharded tensors: block means of elementwise ones, and block means expanded to elements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..sharding import Shard
 def block_means(exp_avg_sq: Tensor, layouts: Sequence[BlockLayout]) -> tuple[Tensor, list[Tensor]]:
     """AdamW's second moments of a tensor as roots, and their means per block for every layout, float32 or float64.
 
-    As roots, because the engine, whose order of summation this is, squares.
+    As roots, because the engine, whose order of summation is used, sums squares.
     """
     roots = exp_avg_sq.to(torch.float64 if exp_avg_sq.dtype == torch.float64 else torch.float32).sqrt()
     plain, means = Tensorwise("foreach", vectorized), []
@@ -35,7 +35,7 @@ def block_means(exp_avg_sq: Tensor, layouts: Sequence[BlockLayout]) -> tuple[Ten
 
 
 def spread(grids: Sequence[Tensor], layouts: Sequence[BlockLayout], box: Sequence[tuple[int, int]]) -> Tensor:
-    """The elements of `box`, each with the second moment of its block, or of its row, column and the whole."""
+    """The second moment of every element of `box`: that of its block, or combined from row, column and matrix mean."""
     parts = [_spread(grid, layout, box) for grid, layout in zip(grids, layouts, strict=True)]
     return parts[0] if len(parts) == 1 else product(*parts)
 
@@ -47,7 +47,7 @@ def _spread(grid: Tensor, layout: BlockLayout, box: Sequence[tuple[int, int]]) -
 
 
 def _tiles_of(tiles: Tiles, start: int, stop: int) -> Tensor:
-    """The number of the tile of every index in [start, stop)."""
+    """The tile number of every index in [start, stop)."""
     first, last = tiles.span(start, stop)
     lengths = torch.tensor(tiles.clip(start, stop).lengths(), dtype=torch.int64)
     return torch.arange(first, last).repeat_interleave(lengths)

@@ -1,7 +1,7 @@
-"""A distributed checkpoint (torch.distributed.checkpoint) on disk: what it holds, and single parts of it.
+"""A distributed checkpoint (torch.distributed.checkpoint) on disk: its contents, and access to single entries.
 
-Nothing here needs a process group, nothing is read but what is asked for, and nothing in a checkpoint is executed:
-torch's own reader would run whatever its pickles name.
+Nothing here needs a process group, data are read only on demand, and nothing in a checkpoint is executed: torch's own
+reader would run code named in its pickles.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ..pickles import NotAllowed
 from ..private import _create_file_view
 from ..sharding import Box
-from ..state import FOREIGN
+from ..state import UPSTREAM_KEYS
 from .metadata import read_metadata
 
 STATE, EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ = "state.", ".exp_avg", ".exp_avg_scale", ".exp_avg_sq"
 GROUPS = "param_groups."
 
-_ANOTHER = "take another step (--checkpoint.load_step in torchtitan)"
+_ANOTHER = "use another step (--checkpoint.load_step in torchtitan)"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a checkpoint holds the moments of one parameter.
+    """How the moments of one parameter are stored in a checkpoint.
 
     Attributes:
         momentum: dtype of the first moment.
         second: dtype of the second moments.
-        elementwise: there is one for every element, as AdamW has it.
+        elementwise: whether there is one second moment per element, as in AdamW.
     """
 
     momentum: torch.dtype
@@ -50,7 +50,7 @@ class Kind:
 
 
 class Stored:
-    """A whole checkpoint in the folder `path`.
+    """A complete checkpoint in the folder `path`.
 
     Attributes:
         path: the folder.
@@ -58,22 +58,22 @@ class Stored:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Read the metadata. Raises ValueError if the folder holds no whole checkpoint."""
+        """Read the metadata. Raises ValueError if the folder is not a complete checkpoint."""
         self.path = Path(path)
         self._reader = FileSystemReader(self.path)
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a folder: a checkpoint is a folder such as checkpoint/step-1000")
         if not (self.path / ".metadata").is_file():
             raise ValueError(
-                f"{self.path} is not a whole checkpoint: it has no .metadata, which is written last; it was stopped "
-                "while it was saved, or it is not a distributed checkpoint of torch"
+                f"{self.path} is not a complete checkpoint: it has no .metadata, which is written last; either the "
+                "save was interrupted, or it is not a torch distributed checkpoint"
             )
         try:
             self.metadata = read_metadata((self.path / ".metadata").read_bytes())
         except NotAllowed as error:
             raise ValueError(
-                f"{self.path}/.metadata was not written by torch's distributed checkpoint: it asks for {error}, which "
-                "could run anything (nothing was run)"
+                f"{self.path}/.metadata was not written by torch's distributed checkpoint: it refers to {error}, which "
+                "could run arbitrary code (nothing was run)"
             ) from None
         except pickle.UnpicklingError as error:
             raise ValueError(f"{self.path}/.metadata cannot be read ({error}): {_ANOTHER}") from None
@@ -89,7 +89,7 @@ class Stored:
         return name in self.metadata.state_dict_metadata
 
     def parts(self, file: str) -> list[tuple[MetadataIndex, Any]]:
-        """What one file holds, in the order in which it lies there: (index, where)."""
+        """The contents of one file in their order there: (index, where)."""
         return self._by_file[file]
 
     @property
@@ -120,10 +120,10 @@ class Stored:
                 raise ValueError(f"{path} has {have:,} of {want:,} bytes: the checkpoint is damaged, {_ANOTHER}")
 
     def optimizer(self, prefix: str = "optimizer.") -> str | None:
-        """Whose optimizer state lies under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
+        """The optimizer whose state is under `prefix`: "AdamMini", "AdamW", "adam-mini" (the authors'), or None."""
         start = prefix + STATE
         names = [name for name in self.metadata.state_dict_metadata if name.startswith(start)]
-        if any(name.rpartition(".")[2] in FOREIGN for name in names):
+        if any(name.rpartition(".")[2] in UPSTREAM_KEYS for name in names):
             return "adam-mini"
         seconds = [name for name in names if name.endswith(EXP_AVG_SQ) and name in self.tensors]
         if not seconds:
@@ -155,10 +155,10 @@ class Stored:
         return kinds
 
     def value(self, name: str) -> Any:
-        """One entry, whole: a CPU tensor, or the object that was saved.
+        """One entry: a full CPU tensor, or the object that was saved.
 
-        Raises ValueError if that is more than what torch takes for safe: numbers, text, bytes, containers and tensors,
-        which is all that torchtitan saves.
+        Raises ValueError for types other than those that torch considers safe (numbers, text, bytes, containers and
+        tensors, which is all that torchtitan saves).
         """
         if name in self.tensors:
             return self.read(name)
@@ -177,7 +177,11 @@ class Stored:
             return torch.load(into.data, weights_only=True)
         except Exception as error:  # a broken file raises nearly anything
             foreign = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"asks for {foreign[1]}, which could run anything" if foreign else "is damaged or of another kind"
+            what = (
+                f"refers to {foreign[1]}, which could run arbitrary code"
+                if foreign
+                else "is damaged or of another kind"
+            )
             raise ValueError(f"{self.path}: its entry {name!r} {what} (nothing was run)") from None
 
     def read(self, name: str, chunk: ChunkStorageMetadata | None = None) -> Tensor:
@@ -190,10 +194,10 @@ class Stored:
         return target
 
     def window(self, name: str, box: Box) -> Tensor:
-        """A box of a tensor as `read` gives it, in less memory: `read` loads every part whole that the box touches.
+        """A box of a tensor as from `read`, in less memory: `read` loads entire stored parts.
 
-        Of a part only the bytes from the first to the last element in the box are read; for a box of some of its rows
-        these are no others.
+        Here only the bytes from the first to the last element of the box are read from a part; for a box of full rows
+        these are exactly its bytes.
         """
         start, sizes = (torch.Size(values) for values in ([lo for lo, _ in box], [hi - lo for lo, hi in box]))
         target = torch.empty(sizes, dtype=self.tensors[name].properties.dtype)
@@ -202,22 +206,22 @@ class Stored:
         return target
 
     def _piece(self, item: ReadItem) -> Tensor:
-        """What an item asks of one part."""
+        """The data of an item, read from one stored part."""
         where = self.metadata.storage_data[item.storage_index]
         with open(self.path / where.relative_path, "rb") as file:
-            # On the meta device torch.load reads no values, and notes where in its file they begin.
-            whole = torch.load(_create_file_view(file, where.offset, where.length), "meta", weights_only=True)
-            part = _narrow(whole, item.storage_offsets, item.lengths)
+            # On the meta device torch.load reads no values, but records their offset in the file.
+            tensor = torch.load(_create_file_view(file, where.offset, where.length), "meta", weights_only=True)
+            part = _narrow(tensor, item.storage_offsets, item.lengths)
             span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
             data = bytearray(span * part.itemsize)
-            begin = where.offset + whole.untyped_storage()._checkpoint_offset
+            begin = where.offset + tensor.untyped_storage()._checkpoint_offset
             file.seek(begin + part.storage_offset() * part.itemsize)
             if file.readinto(data) < len(data):
                 raise ValueError(f"{file.name} ends too early: the checkpoint is damaged, {_ANOTHER}")
         return torch.frombuffer(data, dtype=part.dtype).as_strided(part.shape, part.stride())
 
     def raw(self, where: Any, size: int = 1 << 22) -> Iterator[bytes]:
-        """The bytes of one part as they lie on disk, in pieces of at most `size`."""
+        """The raw bytes of one stored part, in pieces of at most `size`."""
         with open(self.path / where.relative_path, "rb") as file:
             file.seek(where.offset)
             left = where.length
@@ -230,7 +234,7 @@ class Stored:
 
 
 class _Into(LoadPlanner):
-    """Reads into one tensor, or keeps the bytes of one object."""
+    """Reads into one tensor, or stores the bytes of one object."""
 
     def __init__(self, target: Tensor | None) -> None:
         self.target = target

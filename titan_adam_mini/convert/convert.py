@@ -35,7 +35,7 @@ from ..kernels import int8
 from ..momentum import dtype_of
 from ..partition import Blocks
 from ..private import _StorageInfo
-from ..state import AUTHORS, SECOND_MOMENTS
+from ..state import SECOND_MOMENTS, UPSTREAM_STATE
 from .atomic_folder import atomic_folder
 
 KINDS = {"adam_mini": "AdamMini", "adamw": "AdamW"}
@@ -96,7 +96,7 @@ class Conversion:
                 "from it with --checkpoint.initial_load_path"
             )
         if kind == "adam-mini":
-            raise ValueError(f"{stored.path} contains {AUTHORS}")
+            raise ValueError(f"{stored.path} contains {UPSTREAM_STATE}")
         stored.check_files()
         check_parameters(stored, self.blocks)
         for name in stored.parameters():

@@ -1,7 +1,7 @@
-"""All communication of a step: Partial gradients completed, straddling blocks summed, the plan checked at the start.
+"""All communication of a step: reduces Partial gradients, sums straddling blocks, and checks the plan at the start.
 
 `local_sums -> all_reduce -> finish`. Per process group and step there is at most one all-reduce for Partial
-gradients and one for the sums, none where nothing is Partial or straddles. Everything else in the package is local.
+gradients and one for the sums, none if nothing is Partial or straddles. Everything else in the package is local.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Exchange:
         for plan in self.buffers:
             members = [self.items[self.grids[slot.grid].param] for slot in plan.slots]
             wide = any(item.dtype == torch.float64 for item in members)
-            home = local(members[0].param).device
-            data = torch.empty(plan.numel, dtype=torch.float64 if wide else torch.float32, device=home)
+            device = local(members[0].param).device
+            data = torch.empty(plan.numel, dtype=torch.float64 if wide else torch.float32, device=device)
             self._buffers.append(Buffer(plan, data, self.channels[plan.group]))
         for buffer in self._buffers:
             buffer.chain(self._buffers, self.grids)
@@ -59,7 +59,7 @@ class Exchange:
         return [index for index, item in enumerate(self.items) if item.straddles]
 
     def _check_plans(self) -> None:
-        """Compare, group by group, a hash of everything that the ranks of the group must agree on."""
+        """Compare, for every group, a hash of everything on which its ranks must agree."""
         rows: dict[Group, list[object]] = {group: [] for group in self.channels}
         for item in self.items:
             place = str(getattr(item.param, "placements", ""))
@@ -76,14 +76,14 @@ class Exchange:
                 wrong.append(group)
         if wrong:
             raise ValueError(
-                f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must give "
-                "the optimizer the same parameters, names, roles, placements, head counts, types of momentum and "
-                "rounding, in the same order, and must compute with the same engine: the same versions of torch, and "
-                f"of numba or Triton, installed everywhere (this rank: {self._engines()})"
+                f"AdamMini's plans differ between ranks {', '.join(map(str, wrong))}: every rank of a group must pass "
+                "the same parameters, names, roles, placements, head counts, momentum dtypes and rounding, in the same "
+                "order, and must use the same engine: the same versions of torch, and of numba or Triton, on all ranks "
+                f"(this rank: {self._engines()})"
             )
 
     def _engines(self) -> str:
-        """The engine of this rank's parameters, and why some are left to a slower one, in words."""
+        """The engines of this rank's parameters, and the reasons for fallbacks."""
         return "; ".join(dict.fromkeys(part for item in self.items for part in item.served if part)) or "none"
 
     def gradients(self) -> list[Tensor | None]:
@@ -95,18 +95,18 @@ class Exchange:
     def param_steps(
         self, groups: Mapping[int, Mapping[str, Any]], decay: Mapping[str, bool], seed: int | None
     ) -> list[ParamStep]:
-        """What the engine is to know of every parameter, without the tensors of a step.
+        """One `ParamStep` per parameter, without the tensors of a step.
 
         Args:
             groups: id of a parameter -> its group.
-            decay: name -> does weight decay apply?
-            seed: of random rounding; None rounds to nearest.
+            decay: name -> whether weight decay applies.
+            seed: for stochastic rounding; None rounds to nearest.
         """
-        works = []
+        param_steps = []
         for index, item in enumerate(self.items):
             ((own, complete), *others), present = self._places(index)
             plan, *more = item.plans
-            works.append(
+            param_steps.append(
                 ParamStep(
                     name=item.name,
                     plan=plan,
@@ -126,12 +126,12 @@ class Exchange:
                     factors=tuple(Factor(factor, NOTHING, *sums) for factor, sums in zip(more, others, strict=True)),
                 )
             )
-        return works
+        return param_steps
 
     def _places(self, index: int) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
-        """Where one parameter's numbers are in the buffers, which stay where they are: per grid, this rank's own sums
-        before the exchange and all ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks
-        that have a gradient, 0-d. None for what is not exchanged.
+        """Views of one parameter's entries in the buffers: per grid, this rank's own sums before the exchange and all
+        ranks' sums after it (both of the plan's `sums_shape`), and the number of ranks that have a gradient, 0-d. None
+        for what is not exchanged.
         """
         sums: list[tuple[Tensor | None, Tensor | None]] = []
         present = None
@@ -150,11 +150,17 @@ class Exchange:
             sums.append((own, complete))
         return sums, present
 
-    def start(self, works: Sequence[ParamStep], engine: Engine) -> None:
-        """Compute this rank's sums of the straddling blocks and send them off; `works` has one for every item."""
+    def start(self, param_steps: Sequence[ParamStep], engine: Engine) -> None:
+        """Compute this rank's sums of the straddling blocks and start the all-reduces; one `ParamStep` per item."""
         for buffer in self._buffers:
-            buffer.clear([works[self.grids[index].param].grad is not None for index in buffer.slots])
-        engine.square_sums([work for work in works if work.waits and work.grad is not None and work.grad.numel()])
+            buffer.clear([param_steps[self.grids[index].param].grad is not None for index in buffer.slots])
+        engine.square_sums(
+            [
+                param_step
+                for param_step in param_steps
+                if param_step.waits and param_step.grad is not None and param_step.grad.numel()
+            ]
+        )
         for buffer in self._buffers:
             for number, float64, source, target, length in buffer.chained:
                 earlier = self._buffers[number]
@@ -164,11 +170,11 @@ class Exchange:
             buffer.send()
 
     def finish(self) -> None:
-        """Return once every buffer holds the sums of all ranks."""
+        """Wait until every buffer has the sums of all ranks."""
         for buffer in self._buffers:
             buffer.wait()
 
 
 def bytes_exchanged(items: Sequence[Item], buffers: Sequence[BufferPlan]) -> dict[int, int]:
-    """Bytes per step that each straddling parameter puts into the exchange, presence slots included."""
+    """Bytes per step that each straddling parameter exchanges, presence slots included."""
     return bytes_in(buffers, grids_of([item.plans for item in items]), [item.dtype.itemsize for item in items])

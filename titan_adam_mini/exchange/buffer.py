@@ -1,4 +1,4 @@
-"""The tensors that carry the sums of straddling blocks: one buffer per process group and step."""
+"""The buffers in which sums of straddling blocks are all-reduced: one per process group."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .item import Channel
 
 
 class Buffer:
-    """One group's buffer; it is sent from another tensor where the group cannot reach its device, or where it has two
+    """One group's buffer. It is staged in another tensor if the group cannot reduce on its device, or if it has two
     parts, so that there is one all-reduce.
 
     Attributes:
-        data: 1-D, what is exchanged.
-        float64_sums: 1-D float64, what is exchanged in that precision.
-        slots: which grid stands where.
-        chained: (number of another buffer, in its float64 part?, offset there, offset here, length): what this one
-            takes over, completed.
+        data: 1-D, the data to reduce.
+        float64_sums: 1-D float64, the data to reduce in that precision.
+        slots: grid -> its slot.
+        chained: (number of an earlier buffer, whether in its float64 part, offset there, offset here, length): results
+            that are copied into this buffer.
     """
 
     def __init__(self, plan: BufferPlan, data: Tensor, channel: Channel) -> None:
@@ -39,7 +39,7 @@ class Buffer:
         self._presence: tuple[list[bool], Tensor] | None = None
 
     def chain(self, buffers: Sequence[Buffer], grids: Sequence[Grid]) -> None:
-        """Find out what to take over from earlier buffers, in as few pieces as possible."""
+        """Plan the copies from earlier buffers, merging adjacent ones."""
         pieces = []
         for index, slot in self.slots.items():
             if slot.sums is not None and slot.after is not None:
@@ -57,7 +57,7 @@ class Buffer:
             self.chained.append((number, float64, source, target, length))
 
     def clear(self, present: Sequence[bool]) -> None:
-        """Zeros, and a one for every slot whose parameter has a gradient here."""
+        """Reset to zeros, and ones in the presence slots of parameters that have a gradient here."""
         pattern = list(present)
         if self._presence is None or self._presence[0] != pattern:
             ones = torch.zeros(self.data.shape, dtype=self.data.dtype)
@@ -69,20 +69,20 @@ class Buffer:
     def send(self) -> None:
         """Start the all-reduce."""
         if self._sent is not self.data:
-            for part, whole in self._parts():
-                whole.copy_(part)
+            for part, sent in self._parts():
+                sent.copy_(part)
         self._work = dist.all_reduce(self._sent, group=self._group, async_op=True)
 
     def wait(self) -> None:
-        """Return once the data hold the sum over the group; on a GPU, once everything queued later will find it."""
+        """Wait for the sum over the group; on a GPU, only later work on the stream waits."""
         if self._work is not None:
             self._work.wait()
             self._work = None
             if self._sent is not self.data:
-                for part, whole in self._parts():
-                    part.copy_(whole)
+                for part, sent in self._parts():
+                    part.copy_(sent)
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """Each part, and its place in what is sent."""
+        """Each part, and its view in the tensor that is sent."""
         parts = (self.data, self.float64_sums)
         return list(zip(parts, self._sent.split([part.numel() for part in parts]), strict=True))

@@ -1,4 +1,4 @@
-"""This rank's gradients: Partial ones are completed before they are squared, whatever ranks they are missing on."""
+"""This rank's gradients: Partial ones are reduced before they are squared, even if they are missing on some ranks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..sharding import local, local_gradient
 from .item import Channel, Item
 
 MISSING, COMPLETE, PARTIAL_SUM, PARTIAL_AVG = range(4)
-"""What is known of a gradient on a mesh axis where its parameter is replicated. The largest that any rank knows holds
-for all: ranks differ only in what they have not seen yet."""
+"""What is known of a gradient on a mesh axis where its parameter is replicated. The maximum over the ranks is used:
+ranks differ only in what they have not seen yet."""
 _SLOT = (0.0, 0.0, 1.0, 65536.0)
-"""The same as an addend, from whose sum over fewer than 65536 ranks the largest can be read."""
+"""The same as addends, from whose sum over fewer than 65536 ranks the maximum can be read."""
 
 Place = tuple[int, int]
 """(index of a parameter, mesh axis)"""
 
 
 class Gradients:
-    """The local gradients of `items`, anew in every step.
+    """The local gradients of `items` in every step.
 
-    Which gradients are Partial is settled once per process group, in the first step in which a rank of it has one.
+    Each process group agrees once on which gradients are Partial, in the first step in which any of its ranks has one.
     """
 
     def __init__(self, items: Sequence[Item], channels: Mapping[Group, Channel]) -> None:
@@ -43,7 +43,7 @@ class Gradients:
                     self._completions[axis.ranks] = None  # not settled
 
     def take(self) -> list[Tensor | None]:
-        """This rank's local gradients, Partial ones completed; None where there is none. Collective.
+        """This rank's local gradients, Partial ones reduced; None where there is none. Collective.
 
         Raises ValueError, naming the parameter, for a gradient that cannot update it.
         """
@@ -53,7 +53,7 @@ class Gradients:
             if grad is None:
                 grads.append(None)
             elif getattr(grad, "_spec", None) is self._specs[index] is not None:
-                grads.append(local(grad))  # placed as the last one was, which was placed as its parameter is
+                grads.append(local(grad))  # same placements as the last one, which had its parameter's
             else:
                 try:
                     grads.append(local_gradient(item.param, grad))
@@ -71,7 +71,7 @@ class Gradients:
         return grads
 
     def _learn(self, index: int, grad: Tensor) -> None:
-        """Note on which axes a gradient is Partial."""
+        """Record on which axes a gradient is Partial."""
         for axis in self._items[index].axes:
             place = (index, axis.index)
             if place not in self._known:
@@ -84,17 +84,17 @@ class Gradients:
                 if completion is not None and place not in completion.members:
                     raise ValueError(
                         f"it is Partial on mesh axis {axis.index}, but in the first step neither it nor another "
-                        "gradient of that axis was; make a new optimizer when the gradients' placements change"
+                        "gradient of that axis was; build a new optimizer when the gradients' placements change"
                     )
             self._known[place] = max(known, self._known[place])
 
     def _settle(self, channel: Channel) -> _Completion | None:
-        """Which gradients are Partial along one group; None while no rank of it has seen any gradient. All ranks of
-        the group ask in the same steps, since the answer is the same on all of them.
+        """Agree on which gradients are Partial along one group; None while no rank of it has seen any gradient. All
+        ranks of the group call this in the same steps, since the result is the same on all of them.
 
-        What the ranks know of the parameters' other axes travels along: a rank without a gradient learns it before it
-        comes to the groups of those. A parameter that no rank knows joins those that are Partial: should it get a
-        gradient later, it has its place.
+        What the ranks know about the parameters' other axes is shared too, so that a rank without a gradient knows it
+        before it reaches the groups of those axes. A parameter without a gradient on any rank is treated as Partial, so
+        that it has a slot if it gets a gradient later.
         """
         members = [
             (index, axis.index)
@@ -115,9 +115,9 @@ class Gradients:
 class _Completion:
     """The Partial gradients of one group, summed in one all-reduce, in float32 or wider.
 
-    A rank that has no gradient takes the sum of the others', so that replicas stay replicas, and hands it on along the
-    parameter's later axes. Therefore one slot per parameter and replicated axis says how many ranks have a gradient
-    that is Partial there.
+    A rank that has no gradient uses the sum of the others', so that replicas stay equal, and passes it on along the
+    parameter's later axes. Therefore one slot per parameter and replicated axis counts the ranks whose gradient is
+    Partial there.
 
     Attributes:
         members: which parameters, with the group's mesh axis.
@@ -133,7 +133,7 @@ class _Completion:
         """Replace the local gradients by their sums over the group. Collective."""
         wide = any(items[index].dtype == torch.float64 for index, _ in self.members)
         head = [_SLOT[known[place]] if grads[place[0]] is not None else 0.0 for place in self._slots]
-        if self._head[0] != head:  # copied only when it changes: a copy from the host waits for the device
+        if self._head[0] != head:  # copied only if changed: a copy from the host synchronises
             dtype = torch.float64 if wide else torch.float32
             self._head = (head, torch.tensor(head, dtype=dtype, device=self._channel.device))
         numels = [local(items[index].param).numel() for index, _ in self.members]

@@ -1,4 +1,4 @@
-"""Parameters as the exchange sees them, and the process groups that they are exchanged over."""
+"""Parameters as the exchange sees them, and their process groups."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Item:
         plans: its blocks on this rank, one plan per grid.
         axes: the axes, of more than one rank, of its mesh.
         dtype: dtype of its sums and second moments.
-        agreed: what else must be the same on every rank that has a part of it.
-        spec: what its engine decides by.
-        served: the engine with its versions, and why it leaves this parameter to a slower one; the same on all ranks.
+        agreed: other values that must be the same on every rank that has a part of it.
+        spec: what its engine needs to choose an implementation.
+        served: the engine with its versions, and the reason for a fallback or None; the same on all ranks.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Item:
 
     @property
     def straddles(self) -> bool:
-        """Are there blocks on more than one rank?"""
+        """Whether any blocks lie on more than one rank."""
         return any(plan.axes for plan in self.plans)
 
 
 def mesh_axes(param: Tensor) -> tuple[Axis, ...]:
-    """The axes, of more than one rank, of the mesh that a parameter lives on."""
+    """The axes, of more than one rank, of a parameter's mesh."""
     return axes_of(param.device_mesh) if isinstance(param, DTensor) else ()
 
 
@@ -58,8 +58,8 @@ class Channel:
     Attributes:
         ranks: the group's.
         process_group: torch's.
-        device: where the parameters are if the group can reduce there, else the device of their mesh (with CPU offload
-            over NCCL alone).
+        device: the parameters' device if the group can reduce there, else their mesh's device (CPU offload with NCCL
+            only).
     """
 
     ranks: Group
@@ -68,7 +68,7 @@ class Channel:
 
     def max(self, values: list[int]) -> list[int]:
         """The largest of each value over the group. Collective; waits for the device."""
-        # A plan on the meta device, or of fake tensors, is made to be looked at: nothing is computed.
+        # A plan on the meta device, or of fake tensors, is for inspection only: nothing is computed.
         if self.device.type == "meta" or active_fake_mode() is not None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -77,7 +77,7 @@ class Channel:
 
 
 def channels_of(items: Sequence[Item]) -> dict[Group, Channel]:
-    """The channels of all groups of the items' meshes, in the one order in which every rank uses them."""
+    """The channels of all groups of the items' meshes, in the order in which all ranks use them."""
     found: dict[Group, Channel] = {}
     for item in items:
         for axis in item.axes:
@@ -86,7 +86,7 @@ def channels_of(items: Sequence[Item]) -> dict[Group, Channel]:
                 mesh = item.param.device_mesh
                 group, device = mesh.get_group(axis.index), local(item.param).device
                 if device.type not in (mesh.device_type, "meta"):
-                    supported = {torch.device(one).type for one in group._device_types}
+                    supported = {torch.device(device_name).type for device_name in group._device_types}
                     device = device if device.type in supported else torch.device(mesh.device_type)
                 found[axis.ranks] = Channel(axis.ranks, group, device)
     return {group: found[group] for group in ordered_groups([item.axes for item in items])}

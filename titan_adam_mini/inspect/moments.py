@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.check import check_parameters
 from ..checkpoint.stored import EXP_AVG, EXP_AVG_SQ, GROUPS, STATE, Stored
 from ..sharding import Box, box_shape
-from ..state import AUTHORS
+from ..state import UPSTREAM_STATE
 
 Read = Callable[[Box], Tensor]
 """Reads a box of a tensor, to the CPU."""
@@ -123,7 +123,9 @@ def stored_moments(stored: Stored, shapes: Mapping[str, Sequence[int]]) -> list[
         )
     if kind != "AdamW":
         content = (
-            AUTHORS if kind == "adam-mini" else "AdamMini's optimizer state, which has only the means over its blocks"
+            UPSTREAM_STATE
+            if kind == "adam-mini"
+            else "AdamMini's optimizer state, which has only the means over its blocks"
         )
         raise ValueError(f"{stored.path} contains {content}; {_NEEDED}")
     stored.check_files()

@@ -1,15 +1,15 @@
 """The arithmetic of a step on local tensors: one file per engine behind one signature.
 
-    reference   "for-loop": block by block, the slow truth
+    reference   "for-loop": block by block, slow; the other engines are tested against it
     vectorized  "foreach": whole-tensor torch operations, on any device
-    cpu         "fused" on a CPU: compiled loops, all tensors in one go
+    cpu         "fused" on a CPU: compiled loops over all tensors in one call
     triton      "fused" on a GPU: all tensors in a constant number of launches
 
-What they share for second moments of columns, which FSDP cuts between rows, is in `columns`.
+`columns` has the shared code for second moments of columns, which FSDP cuts between rows.
 
-An engine takes plain local tensors together with their plan, and talks to nobody. Every engine owns its order of
-summation: it depends on the block alone, never on how many blocks or rows a rank holds, so that any sharding adds in
-the order of a single device.
+An engine takes plain local tensors together with their plan, and does not communicate. Its order of summation depends
+on the block alone, never on how many blocks or rows a rank has, so that any sharding sums in the order of a single
+device.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("titan_adam_mini")
 
 NOTHING = torch.empty(0)
-"""Stands for a tensor between steps."""
+"""Placeholder for a tensor between steps."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What decides how an engine serves a parameter: the same on every rank that has a part of it.
+    """What determines how an engine updates a parameter: the same on every rank that has a part of it.
 
-    Nothing that a rank may have for itself belongs here: no strides, no addresses, no gradients.
+    Contains nothing that may differ between ranks, such as strides, addresses or gradients.
 
     Attributes:
-        plans: its blocks, one plan per grid; of the shard, only how the mesh cuts is looked at.
+        plans: its blocks, one plan per grid; of the shard, only the cuts of the mesh are used.
         device: type of the device.
         param, exp_avg, exp_avg_sq: dtypes of the parameter, its momentum and its second moments.
-        rounds: are its values rounded at random?
+        rounds: whether its values are rounded stochastically.
     """
 
     plans: tuple[BlockPlan, ...]
@@ -57,7 +57,7 @@ class Spec:
 
 @dataclass
 class Factor:
-    """A further grid of a factored second moment, of its columns or of the whole; see the same names of `ParamStep`."""
+    """A further grid of a factored second moment: columns, or the full matrix. Attributes as in `ParamStep`."""
 
     plan: BlockPlan
     exp_avg_sq: Tensor
@@ -73,24 +73,24 @@ class ParamStep:
         name: the parameter's, unique in its optimizer.
         plan: its blocks on this rank.
         param: the values; updated in place.
-        grad: the gradient, of the shape of `param`; None if this rank has none: only what all ranks share moves on.
+        grad: the gradient, of the shape of `param`; None if this rank has none: only state shared by all ranks changes.
         exp_avg: the momentum, of the shape of `param`, in any floating dtype or int8; updated in place.
         exp_avg_scale: for int8 momentum, one float32 per run of columns (see `kernels.int8`); else None.
-        exp_avg_sq: [plan.grid_shape] float32 or float64, in which all is computed; updated in place.
+        exp_avg_sq: [plan.grid_shape], float32 or float64, the dtype of all arithmetic; updated in place.
         step: 0-d float32, the number of steps; updated in place.
         group: torch's parameter group: lr, betas, eps, weight_decay, maximize.
-        decay: does weight decay apply?
-        seed: of the random rounding of bfloat16 parameters; None rounds to nearest.
-        own_sums: [plan.sums_shape] where this rank's sums of squares go; None if nothing straddles.
-        sums: [plan.sums_shape] where they are found when all ranks have added theirs; None if nothing straddles.
-        present: 0-d, how many ranks have a gradient; what a rank without one goes by. None if nobody else has any.
+        decay: whether weight decay applies.
+        seed: for stochastic rounding of bfloat16 parameters; None rounds to nearest.
+        own_sums: [plan.sums_shape], this rank's sums of squares; None if nothing straddles.
+        sums: [plan.sums_shape], the sums over all ranks, after the exchange; None if nothing straddles.
+        present: 0-d, the number of ranks that have a gradient; None if no other rank has a part.
         factors: of a factored second moment, whose first grid is that of its rows: the columns, whose sums are
-            float64, and the whole. Else nothing.
+            float64, and the full matrix. Empty otherwise.
         spec: what was planned for it; taken from the tensors if it is not given.
-        squares: where `by_columns`, once they are known in a step: per box that this rank owns the sums of squares of
+        squares: with `by_columns`, once they are computed in a step: per box that this rank owns the sums of squares of
             its rows, [..., rows, 1] (only if there are factors), and of its columns, float64 [..., 1, columns].
-        note: what `check` last found the tensors to be.
-        checked: has it done so in this step?
+        note: the tensors' properties when `check` last examined them.
+        checked: whether it has done so in this step.
     """
 
     name: str
@@ -121,11 +121,11 @@ class ParamStep:
 
     @cached_property
     def by_columns(self) -> bool:
-        """Have columns of a matrix second moments, alone or beside its rows? See `kernels.columns`."""
+        """Whether columns of a matrix have second moments, alone or beside its rows; see `kernels.columns`."""
         return bool(self.factors) or self.plan.of_columns
 
     def release(self) -> None:
-        """Let go of the tensors of a step: whoever drops gradients, or moves state away, wants the memory back."""
+        """Drop the references to a step's tensors, so that cleared gradients and offloaded state are freed."""
         self.param = self.exp_avg = self.exp_avg_sq = self.step = NOTHING
         self.grad = self.exp_avg_scale = self.squares = None
         self.checked = False
@@ -134,44 +134,44 @@ class ParamStep:
 
     @property
     def waits(self) -> bool:
-        """Are there sums that other ranks add to?"""
+        """Whether its update needs sums from other ranks."""
         return self.sums is not None or any(factor.sums is not None for factor in self.factors)
 
 
 class Engine(Protocol):
-    """What all engines have in common. An engine serves one plan of one optimizer and may keep tables between steps."""
+    """The interface of engines. An engine belongs to one plan of one optimizer and may keep tables between steps."""
 
     name: str
-    """What the log calls it."""
+    """Its name in the log."""
 
     version: str
-    """Its name and the versions of all that its results may depend on: the same on all ranks."""
+    """Its name and the versions of all libraries that its results may depend on; the same on all ranks."""
 
     step_on_device: bool
-    """Whether `step` lives where the parameter does; on the CPU otherwise."""
+    """Whether `step` is on the parameter's device; on the CPU otherwise."""
 
     def fallback(self, spec: Spec) -> str | None:
-        """Why a parameter is left to a slower engine; None if it is not. Known before the first step, and for good."""
+        """Why a parameter falls back to a slower engine, or None. Known before the first step; never changes."""
 
-    def check(self, works: Sequence[ParamStep]) -> None:
-        """Compare all tensors of a step with what was planned, before anything is changed.
+    def check(self, param_steps: Sequence[ParamStep]) -> None:
+        """Compare all tensors of a step with the plan, before anything is changed.
 
         Raises ValueError, naming parameter and tensor, for one that has another shape, dtype or device, or whose
         memory was released.
         """
 
-    def square_sums(self, works: Sequence[ParamStep]) -> None:
-        """Write this rank's sums of squares into every work's zeroed `own_sums`, those of its factors too."""
+    def square_sums(self, param_steps: Sequence[ParamStep]) -> None:
+        """Write this rank's sums of squares into the zeroed `own_sums` of every parameter and of its factors."""
 
-    def update(self, works: Sequence[ParamStep]) -> None:
-        """One step of Adam-mini for every work (arXiv 2406.16793, Algorithm 1), everything in place."""
+    def update(self, param_steps: Sequence[ParamStep]) -> None:
+        """One step of Adam-mini for every parameter (arXiv 2406.16793, Algorithm 1), everything in place."""
 
 
 def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: torch.device) -> tuple[Engine, str]:
-    """The engine that torch's `foreach` and `fused` flags ask for on `device`, and a line that says which and why.
+    """The engine selected by torch's `foreach` and `fused` flags on `device`, and a line for the log with the reason.
 
-    `fused`, and neither flag, ask for the fast engine of the device; what cannot run falls back one step and says so.
-    Raises ValueError if `capturable` is asked for and the engine does not serve it.
+    `fused`, or neither flag, selects the fast engine of the device; if it cannot run, "foreach" is used and the line
+    gives the reason. Raises ValueError if `capturable` is set and the engine does not support it.
     """
     from . import reference, vectorized
     from .tensorwise import Tensorwise
@@ -197,7 +197,7 @@ def choose(foreach: bool | None, fused: bool | None, capturable: bool, device: t
             line += f"; not fused: {error.name} cannot be imported ({error})"
     if capturable and device.type != "meta" and (device.type != "cuda" or isinstance(engine, Tensorwise)):
         raise ValueError(
-            f"capturable=True needs the fused engine on CUDA, and this is {line} on {device.type!r}; leave foreach and "
+            f"capturable=True needs the fused engine on CUDA, but this is {line} on {device.type!r}; leave foreach and "
             "capturable out"
         )
     return engine, line

@@ -1,8 +1,8 @@
-"""What the addresses of a step stand on, compared in every step with what was planned, before one is used.
+"""Checks that the tensors of a step still match the plan, at every step, before their addresses are used.
 
-A step of many small tensors takes as long as Python takes to look at them, so a tensor is looked at closely only when
-it is another object than in the last step, or at another address, or when its shape, strides or dtype have changed.
-Memory that is released and shape that is kept (as offloading does it) shows as another address: that of nothing.
+With many small tensors a step is bound by the time Python needs to inspect them, so a tensor is fully checked only if
+it is a different object than in the last step, or has a different address, shape, strides or dtype. A tensor whose
+memory was released while its shape was kept (as offloading does) has a different, null address.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..sharding import box_shape
 from . import ParamStep, Spec, int8
 
 LOW = 1 << 40
-"""A tensor without memory has its offset for an address: all below are looked at closely, those of real memory too."""
+"""A tensor without memory has its offset as its address, so tensors with lower addresses are fully checked."""
 
 
 @dataclass(eq=False)
 class Note:
-    """What the tensors of a parameter were when they were last looked at closely.
+    """Properties of the tensors of a parameter when they were last fully checked.
 
     Attributes:
         facts: identities, addresses, shape and strides of the parameter and its state; see `check`.
         grad: shape, strides, dtype and device of the gradient; None if there is none.
-        kind: device and dtypes, what decides who is served together.
-        copied: of what compiled code reads a copy; an engine's to fill in.
+        kind: device and dtypes; parameters of equal kind are updated together.
+        copied: names of the tensors of which compiled code reads a copy; filled in by an engine.
     """
 
     facts: tuple[Any, ...]
@@ -38,11 +38,11 @@ class Note:
     copied: tuple[str, ...] | None = None
 
 
-def check(works: Sequence[ParamStep], step_on_device: bool) -> None:
+def check(param_steps: Sequence[ParamStep], step_on_device: bool) -> None:
     """See `Engine.check`."""
-    for work in works:
-        param, grad, exp_avg, scale = work.param, work.grad, work.exp_avg, work.exp_avg_scale
-        moments, step, note = work.exp_avg_sq, work.step, work.note
+    for param_step in param_steps:
+        param, grad, exp_avg, scale = param_step.param, param_step.grad, param_step.exp_avg, param_step.exp_avg_scale
+        moments, step, note = param_step.exp_avg_sq, param_step.step, param_step.note
         # The first five are the addresses at the beginning of a row of a `Table`.
         facts: tuple[Any, ...] = (
             param.data_ptr(),
@@ -59,71 +59,78 @@ def check(works: Sequence[ParamStep], step_on_device: bool) -> None:
             param.stride(),
             exp_avg.stride(),
         )
-        for factor in work.factors:
+        for factor in param_step.factors:
             facts += (factor.exp_avg_sq.data_ptr(), id(factor.exp_avg_sq))
         seen = None if grad is None else (grad.shape, grad.stride(), grad.dtype, grad.device)
         low = grad is not None and grad.data_ptr() < LOW and grad.numel()
         if note is None or low or facts != note.facts or seen != note.grad:
-            look_at(work, step_on_device)
-            work.note = Note(facts, seen, _kind(work))
-        work.checked = True
+            check_tensors(param_step, step_on_device)
+            param_step.note = Note(facts, seen, _kind(param_step))
+        param_step.checked = True
 
 
-def _kind(work: ParamStep) -> tuple[Any, ...]:
-    assert work.spec is not None
-    param, grad = work.param, None if work.grad is None else work.grad.dtype
-    return param.device, work.exp_avg_sq.dtype, param.dtype, grad, work.exp_avg.dtype, rounds(work.spec)
+def _kind(param_step: ParamStep) -> tuple[Any, ...]:
+    assert param_step.spec is not None
+    param, grad = param_step.param, None if param_step.grad is None else param_step.grad.dtype
+    return (
+        param.device,
+        param_step.exp_avg_sq.dtype,
+        param.dtype,
+        grad,
+        param_step.exp_avg.dtype,
+        rounds(param_step.spec),
+    )
 
 
 def rounds(spec: Spec) -> bool:
-    """Is a parameter rounded at random? Only bfloat16 ones are."""
+    """Whether a parameter is rounded stochastically. Only bfloat16 ones are."""
     return spec.rounds and spec.param == torch.bfloat16
 
 
-# A close look
+# The full check
 
 
-def look_at(work: ParamStep, step_on_device: bool | None) -> None:
-    """`check` for one parameter, everything compared.
+def check_tensors(param_step: ParamStep, step_on_device: bool | None) -> None:
+    """The full `check` of one parameter.
 
     Args:
-        step_on_device: must `step` be where its parameter is, or on the CPU? None for either.
+        step_on_device: whether `step` must be on its parameter's device, or on the CPU. None for either.
     """
-    spec, param, grad = work.spec, work.param, work.grad
+    spec, param, grad = param_step.spec, param_step.param, param_step.grad
     assert spec is not None
-    name, device = work.name, param.device
+    name, device = param_step.name, param.device
     if param.shape != (shape := _local_shape(spec)):
         raise ValueError(
-            f"{name!r} has shape {tuple(param.shape)} here, and had {shape} when AdamMini was planned: state cannot "
-            "follow; make a new optimizer once parameters have changed their shape"
+            f"{name!r} has shape {tuple(param.shape)}, but had {shape} when AdamMini was planned: the state does not "
+            "fit; build a new optimizer after a parameter's shape has changed"
         )
     if (device.type, param.dtype) != (spec.device, spec.param):
         raise ValueError(
-            f"{name!r} is {param.dtype} on {device.type} here, and was {spec.param} on {spec.device} when AdamMini was "
-            "planned; move or convert the model before the optimizer is made, or make a new one and load the old one's "
-            "state_dict() into it"
+            f"{name!r} is {param.dtype} on {device.type}, but was {spec.param} on {spec.device} when AdamMini was "
+            "planned; move or convert the model before building the optimizer, or build a new one and load the old "
+            "one's state_dict() into it"
         )
-    if (spec.exp_avg == torch.int8) != (work.exp_avg_scale is not None):
-        raise ValueError(f"the state of {name!r} has int8 momentum without its scales (exp_avg_scale), or scales alone")
-    tensors = list(_expected(work, spec, shape))
+    if (spec.exp_avg == torch.int8) != (param_step.exp_avg_scale is not None):
+        raise ValueError(f"the state of {name!r} has int8 momentum without its scales (exp_avg_scale), or only scales")
+    tensors = list(_expected(param_step, spec, shape))
     for key, tensor, want, dtype in tensors:
         if tuple(tensor.shape) != want or (dtype is not None and tensor.dtype != dtype):
             raise ValueError(
-                f"{key} of {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, and AdamMini needs "
+                f"{key} of {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, but AdamMini needs "
                 f"{dtype or 'a tensor'} of shape {want}; "
                 + (
-                    "drop gradients of before a parameter's shape was changed (zero_grad())"
+                    "clear gradients from before the parameter's shape changed (zero_grad())"
                     if tensor is grad
                     else "load state with load_state_dict(), which checks and converts it"
                 )
             )
-        where = {device} if tensor is not work.step or step_on_device else {torch.device("cpu")}
-        if tensor is work.step and step_on_device is None:
+        where = {device} if tensor is not param_step.step or step_on_device else {torch.device("cpu")}
+        if tensor is param_step.step and step_on_device is None:
             where.add(device)
         if tensor.device not in where:
             raise ValueError(
                 f"{key} of {name!r} is on {tensor.device} and the parameter on {device}; AdamMini needs it on "
-                f"{' or '.join(map(str, where))}: whoever moved it must move it back before step()"
+                f"{' or '.join(map(str, where))}: move it back before step()"
             )
     for key, tensor, _, _ in [("the parameter", param, shape, None), *tensors]:
         needed = _bytes_needed(tensor)
@@ -131,24 +138,24 @@ def look_at(work: ParamStep, step_on_device: bool | None) -> None:
             of = "" if tensor is param else " of"
             raise ValueError(
                 f"the memory of {key.removeprefix('the ')}{of} {name!r} has been released: it has "
-                f"{tensor.untyped_storage().nbytes()} bytes of the {needed} that its shape needs; whoever offloaded it "
-                "must bring it back before step()"
+                f"{tensor.untyped_storage().nbytes()} bytes of the {needed} that its shape needs; if it was offloaded, "
+                "load it back before step()"
             )
 
 
 def _expected(
-    work: ParamStep, spec: Spec, shape: tuple[int, ...]
+    param_step: ParamStep, spec: Spec, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]]:
-    """All tensors beside the parameter: what they are called, and the shape and dtype that they must have."""
-    if work.grad is not None:
-        yield "the gradient", work.grad, shape, None
-    yield "exp_avg", work.exp_avg, shape, spec.exp_avg
-    if work.exp_avg_scale is not None:
-        yield "exp_avg_scale", work.exp_avg_scale, int8.scale_shape(shape), torch.float32
-    grids = (work.exp_avg_sq, *(factor.exp_avg_sq for factor in work.factors))
+    """All tensors except the parameter: name, tensor, expected shape and dtype."""
+    if param_step.grad is not None:
+        yield "the gradient", param_step.grad, shape, None
+    yield "exp_avg", param_step.exp_avg, shape, spec.exp_avg
+    if param_step.exp_avg_scale is not None:
+        yield "exp_avg_scale", param_step.exp_avg_scale, int8.scale_shape(shape), torch.float32
+    grids = (param_step.exp_avg_sq, *(factor.exp_avg_sq for factor in param_step.factors))
     for key, grid, plan in zip(("exp_avg_sq", "exp_avg_sq_col", "exp_avg_sq_mean"), grids, spec.plans, strict=False):
         yield key, grid, plan.grid_shape, spec.exp_avg_sq
-    yield "step", work.step, (), torch.float32
+    yield "step", param_step.step, (), torch.float32
 
 
 def _local_shape(spec: Spec) -> tuple[int, ...]:
@@ -158,7 +165,7 @@ def _local_shape(spec: Spec) -> tuple[int, ...]:
 
 
 def _bytes_needed(tensor: Tensor) -> int:
-    """From the beginning of the storage to the last element."""
+    """Bytes from the beginning of the storage to the last element."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,8 +1,8 @@
-"""The fast engine for CPUs: compiled loops over all tensors of a call, shared out among a few threads.
+"""The fused engine for CPUs: compiled loops over all tensors of a call, distributed over a few threads.
 
-A call is a list of *units* of about UNIT elements (some lines or blocks of one parameter), worked through in at most
-three phases: sums of lines, moments of blocks, updates. Blocks that this rank holds alone and that fit into the cache
-take one pass. The units, and the order inside them, are the same whatever the number of threads.
+A call is a list of *units* of about UNIT elements (some lines or blocks of one parameter), processed in at most three
+phases: sums of lines, moments of blocks, updates. Blocks that are complete on this rank and fit into the cache take one
+pass. The units, and the order inside them, do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .table import COLUMNS, PARTIALS, ROUNDING_OFFSET, Table, hyper_parameters
 from .tensorwise import Tensorwise
 
 UNIT = 1 << 16
-"""Elements of a unit: enough to hide what it takes to fetch one, few enough to share out evenly."""
+"""Elements of a unit: enough to hide the cost of fetching one, few enough to balance the threads."""
 LARGEST = 1 << 17
-"""Elements of a block up to which sums and update take one pass: its gradient is still in the cache."""
+"""Largest block, in elements, whose sums and update take one pass, while its gradient is in the cache."""
 ALONE = 1 << 16
-"""Elements up to which other threads are not worth waking."""
+"""Number of elements up to which the calling thread does all work."""
 
 KINDS = {
     torch.float32: tiles.FLOAT32,
@@ -44,16 +44,16 @@ LIKE: dict[torch.dtype, np.ndarray] = {torch.float32: np.empty(0, np.float32), t
 NO_NUMBERS = np.zeros((1, loops.NUMBERS))
 
 Phase = tuple[np.ndarray, int]
-"""Units, and how many elements they have in all."""
+"""Units, and their total number of elements."""
 
 MOST_THREADS = 128
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-"""Of this process, by its id."""
+"""This process's thread pool, by process id."""
 _own = threading.local()
-"""The buffers of each thread, per dtype."""
+"""The buffers of each thread, by dtype."""
 _failed: dict[torch.dtype, str | None] = {}
-"""Per dtype that was compiled: None, or why it could not be."""
+"""By dtype: None if it was compiled, or why it could not be."""
 
 
 class CpuEngine(Compiled):
@@ -69,41 +69,49 @@ class CpuEngine(Compiled):
         self._phases: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
         self._strips: WeakKeyDictionary[Table, list[Phase]] = WeakKeyDictionary()
 
-    def run_sums(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_sums(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_sums`."""
         if table not in self._phases:
-            parts = [_lines(row, loops.SUM, one) for row, one in enumerate(table.lines)]
+            parts = [_lines(row, loops.SUM, lines) for row, lines in enumerate(table.lines)]
             self._phases[table] = _joined([parts])
         for phase in self._phases[table]:
-            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
+            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(param_steps), loops.NUMBERS)).copy(), param_steps[0])
 
-    def run_squares(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_squares(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_squares`."""
-        pieces = [-(-one.sizes[2] // tiles.PIECE) for one in table.lines]
-        numbers = [one.number * each if table.factored else 0 for one, each in zip(table.lines, pieces, strict=True)]
+        pieces = [-(-param_lines.sizes[2] // tiles.PIECE) for param_lines in table.lines]
+        numbers = [
+            param_lines.number * each if table.factored else 0
+            for param_lines, each in zip(table.lines, pieces, strict=True)
+        ]
         partials = [torch.empty(number, dtype=torch.float64) for number in numbers]
-        offset = [None if (one := columns.rounding_offset(work)) is None else one.contiguous() for work in works]
+        offset = [
+            None if (param_lines := columns.rounding_offset(param_step)) is None else param_lines.contiguous()
+            for param_step in param_steps
+        ]
         table.place(PARTIALS, partials)
         table.place(ROUNDING_OFFSET, offset)
         if table not in self._strips:
             strips, lines = [], []
-            for row, (one, each) in enumerate(zip(table.lines, pieces, strict=True)):
-                outer, inner, width = one.sizes
+            for row, (param_lines, each) in enumerate(zip(table.lines, pieces, strict=True)):
+                outer, inner, width = param_lines.sizes
                 strips.append(_units(row, loops.STRIP, outer * each if inner else 0, inner * min(width, tiles.PIECE)))
-                lines.append(_units(row, loops.JOIN, one.number, each))
+                lines.append(_units(row, loops.JOIN, param_lines.number, each))
             self._strips[table] = _joined([strips, lines] if table.factored else [strips])
         for phase in self._strips[table]:
-            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(works), loops.NUMBERS)).copy(), works[0])
+            _spread(table, phase, np.broadcast_to(NO_NUMBERS, (len(param_steps), loops.NUMBERS)).copy(), param_steps[0])
 
-    def run_update(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_update(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_update`."""
         if table not in self._phases:
-            self._phases[table] = _phases(table, works)
-        numbers = np.empty((len(works), loops.NUMBERS))
-        active = np.asarray([work.grad is not None or _elsewhere(work.present) for work in works])
-        loops.prepare(table.rows, hyper_parameters(works), active, numbers)
+            self._phases[table] = _phases(table, param_steps)
+        numbers = np.empty((len(param_steps), loops.NUMBERS))
+        active = np.asarray(
+            [param_step.grad is not None or _elsewhere(param_step.present) for param_step in param_steps]
+        )
+        loops.prepare(table.rows, hyper_parameters(param_steps), active, numbers)
         for phase in self._phases[table]:
-            _spread(table, phase, numbers, works[0])
+            _spread(table, phase, numbers, param_steps[0])
 
     def fallback(self, spec: Spec) -> str | None:
         """See `Engine.fallback`."""
@@ -111,12 +119,12 @@ class CpuEngine(Compiled):
 
 
 def _elsewhere(present: Tensor | None) -> bool:
-    """Has another rank a gradient?"""
+    """Whether another rank has a gradient."""
     return present is not None and present.item() > 0
 
 
 def _compiled(dtype: torch.dtype) -> str | None:
-    """Compile the loops for a dtype to compute in; why it cannot be, if so."""
+    """Compile the loops for one dtype of arithmetic; the reason if that fails, else None."""
     if dtype not in _failed:
         rows, counter = np.zeros((0, COLUMNS), np.int64), np.zeros(1, np.int64)
         units, kinds = np.zeros((0, 4), np.int64), np.zeros(3, np.int64)
@@ -124,11 +132,11 @@ def _compiled(dtype: torch.dtype) -> str | None:
         started = time.perf_counter()
         try:
             loops.prepare(rows, np.zeros((0, 8)), np.zeros(0, np.bool_), numbers)
-            _work(dtype, rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
+            _run_units(dtype, rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
             _failed[dtype] = None
             if (seconds := time.perf_counter() - started) > 1:
-                log.info(f"AdamMini: compiled its CPU loops for {dtype} in {seconds:.0f} s; numba keeps them for later")
-        except Exception as error:  # numba's many ways to fail: a step in torch's operations is better than none
+                log.info(f"AdamMini: compiled its CPU loops for {dtype} in {seconds:.0f} s; numba caches them")
+        except Exception as error:  # numba fails in many ways: fall back to torch operations
             _failed[dtype] = f"numba cannot compile its loops ({type(error).__name__}: {str(error).strip()[:300]})"
     return _failed[dtype]
 
@@ -136,8 +144,8 @@ def _compiled(dtype: torch.dtype) -> str | None:
 # Units
 
 
-def _lines(row: int, kind: int, one: Lines) -> Phase:
-    return _units(row, kind, one.number, one.sizes[2])
+def _lines(row: int, kind: int, lines: Lines) -> Phase:
+    return _units(row, kind, lines.number, lines.sizes[2])
 
 
 def _units(row: int, kind: int, number: int, elements: int) -> Phase:
@@ -150,29 +158,29 @@ def _units(row: int, kind: int, number: int, elements: int) -> Phase:
     return units, number * elements
 
 
-def _phases(table: Table, works: Sequence[ParamStep]) -> list[Phase]:
+def _phases(table: Table, param_steps: Sequence[ParamStep]) -> list[Phase]:
     """The phases of an update."""
     sums, folds, updates = [], [], []
-    for row, (work, one) in enumerate(zip(works, table.lines, strict=True)):
+    for row, (param_step, lines) in enumerate(zip(param_steps, table.lines, strict=True)):
         if table.by_columns:
-            updates.append(_lines(row, loops.UPDATE, one))
+            updates.append(_lines(row, loops.UPDATE, lines))
             continue
-        largest = int(one.counts.max()) if one.counts.size else 0
-        if work.grad is not None and (table.one_line[row] or (work.sums is None and largest <= LARGEST)):
-            updates.append(_units(row, loops.WHOLE, one.blocks, largest))
+        largest = int(lines.counts.max()) if lines.counts.size else 0
+        if param_step.grad is not None and (table.one_line[row] or (param_step.sums is None and largest <= LARGEST)):
+            updates.append(_units(row, loops.ONE_PASS, lines.blocks, largest))
             continue
-        without = work.grad is None and work.sums is None
-        per_block = max(1, one.number // max(1, one.blocks))
-        folds.append(_units(row, loops.ZERO if without else loops.FOLDED, one.blocks, per_block))
-        if work.grad is not None:
-            updates.append(_lines(row, loops.UPDATE, one))
-            if work.sums is None:
-                sums.append(_lines(row, loops.SUM, one))
+        without = param_step.grad is None and param_step.sums is None
+        per_block = max(1, lines.number // max(1, lines.blocks))
+        folds.append(_units(row, loops.ZERO if without else loops.FOLDED, lines.blocks, per_block))
+        if param_step.grad is not None:
+            updates.append(_lines(row, loops.UPDATE, lines))
+            if param_step.sums is None:
+                sums.append(_lines(row, loops.SUM, lines))
     return _joined([sums, folds, updates])
 
 
 def _joined(phases: Sequence[Sequence[Phase]]) -> list[Phase]:
-    """One list of units per phase; phases without any are left out."""
+    """One list of units per phase; empty phases are left out."""
     joined = [(np.concatenate([units for units, _ in parts]), sum(n for _, n in parts)) for parts in phases if parts]
     return [phase for phase in joined if len(phase[0])]
 
@@ -180,17 +188,22 @@ def _joined(phases: Sequence[Sequence[Phase]]) -> list[Phase]:
 # Threads
 
 
-def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: ParamStep) -> None:
-    """ParamStep through one phase, with as many threads as torch would use; the calling thread is one of them."""
+def _spread(table: Table, phase: Phase, numbers: np.ndarray, param_step: ParamStep) -> None:
+    """Run one phase with as many threads as torch would use, including the calling thread."""
     units, elements = phase
-    kinds = np.asarray([KINDS[one.dtype] if one is not None else 0 for one in (work.param, work.grad, work.exp_avg)])
-    dtype = work.exp_avg_sq.dtype
+    kinds = np.asarray(
+        [
+            KINDS[tensor.dtype] if tensor is not None else 0
+            for tensor in (param_step.param, param_step.grad, param_step.exp_avg)
+        ]
+    )
+    dtype = param_step.exp_avg_sq.dtype
     counter = np.zeros(1, np.int64)
     arguments = (table.rows, units, counter.ctypes.data, numbers, kinds, KINDS[dtype])
     threads = min(torch.get_num_threads(), len(units), MOST_THREADS) if elements > ALONE else 1
     try:
-        helpers = [_pool().submit(_work, dtype, *arguments) for _ in range(threads - 1)]
-        _work(dtype, *arguments)
+        helpers = [_pool().submit(_run_units, dtype, *arguments) for _ in range(threads - 1)]
+        _run_units(dtype, *arguments)
         for helper in helpers:
             helper.result()
     except BaseException:
@@ -198,20 +211,20 @@ def _spread(table: Table, phase: Phase, numbers: np.ndarray, work: ParamStep) ->
         raise
 
 
-def _work(dtype: torch.dtype, *arguments: Any) -> None:
-    """What every thread does."""
+def _run_units(dtype: torch.dtype, *arguments: Any) -> None:
+    """The loop of every thread."""
     buffers = _own.__dict__.get(dtype)
     if buffers is None:
         like = LIKE[dtype]
-        # Some cache lines apart: a processor takes addresses for equal when their last bits are.
-        room = np.empty(tiles.BUFFERS * (tiles.ROOM + 72), np.float64)
-        places = [room.ctypes.data + place * 8 * (tiles.ROOM + 72) for place in range(tiles.BUFFERS)]
-        buffers = _own.__dict__[dtype] = (np.asarray([*places, like.itemsize]), like, room)
+        # Some cache lines apart, to avoid aliasing of addresses with equal low bits.
+        memory = np.empty(tiles.BUFFERS * (tiles.BUFFER_SIZE + 72), np.float64)
+        places = [memory.ctypes.data + place * 8 * (tiles.BUFFER_SIZE + 72) for place in range(tiles.BUFFERS)]
+        buffers = _own.__dict__[dtype] = (np.asarray([*places, like.itemsize]), like, memory)
     loops.run(*arguments, *buffers[:2])
 
 
 def _pool() -> ThreadPoolExecutor:
-    """Its threads start when they are needed; a forked child has none of its parent's."""
+    """The thread pool of this process; a forked child gets a new one. Threads start when needed."""
     pool = _pools.get(os.getpid())
     if pool is None:
         _pools.clear()
@@ -220,14 +233,14 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _end_helpers() -> None:
-    """Return when no helper is at work: it has addresses of tensors that may be gone once an exception is on its way.
+    """Wait until no helper is running: its tensors may be freed once an exception propagates.
 
-    An interrupted call may not know its helpers, so all threads of the pool are waited for; later calls start others.
+    An interrupted call may not know its helpers, so this waits for all threads of the pool; later calls start new ones.
     """
     pool = _pools.pop(os.getpid(), None)
     while pool is not None:
         try:
             pool.shutdown(wait=True)
             return
-        except KeyboardInterrupt:  # one is on its way already
+        except KeyboardInterrupt:  # one is already propagating
             continue

@@ -1,14 +1,14 @@
 """Momentum in one byte: int8 values and one float32 scale per run of columns.
 
-A run is RUN consecutive elements of the last dim, so that it never crosses a row. Which tensors are stored so depends
-on their global shape alone. For a run `m` of float32 numbers, every operation rounded to float32 by itself:
+A run is RUN consecutive elements of the last dim, so it never crosses a row. Which tensors are stored as int8 depends
+only on their global shape. For a run `m` of float32 numbers, with every operation rounded to float32:
 
     absmax = max |m|                        NaN if any of them is
     scale  = absmax / 127                   0 if absmax < TINY
     q      = round(m * (127 / absmax))      half to even; all 0 if absmax is below TINY, infinite or NaN
     m      ~ q * scale
 
-So a NaN or an infinity anywhere in a run makes the whole run NaN (0 * NaN and 0 * inf), and -0 becomes +0.
+So a NaN or infinity anywhere in a run makes the entire run NaN (0 * NaN and 0 * inf), and -0 becomes +0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 RUN = 128
 """Elements per scale: 4 bytes for 128 add 0.03 bytes per parameter."""
 TINY = 2.0**-119
-"""From here on neither `127 / absmax` overflows nor is `absmax / 127` denormal, which some hardware flushes to 0."""
+"""From here on `127 / absmax` does not overflow and `absmax / 127` is not denormal (flushed to 0 by some hardware)."""
 
 
 def fits(shape: Sequence[int]) -> bool:
-    """Is momentum of this global shape kept in int8? From two dims up, if the runs fill the rows."""
+    """Whether momentum of this global shape can be int8: two or more dims, and rows that are a multiple of RUN."""
     return len(shape) >= 2 and shape[-1] > 0 and shape[-1] % RUN == 0
 
 
@@ -42,10 +42,10 @@ def dequantized(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(momentum: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Round float32 `momentum` into `values` and `scale`. The error is half a `scale`, give or take float32's own."""
+    """Round float32 `momentum` into `values` and `scale`. The error is at most half a `scale`."""
     runs = momentum.unflatten(-1, (-1, RUN))
     absmax = runs.abs().amax(-1)
-    # A tensor: torch makes a product with a reciprocal of number / tensor, and on CUDA of tensor / number too.
+    # A tensor: torch computes number / tensor, and on CUDA also tensor / number, as a product with the reciprocal.
     largest = torch.full_like(absmax, 127)
     scale.copy_(torch.where(absmax < TINY, 0.0, absmax / largest))
     inverse = torch.where(absmax >= TINY, largest / absmax, 0.0)

@@ -1,9 +1,9 @@
-"""A parameter as lines: the one shape that the fused engines know.
+"""A parameter as lines: the only layout that the fused engines support.
 
-A *line* is what is always summed in one go: a row of a matrix, an element of a vector, a column of a transposed
-weight. The lines of a rank's *reach* (see `plan`) are numbered, a block is a run of consecutive lines, and what a rank
-owns are the lines `first + outer * reach_inner + inner` of it, `width` elements each. Everything is integers: a row of
-a table of int64 per parameter, which compiled code reads.
+A *line* is a unit that is always summed together: a row of a matrix, an element of a vector, a column of a transposed
+weight. The lines of a rank's *reach* (see `plan`) are numbered, a block is a run of consecutive lines, and a rank owns
+the lines `first + outer * reach_inner + inner` of it, `width` elements each. All of this is stored as integers, in one
+int64 row per parameter of a table that compiled code reads.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Lines:
 
     Attributes:
         dims: the dims that number the lines, outer and inner, and those inside a line.
-        sizes: what the rank owns of them: outer, inner, width.
+        sizes: the sizes that the rank owns: outer, inner, width.
         first: number, in the reach, of the first own line.
         reach_inner: lines of the reach per outer index.
         blocks: blocks of the reach.
-        tile: lines per block where all blocks are alike; 0 where `starts` says it.
-        starts: int32 [blocks + 1], the first line of every block; empty where all are alike.
-        counts: int64 [blocks], elements of every block, over all ranks; one entry where all are alike.
-        summable: does every own line have a sum of its own among those that are exchanged, or is nothing exchanged?
-        fold: sums per block, as `tile`; 1 where whole blocks are exchanged.
-        index: number of the first own element in the flattened whole tensor, and the distance of its neighbours along
-            outer, inner and width; None where that is not regular.
+        tile: lines per block if all blocks are alike; 0 if `starts` is used instead.
+        starts: int32 [blocks + 1], the first line of every block; empty if all are alike.
+        counts: int64 [blocks], elements of every block, over all ranks; one entry if all are alike.
+        summable: whether every own line has its own entry among the exchanged sums, or nothing is exchanged.
+        fold: sums per block, as `tile`; 1 if sums of blocks are exchanged.
+        index: number of the first own element in the flattened global tensor, and its strides along outer, inner and
+            width; None if these are not regular.
     """
 
     dims: tuple[Dims, Dims, Dims]
@@ -54,17 +54,17 @@ class Lines:
 
     @property
     def number(self) -> int:
-        """Own lines."""
+        """Number of own lines."""
         return self.sizes[0] * self.sizes[1]
 
     def strides(self, tensor: Tensor) -> tuple[int, int, int] | None:
-        """Distance in elements of neighbours along outer, inner and width; None where that is not regular."""
+        """Strides in elements along outer, inner and width; None if they are not regular."""
         merged = [_merged(dims, tuple(tensor.shape), tensor.stride()) for dims in self.dims]
         return None if None in merged else tuple(merged)  # type: ignore[return-value]
 
 
 def lines_of(plan: BlockPlan) -> Lines | str:
-    """The lines of one parameter on one rank, or why it has none on any."""
+    """The lines of one parameter on one rank, or why it cannot be described by lines on any rank."""
     if (reason := not_lines(plan)) is not None:
         return reason
     own, reach, shape = plan.own[0], plan.reach, plan.layout.shape
@@ -112,15 +112,15 @@ def lines_of(plan: BlockPlan) -> Lines | str:
 
 
 def not_lines(plan: BlockPlan) -> str | None:
-    """Why a parameter is not made of lines; None if it is, on every rank of its mesh.
+    """Why a parameter cannot be described by lines; None if it can, on every rank of its mesh.
 
-    It follows from the layout and from how the mesh cuts, not from which part is this rank's.
+    This depends on the layout and the cuts of the mesh, not on which part this rank has.
     """
     if plan.shard.flat is not None:
         return "it is a slice of a flattened tensor"
     outer, inner, _ = grouped(plan)
     numbering, tiles = outer + inner, plan.layout.dims
-    # Blocks are runs of lines if, behind the first dim whose tiles are longer than 1, all are whole in every reach.
+    # Blocks are runs of lines if all dims after the first with tiles longer than 1 are whole in every reach.
     long = next((place for place, dim in enumerate(numbering) if not tiles[dim].is_unit), len(numbering))
     if any(_largest(plan, dim, plan.levels[dim], tiles[dim].count) > 1 for dim in numbering[long + 1 :]):
         return "its blocks are not runs of rows"
@@ -132,7 +132,7 @@ def not_lines(plan: BlockPlan) -> str | None:
 
 
 def numbered(plan: BlockPlan) -> bool:
-    """Have the lines of every rank an `index`?"""
+    """Whether the lines of every rank have an `index`."""
     shape = plan.layout.shape
     most = tuple(_largest(plan, dim, None, size) for dim, size in enumerate(shape))
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -140,7 +140,7 @@ def numbered(plan: BlockPlan) -> bool:
 
 
 def _largest(plan: BlockPlan, dim: int, levels: int | None, size: int) -> int:
-    """The most that a rank has of `size` indices, or tiles, of a dim after its outer `levels` cuts, or after all."""
+    """The largest share of `size` indices, or tiles, of a dim after its outer `levels` cuts, or after all."""
     for cut in plan.shard.cuts_of(dim)[:levels]:
         size = -(-size // cut.size)
     return size
@@ -153,7 +153,7 @@ def grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
     if plan.axes and plan.keep >= 0:
         cut = plan.keep + 1  # row sums are exchanged: those are the lines
     else:
-        # From the first dim after which all are whole; dim 0 numbers lines even so, since FSDP cuts there.
+        # From the first dim after which all are whole; dim 0 always numbers lines, since FSDP cuts there.
         cut = max(1, next(dim for dim in range(len(dims) + 1) if all(whole[dim:])))
     before = [dim for dim in dims[:-1] if whole[dim] and plan.layout.shape[dim] > 1]
     if cut >= len(dims) > 1 and before and not (plan.axes and plan.keep >= 0):
@@ -165,25 +165,25 @@ def grouped(plan: BlockPlan) -> tuple[Dims, Dims, Dims]:
 
 
 def _tile(plan: BlockPlan, numbering: Dims) -> tuple[int, np.ndarray]:
-    """Lines per block, or 0 and the first line of every block where they differ."""
+    """Lines per block, or 0 and the first line of every block if they differ."""
     nothing = np.empty(0, dtype=np.int32)
     tiles = [plan.reach_tiles[dim] for dim in numbering]
-    if all(one.is_unit for one in tiles):
+    if all(dim_tiles.is_unit for dim_tiles in tiles):
         return 1, nothing
-    if all(one.is_whole for one in tiles):
-        return max(1, prod(one.size for one in tiles)), nothing
-    long = next(place for place, one in enumerate(tiles) if not one.is_unit)
-    behind = prod(one.size for one in tiles[long + 1 :])
+    if all(dim_tiles.is_whole for dim_tiles in tiles):
+        return max(1, prod(dim_tiles.size for dim_tiles in tiles)), nothing
+    long = next(place for place, dim_tiles in enumerate(tiles) if not dim_tiles.is_unit)
+    behind = prod(dim_tiles.size for dim_tiles in tiles[long + 1 :])
     if tiles[long].uniform is not None:
         return tiles[long].uniform * behind, nothing  # type: ignore[operator]
-    lengths = tiles[long].lengths() * prod(one.size for one in tiles[:long])
+    lengths = tiles[long].lengths() * prod(dim_tiles.size for dim_tiles in tiles[:long])
     return 0, np.asarray(list(accumulate((length * behind for length in lengths), initial=0)), dtype=np.int32)
 
 
 def _merged(dims: Dims, sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The stride of several dims taken as one; None if they do not follow each other in memory."""
+    """The stride of several dims merged into one; None if they are not adjacent in memory."""
     dims = tuple(dim for dim in dims if sizes[dim] != 1)
     if not dims or any(sizes[dim] == 0 for dim in dims):
         return 1
-    regular = all(strides[one] == sizes[two] * strides[two] for one, two in pairwise(dims))
+    regular = all(strides[outer] == sizes[inner] * strides[inner] for outer, inner in pairwise(dims))
     return strides[dims[-1]] if regular else None

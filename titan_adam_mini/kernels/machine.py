@@ -1,4 +1,4 @@
-"""What compiled loops need of the machine: addresses as pointers, vectors, bfloat16, a counter for several threads."""
+"""Low-level helpers for the compiled loops: pointers, SIMD vectors, bfloat16, a counter shared by threads."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ LANES = 32
 MASK, GOLDEN, MIX1, MIX2 = rounding.MASK, rounding.GOLDEN, rounding.FIRST, rounding.SECOND
 
 compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that only compiled ones call."""
+"""For functions that are called only by compiled ones."""
 inlined = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
-"""For those with few callers: numba compiles a function anew in each that calls it, which takes its time."""
+"""For functions with few callers: numba compiles an inlined function again in every caller, which is slow."""
 
 
 def entry(function: Any) -> Any:
-    """Compile what Python calls, and keep the result on disk where there is a place for it."""
+    """Compile an entry point, and cache the result on disk if possible."""
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
+    except RuntimeError:  # neither the package's nor the user's cache folder is writable
         return njit(nogil=True, error_model="numpy")(function)
 
 
@@ -46,7 +46,7 @@ def pointer(typing: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def as_like(typing: Any, value: Any, like: Any) -> Any:
-    """A number as one like `like`: numba computes float32 with float64 in float64."""
+    """Cast a number to the type of `like`: numba computes float32 with float64 in float64."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.cast(builder, args[0], value, signature.return_type)
@@ -55,8 +55,8 @@ def as_like(typing: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
-def apart(typing: Any) -> Any:
-    """Keep the function that says so in one piece: copies of it would only take long to compile."""
+def never_inline(typing: Any) -> Any:
+    """Prevent the compiler from inlining the function that calls this: copies take long to compile."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.function.attributes.add("noinline")
@@ -81,8 +81,8 @@ from_bits = bit_cast(types.uint32, types.float32)
 
 
 @intrinsic
-def take(typing: Any, address: Any) -> Any:
-    """The next number of a counter that threads share."""
+def next_number(typing: Any, address: Any) -> Any:
+    """The next value of a counter shared by threads (atomic)."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
@@ -93,7 +93,7 @@ def take(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def square_lanes(typing: Any, start: Any, number: Any) -> Any:
-    """Sum of squares of `number` neighbours, a multiple of LANES: LANES sums side by side, halved until one is left."""
+    """Sum of squares of `number` contiguous elements, a multiple of LANES: LANES parallel sums, then halved to one."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = ir.VectorType(context.get_value_type(start.dtype), LANES)
@@ -118,7 +118,7 @@ def square_lanes(typing: Any, start: Any, number: Any) -> Any:
 
 @inlined
 def squares(start: Any, size: int, like: Any) -> Any:
-    """Sum of squares of `size` neighbours: what is left over after the lanes is added one by one."""
+    """Sum of squares of `size` contiguous elements: the remainder after the lanes is added sequentially."""
     even = size // LANES * LANES
     total = square_lanes(start, even)
     for at in range(even, size):
@@ -139,32 +139,31 @@ def update_lanes(
     scale: Any,
     ahead: Any,
 ) -> Any:
-    """The update of `number` neighbours, a multiple of LANES, with one scale or a pointer to as many.
+    """Update `number` contiguous elements, a multiple of LANES, with one scale or a pointer to one scale per element.
 
-    Asks for the gradients `ahead`, which are what is summed next: they come while parameters and momentum are waited
-    for.
+    Prefetches the gradients `ahead`, which are summed next, while parameters and momentum are loaded.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bytes_, whole = param.dtype.bitwidth // 8, ir.IntType(64)
+        bytes_, int64 = param.dtype.bitwidth // 8, ir.IntType(64)
         vector = ir.VectorType(context.get_value_type(param.dtype), LANES)
         flag, place = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [place, flag, flag, flag])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
 
-        def spread(one: Any) -> Any:
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), one, flag(0))
+        def spread(value: Any) -> Any:
+            first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, flag(0))
             return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(flag, LANES), [0] * LANES))
 
         keeps, news, shrinks = map(spread, args[4:7])
         each = isinstance(scale, types.CPointer)
         scales = None if each else spread(args[7])
-        with cgutils.for_range_slice(builder, whole(0), args[3], whole(LANES)) as (index, _):
-            p, g, m = (builder.bitcast(builder.gep(one, [index]), vector.as_pointer()) for one in args[:3])
+        with cgutils.for_range_slice(builder, int64(0), args[3], int64(LANES)) as (index, _):
+            p, g, m = (builder.bitcast(builder.gep(base, [index]), vector.as_pointer()) for base in args[:3])
             ahead = builder.gep(args[1], [builder.add(index, args[8])])
             for line in range(0, LANES, 64 // bytes_):
                 builder.call(
-                    fetch, [builder.bitcast(builder.gep(ahead, [whole(line)]), place), flag(0), flag(3), flag(1)]
+                    fetch, [builder.bitcast(builder.gep(ahead, [int64(line)]), place), flag(0), flag(3), flag(1)]
                 )
             average = builder.fmul(builder.load(m, align=bytes_), keeps)
             average = builder.fadd(average, builder.fmul(builder.load(g, align=bytes_), news))
@@ -182,7 +181,7 @@ def update_lanes(
 
 @intrinsic
 def wide(typing: Any, value: Any) -> Any:
-    """What is stored, as a number: 16 bits are a bfloat16."""
+    """A stored value as a number; uint16 is a bfloat16."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if value != types.uint16:
@@ -205,7 +204,7 @@ def nearest(value: Any) -> Any:
 
 @compiled
 def mix(x: Any) -> Any:
-    """See `rounding.mix`; in 32 bits, so that it is done for many at once."""
+    """See `rounding.mix`; in 32 bits, so that it vectorises."""
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(MIX1))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(MIX2))
     return np.uint32(x ^ (x >> np.uint32(16)))
@@ -213,13 +212,13 @@ def mix(x: Any) -> Any:
 
 @compiled
 def salt(index: Any, key: Any) -> Any:
-    """What is the same for all elements whose number has the same upper 32 bits."""
+    """The part of the key shared by all elements whose index has the same upper 32 bits."""
     return np.uint32(key ^ mix(np.uint32(np.uint32(np.uint64(index) >> np.uint64(32)) + np.uint32(GOLDEN))))
 
 
 @compiled
-def nearby(value: Any, low: Any, salted: Any) -> Any:
-    """A float as the 16 bits of a neighbouring bfloat16 (see `rounding.stochastic`); `low` is of its number."""
+def stochastic(value: Any, low: Any, salted: Any) -> Any:
+    """A float, stochastically rounded to bfloat16 bits (see `rounding.stochastic`); `low`: 32 low bits of its index."""
     noise = np.uint32(mix(np.uint32(low ^ salted)) & np.uint32(0xFFFF))
     bits = to_bits(np.float32(value))
     finite = np.uint32(bits & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)

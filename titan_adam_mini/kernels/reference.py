@@ -1,4 +1,4 @@
-"""The slow truth: a step's arithmetic block by block in plain torch. Every faster engine is tested against it."""
+"""The reference: a step's arithmetic, block by block in plain torch. Slow; all other engines are tested against it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Random rounding of bfloat16 parameters: the same bits for the same seed, step and element on every mesh and engine.
+"""Stochastic rounding of bfloat16 parameters: the same bits for the same seed, step and element on any mesh and engine.
 
 Rounding to nearest loses every update below half a unit in the last place (2^-9 of the value); rounding up with the
-probability of the remainder keeps it on average. The random bits come from a hash of a counter, not from a generator
-with a state.
+probability of the remainder keeps it on average. The random bits are a hash of a counter; there is no generator state.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers, held in int64, whose every output bit depends on every input bit."""
+    """A bijection of 32-bit numbers, stored as int64, whose every output bit depends on every input bit."""
     x = ((x ^ (x >> 16)) * FIRST) & MASK
     x = ((x ^ (x >> 15)) * SECOND) & MASK
     return x ^ (x >> 16)
@@ -37,7 +36,7 @@ def key(seed: int, step: int) -> int:
 
 
 def indices(shape: tuple[int, ...], box: Box, device: torch.device) -> Tensor:
-    """The number of every element of a box in the flattened whole tensor of `shape`, int64."""
+    """The index of every element of a box in the flattened tensor of `shape`, int64."""
     result = torch.zeros((), dtype=torch.int64, device=device)
     for size, (start, stop) in zip(shape, box, strict=True):
         result = result.unsqueeze(-1) * size + torch.arange(start, stop, device=device)

@@ -1,7 +1,7 @@
 """Compiled loops of sums of squares: of lines, in the order of `loops`, and of strips of columns.
 
-A strip is PIECE columns of all lines with one outer index: one thread's, so that its columns are added in the order of
-the lines whatever the number of threads. Its pieces of lines are joined afterwards.
+A strip is PIECE columns of all lines with the same outer index. It is processed by one thread, so that columns are
+added in the order of the lines for any number of threads. Sums of pieces of lines are combined afterwards.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from . import table as t
-from .machine import apart, as_like, compiled, inlined, pointer, squares
-from .tiles import GRADS, ITEM, PIECE, ROOM, SCALES, SIDE, TOTALS, load
+from .machine import as_like, compiled, inlined, never_inline, pointer, squares
+from .tiles import BUFFER_SIZE, GRADS, ITEM, PIECE, SCALES, SIDE, TOTALS, load
 
 
 @inlined
-def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
-    """Write the sums of squares of `number` own lines from `first` on to `target`, one per line of the reach."""
-    inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
+def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native: int, buffers: Any, like: Any) -> None:
+    """Write the sums of squares of `number` own lines, starting at `first`, to `target`, one per line of the reach."""
+    inner, width, item = row[t.INNER], row[t.WIDTH], buffers[ITEM]
     line_step, step = row[t.GRAD_INNER], row[t.GRAD_WIDTH]
-    sums, buffer, total = pointer(target, like), pointer(work[GRADS], like), pointer(work[TOTALS], np.float64)
+    sums, buffer, total = pointer(target, like), pointer(buffers[GRADS], like), pointer(buffers[TOTALS], np.float64)
     most = 1 if step == 1 and width > 1 else SIDE
     line = first
     while line < first + number:
@@ -28,31 +28,31 @@ def _line_sums(row: Any, first: int, number: int, target: int, kind: int, native
         lines = min(most, first + number - line, inner - place)
         start = outer * row[t.GRAD_OUTER] + place * line_step
         base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
-        for one in range(lines):
-            total[one] = 0.0
+        for i in range(lines):
+            total[i] = 0.0
         for at in range(0, width, PIECE):
             size = min(PIECE, width - at)
             if kind == native and step == 1:
                 total[0] += squares(pointer(row[t.GRAD] + item * (start + at), like), size, like)
             else:
                 load(buffer, row[t.GRAD], start + at * step, kind, lines, size, line_step, step)
-                for one in range(lines):
-                    total[one] += squares(pointer(work[GRADS] + item * one * size, like), size, like)
-        for one in range(lines):
-            sums[base + one] = as_like(total[one], like)
+                for i in range(lines):
+                    total[i] += squares(pointer(buffers[GRADS] + item * i * size, like), size, like)
+        for i in range(lines):
+            sums[base + i] = as_like(total[i], like)
         line += lines
 
 
 @inlined
-def _element_sums(row: Any, first: int, number: int, target: int, kind: int, work: Any, like: Any) -> None:
+def _element_sums(row: Any, first: int, number: int, target: int, kind: int, buffers: Any, like: Any) -> None:
     """`_line_sums` of lines of one element."""
-    inner, line_step, one = row[t.INNER], row[t.GRAD_INNER], np.int64(1)
-    sums, buffer = pointer(target, like), pointer(work[GRADS], like)
+    inner, line_step, unit = row[t.INNER], row[t.GRAD_INNER], np.int64(1)
+    sums, buffer = pointer(target, like), pointer(buffers[GRADS], like)
     line = first
     while line < first + number:
         outer, place = line // inner, line % inner
-        lines = min(ROOM, first + number - line, inner - place)
-        load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, one, line_step, one)
+        lines = min(BUFFER_SIZE, first + number - line, inner - place)
+        load(buffer, row[t.GRAD], outer * row[t.GRAD_OUTER] + place * line_step, kind, lines, unit, line_step, unit)
         base = row[t.FIRST] + outer * row[t.REACH_INNER] + place
         for at in range(lines):
             sums[base + at] = buffer[at] * buffer[at]
@@ -60,12 +60,12 @@ def _element_sums(row: Any, first: int, number: int, target: int, kind: int, wor
 
 
 @compiled
-def sum_lines(row: Any, first: int, number: int, target: int, kind: int, native: int, work: Any, like: Any) -> None:
-    apart()
+def sum_lines(row: Any, first: int, number: int, target: int, kind: int, native: int, buffers: Any, like: Any) -> None:
+    never_inline()
     if row[t.WIDTH] == 1:
-        _element_sums(row, first, number, target, kind, work, like)
+        _element_sums(row, first, number, target, kind, buffers, like)
     else:
-        _line_sums(row, first, number, target, kind, native, work, like)
+        _line_sums(row, first, number, target, kind, native, buffers, like)
 
 
 # Strips of columns
@@ -73,20 +73,20 @@ def sum_lines(row: Any, first: int, number: int, target: int, kind: int, native:
 
 @inlined
 def _add_columns(values: Any, sums: Any, offset: Any, number: int) -> None:
-    """Add squares, rounded as `columns.rounding_offset` has it."""
+    """Add squares, rounded with `columns.rounding_offset`."""
     for at in range(number):
         value = np.float64(values[at])
         sums[at] += (value * value + offset[at]) - offset[at]
 
 
 @compiled
-def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: Any, like: Any) -> None:
-    """Write to COLUMN_SUMS, and to PARTIALS, if there are any, the sums of the lines' pieces: `number` strips from
-    `first` on."""
-    apart()
-    inner, width, item = row[t.INNER], row[t.WIDTH], work[ITEM]
+def sum_strips(row: Any, first: int, number: int, kind: int, native: int, buffers: Any, like: Any) -> None:
+    """Write column sums of `number` strips, starting at `first`, to COLUMN_SUMS; if PARTIALS is set, also the sums of
+    the pieces of lines to it."""
+    never_inline()
+    inner, width, item = row[t.INNER], row[t.WIDTH], buffers[ITEM]
     pieces, step = (width + PIECE - 1) // PIECE, row[t.GRAD_WIDTH]
-    partials, nothing = pointer(row[t.PARTIALS], np.float64), pointer(work[SCALES], np.float64)
+    partials, nothing = pointer(row[t.PARTIALS], np.float64), pointer(buffers[SCALES], np.float64)
     for strip in range(first, first + number):
         outer, piece = strip // pieces, strip % pieces
         at = piece * PIECE
@@ -105,7 +105,7 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
             if kind == native and step == 1:
                 place = row[t.GRAD] + item * start
             else:
-                place = work[GRADS]
+                place = buffers[GRADS]
                 load(pointer(place, like), row[t.GRAD], start, kind, np.int64(1), size, np.int64(0), step)
             values = pointer(place, like)
             if row[t.PARTIALS] != 0:
@@ -115,8 +115,8 @@ def sum_strips(row: Any, first: int, number: int, kind: int, native: int, work: 
 
 @compiled
 def join_strips(row: Any, first: int, number: int, like: Any) -> None:
-    """Write to OWN_SUMS the sums of `number` lines from `first` on, from those of their pieces."""
-    apart()
+    """Write the sums of `number` lines, starting at `first`, to OWN_SUMS, from those of their pieces."""
+    never_inline()
     pieces = (row[t.WIDTH] + PIECE - 1) // PIECE
     partials, sums = pointer(row[t.PARTIALS], np.float64), pointer(row[t.OWN_SUMS], like)
     for line in range(first, first + number):

@@ -1,7 +1,7 @@
-"""What compiled code reads: the works of one call as a table of int64, one row per parameter, addresses included.
+"""The input of compiled code: an int64 table with one row per parameter of a call, including addresses.
 
-Built when the works change; addresses are those that `check` has found in this step, since FSDP2 replaces local tensors
-and gradients.
+Built when the set of parameters changes. Addresses are those found by `check` in the current step, since FSDP2 replaces
+local tensors and gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .check import Note
 from .lines import Lines
 
 (
-    PARAM,  # addresses; the first five as a `Note` has them
+    PARAM,  # addresses; the first five as in a `Note`
     EXP_AVG,
     EXP_AVG_SCALE,
     EXP_AVG_SQ,
@@ -26,26 +26,26 @@ from .lines import Lines
     GRAD,
     PRESENT,  # 0 where this rank has a gradient
     OWN_SUMS,  # one per line of the reach, before the exchange
-    SUMS,  # one per line of the reach, or per block where FOLD says so, after it
-    SCALE,  # one per block: what the momentum is multiplied with; the fold writes it, the update reads it
-    BLOCK_OF_LINE,  # int32, where TILE is 0
-    STARTS,  # int32, the first line of every block, where TILE is 0
-    COUNTS,  # int64, elements per block, where COUNT is 0
-    COLUMN,  # 0, or where `by_columns` the roots of its columns; those of its lines are SCALE
+    SUMS,  # one per line of the reach, or per block depending on FOLD, after the exchange
+    SCALE,  # one per block: the factor for the momentum; written by the fold, read by the update
+    BLOCK_OF_LINE,  # int32, if TILE is 0
+    STARTS,  # int32, the first line of every block, if TILE is 0
+    COUNTS,  # int64, elements per block, if COUNT is 0
+    COLUMN,  # 0, or with `by_columns` the roots of its columns; those of its lines are in SCALE
     COLUMN_SUMS,  # float64, one per outer index and column
-    ROUNDING_OFFSET,  # as COLUMN_SUMS, see `columns.rounding_offset`; 0 where nothing is rounded
+    ROUNDING_OFFSET,  # as COLUMN_SUMS, see `columns.rounding_offset`; 0 if nothing is rounded
     PARTIALS,  # float64, one per line and piece of it
-    COLUMN_SQ,  # second moments of columns, as COLUMN; their sums, complete, float64
+    COLUMN_SQ,  # second moments of columns, as COLUMN; their complete sums, float64
     COLUMN_TOTALS,
-    WHOLE_SQ,  # second moments of the whole, one per outer index; their sums, complete, WHOLE_FOLD each
+    WHOLE_SQ,  # second moments of full matrices, one per outer index; their complete sums, WHOLE_FOLD each
     WHOLE_TOTALS,
     COUNT,  # integers from here on
-    COLUMN_COUNT,  # elements per column, and of the whole
+    COLUMN_COUNT,  # elements per column, and of the full matrix
     WHOLE_COUNT,
     WHOLE_FOLD,
     GROUP,  # row of the table of hyper-parameters
     DECAY,
-    SEED,  # of random rounding; -1: to nearest
+    SEED,  # of stochastic rounding; -1: to nearest
     LINES,
     INNER,
     WIDTH,
@@ -75,139 +75,163 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, LOG_BETA1, LOG_BETA2 = range(8)
 
 
 class Table:
-    """The works of one call.
+    """The parameters of one call.
 
     Attributes:
-        rows: int64 [works, COLUMNS].
-        lines: of every work.
-        by_columns: are the works? Then all are.
-        factored: are the works' second moments?
-        squares: where by columns, per work, where the sums of squares of its lines and its columns go; see `ParamStep`.
-        roots: there too, what `columns.roots` says of them.
-        one_line: per work, is every block one line that this rank alone holds? Then sums and update take one pass.
-        scratch: room for the sums and scales of all others.
+        rows: int64 [parameters, COLUMNS].
+        lines: of every parameter.
+        by_columns: whether the parameters are (all or none).
+        factored: whether their second moments are.
+        squares: with by_columns, per parameter, buffers for the sums of squares of its lines and columns; see
+            `ParamStep`.
+        roots: with by_columns, buffers for the result of `columns.roots`.
+        one_line: per parameter, whether every block is one line that is complete here; sums and update then take one
+            pass.
+        scratch: memory for the sums and scales of all others.
     """
 
-    def __init__(self, works: Sequence[ParamStep], lines: Sequence[Lines]) -> None:
+    def __init__(self, param_steps: Sequence[ParamStep], lines: Sequence[Lines]) -> None:
         self.lines = list(lines)
-        self.by_columns, self.factored = works[0].by_columns, bool(works[0].factors)
+        self.by_columns, self.factored = param_steps[0].by_columns, bool(param_steps[0].factors)
         self.one_line = [
-            work.sums is None and one.tile == 1 and not self.by_columns for work, one in zip(works, lines, strict=True)
+            param_step.sums is None and param_lines.tile == 1 and not self.by_columns
+            for param_step, param_lines in zip(param_steps, lines, strict=True)
         ]
-        self.rows = np.zeros((len(works), COLUMNS), dtype=np.int64)
-        self._notes: list[Note | None] = [None for _ in works]
+        self.rows = np.zeros((len(param_steps), COLUMNS), dtype=np.int64)
+        self._notes: list[Note | None] = [None for _ in param_steps]
         self._arrays: dict[tuple[bytes, str], Tensor] = {}
-        device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
-        groups = list({id(work.group): None for work in works})
+        device, dtype = param_steps[0].param.device, param_steps[0].exp_avg_sq.dtype
+        groups = list({id(param_step.group): None for param_step in param_steps})
 
         sizes = [
-            (0, 0) if alone or self.by_columns else (0 if work.sums is not None else one.number, one.blocks)
-            for work, one, alone in zip(works, lines, self.one_line, strict=True)
+            (0, 0)
+            if alone or self.by_columns
+            else (0 if param_step.sums is not None else param_lines.number, param_lines.blocks)
+            for param_step, param_lines, alone in zip(param_steps, lines, self.one_line, strict=True)
         ]
         self.scratch = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=device)
         free, width = self.scratch.data_ptr(), self.scratch.element_size()
-        for row, work, one, (sums, blocks) in zip(self.rows, works, lines, sizes, strict=True):
+        for row, param_step, param_lines, (sums, blocks) in zip(self.rows, param_steps, lines, sizes, strict=True):
             row[OWN_SUMS] = row[SUMS] = free
             row[SCALE] = free + sums * width
             free += (sums + blocks) * width
-            if one.tile == 0:
-                of_line = np.repeat(np.arange(one.blocks, dtype=np.int32), np.diff(one.starts))
+            if param_lines.tile == 0:
+                of_line = np.repeat(np.arange(param_lines.blocks, dtype=np.int32), np.diff(param_lines.starts))
                 row[BLOCK_OF_LINE] = self._array(of_line, device)
-                row[STARTS] = self._array(one.starts, device)
-            if one.counts.size == 1:
-                row[COUNT] = one.counts[0]
-            elif one.counts.size:
-                row[COUNTS] = self._array(one.counts, device)
-            row[GROUP] = groups.index(id(work.group))
-            row[DECAY], row[SEED] = work.decay, -1 if work.seed is None else work.seed
-            row[LINES], row[INNER], row[WIDTH] = one.number, max(1, one.sizes[1]), one.sizes[2]
-            row[FIRST], row[REACH_INNER], row[BLOCKS] = one.first, one.reach_inner, one.blocks
-            row[TILE], row[FOLD] = one.tile, one.fold
-            row[INDEX : INDEX_WIDTH + 1] = one.index or 0
+                row[STARTS] = self._array(param_lines.starts, device)
+            if param_lines.counts.size == 1:
+                row[COUNT] = param_lines.counts[0]
+            elif param_lines.counts.size:
+                row[COUNTS] = self._array(param_lines.counts, device)
+            row[GROUP] = groups.index(id(param_step.group))
+            row[DECAY], row[SEED] = param_step.decay, -1 if param_step.seed is None else param_step.seed
+            row[LINES], row[INNER], row[WIDTH] = param_lines.number, max(1, param_lines.sizes[1]), param_lines.sizes[2]
+            row[FIRST], row[REACH_INNER], row[BLOCKS] = param_lines.first, param_lines.reach_inner, param_lines.blocks
+            row[TILE], row[FOLD] = param_lines.tile, param_lines.fold
+            row[INDEX : INDEX_WIDTH + 1] = param_lines.index or 0
         self.squares: list[tuple[Tensor, Tensor]] = []
         self.roots: list[tuple[Tensor, Tensor]] = []
         if self.by_columns:
-            self._allocate(works)
-        self.refresh(works)
+            self._allocate(param_steps)
+        self.refresh(param_steps)
 
-    def _allocate(self, works: Sequence[ParamStep]) -> None:
-        """Rooms for sums and roots, which stay where they are."""
-        device, dtype = works[0].param.device, works[0].exp_avg_sq.dtype
-        shapes = [((*stack, lines, 1), (*stack, 1, width)) for *stack, lines, width in (w.param.shape for w in works)]
+    def _allocate(self, param_steps: Sequence[ParamStep]) -> None:
+        """Allocate the buffers for sums and roots; their addresses do not change."""
+        device, dtype = param_steps[0].param.device, param_steps[0].exp_avg_sq.dtype
+        shapes = [
+            ((*stack, lines, 1), (*stack, 1, width)) for *stack, lines, width in (w.param.shape for w in param_steps)
+        ]
 
-        def rooms(which: int, kind: torch.dtype, value: float) -> list[Tensor]:
+        def allocate(which: int, kind: torch.dtype, value: float) -> list[Tensor]:
             sizes = [prod(shape[which]) for shape in shapes]
             parts = torch.full((sum(sizes),), value, dtype=kind, device=device).split(sizes)
             return [part.view(shape[which]) for part, shape in zip(parts, shapes, strict=True)]
 
-        self.squares = list(zip(rooms(0, dtype, 0), rooms(1, torch.float64, 0), strict=True))
-        # Of columns alone, the roots of lines stay 1.
-        self.roots = list(zip(rooms(0, dtype, 1), rooms(1, dtype, 1), strict=True))
+        self.squares = list(zip(allocate(0, dtype, 0), allocate(1, torch.float64, 0), strict=True))
+        # Without factors, the roots of lines stay 1.
+        self.roots = list(zip(allocate(0, dtype, 1), allocate(1, dtype, 1), strict=True))
         self.place(OWN_SUMS, [of_rows for of_rows, _ in self.squares])
         self.place(COLUMN_SUMS, [of_columns for _, of_columns in self.squares])
         self.place(SCALE, [of_rows for of_rows, _ in self.roots])
         self.place(COLUMN, [of_columns for _, of_columns in self.roots])
-        for row, work in zip(self.rows, works, strict=True):
-            row[COLUMN_COUNT], row[WHOLE_COUNT] = work.plan.layout.shape[-2], prod(work.plan.layout.shape[-2:])
-            if work.factors:
-                whole = work.factors[1]
-                row[WHOLE_FOLD] = work.param.shape[-2] if whole.sums is None else whole.plan.sums_shape[-2]
+        for row, param_step in zip(self.rows, param_steps, strict=True):
+            row[COLUMN_COUNT], row[WHOLE_COUNT] = (
+                param_step.plan.layout.shape[-2],
+                prod(param_step.plan.layout.shape[-2:]),
+            )
+            if param_step.factors:
+                whole = param_step.factors[1]
+                row[WHOLE_FOLD] = param_step.param.shape[-2] if whole.sums is None else whole.plan.sums_shape[-2]
 
     def _array(self, values: np.ndarray, device: torch.device) -> int:
-        """The address of constant values on the device, shared by all who ask for the same."""
+        """The address of constant values on the device; equal values are shared."""
         key = (values.tobytes(), str(values.dtype))
         if key not in self._arrays:
             self._arrays[key] = torch.from_numpy(values.copy()).to(device)
         return self._arrays[key].data_ptr()
 
     def place(self, column: int, tensors: Sequence[Tensor | None]) -> None:
-        """Put the addresses of tensors, one per work, into a column."""
+        """Write the addresses of tensors, one per parameter, into a column."""
         self.rows[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def refresh(self, works: Sequence[ParamStep]) -> None:
-        """Take addresses and strides anew: all of what has another note than last time, else the gradient's."""
-        for number, work in enumerate(works):
-            if self._notes[number] is not work.note:
-                self._notes[number] = work.note
-                self._take(self.rows[number], work, self.lines[number])
+    def refresh(self, param_steps: Sequence[ParamStep]) -> None:
+        """Update addresses and strides: all of a parameter if its note has changed, else only the gradient's."""
+        for number, param_step in enumerate(param_steps):
+            if self._notes[number] is not param_step.note:
+                self._notes[number] = param_step.note
+                self._take(self.rows[number], param_step, self.lines[number])
         own, complete = self.rows[:, OWN_SUMS].tolist(), self.rows[:, SUMS].tolist()
         addresses: list[list[int]] = [
-            [0 if work.grad is None else work.grad.data_ptr() for work in works],
-            [0 if work.present is None or work.grad is not None else work.present.data_ptr() for work in works],
-            [it if work.own_sums is None else work.own_sums.data_ptr() for it, work in zip(own, works, strict=True)],
-            [it if work.sums is None else work.sums.data_ptr() for it, work in zip(complete, works, strict=True)],
+            [0 if param_step.grad is None else param_step.grad.data_ptr() for param_step in param_steps],
+            [
+                0 if param_step.present is None or param_step.grad is not None else param_step.present.data_ptr()
+                for param_step in param_steps
+            ],
+            [
+                it if param_step.own_sums is None else param_step.own_sums.data_ptr()
+                for it, param_step in zip(own, param_steps, strict=True)
+            ],
+            [
+                it if param_step.sums is None else param_step.sums.data_ptr()
+                for it, param_step in zip(complete, param_steps, strict=True)
+            ],
         ]
         if self.by_columns:
             addresses[-2:] = [own, own]
         self.rows[:, GRAD:SCALE] = np.asarray(addresses, dtype=np.int64).T
         if self.by_columns:
-            self._refresh_columns(works)
+            self._refresh_columns(param_steps)
 
-    def _refresh_columns(self, works: Sequence[ParamStep]) -> None:
-        """Second moments of columns and of the whole, and what is averaged into them.
+    def _refresh_columns(self, param_steps: Sequence[ParamStep]) -> None:
+        """Update the addresses of second moments of columns and full matrices, and of their sums.
 
-        What this rank has summed may be in another table's rooms: that of the works which had to be exchanged.
+        This rank's sums may be in the buffers of another table, which has only the exchanged parameters.
         """
         squares = [
-            own if work.squares is None else work.squares[0] for work, own in zip(works, self.squares, strict=True)
+            own if param_step.squares is None else param_step.squares[0]
+            for param_step, own in zip(param_steps, self.squares, strict=True)
         ]
         of_rows, of_columns = zip(*squares, strict=True)
-        grids = [columns.column_grid(work) for work in works]
+        grids = [columns.column_grid(param_step) for param_step in param_steps]
         self.place(COLUMN_SQ, [grid.exp_avg_sq for grid in grids])
         self.place(COLUMN_TOTALS, [_or(grid.sums, own) for grid, own in zip(grids, of_columns, strict=True)])
         if self.factored:
-            wholes = [work.factors[1] for work in works]
-            self.place(SUMS, [_or(work.sums, own) for work, own in zip(works, of_rows, strict=True)])
+            wholes = [param_step.factors[1] for param_step in param_steps]
+            self.place(SUMS, [_or(param_step.sums, own) for param_step, own in zip(param_steps, of_rows, strict=True)])
             self.place(WHOLE_SQ, [grid.exp_avg_sq for grid in wholes])
             self.place(WHOLE_TOTALS, [_or(grid.sums, own) for grid, own in zip(wholes, of_rows, strict=True)])
 
-    def _take(self, row: np.ndarray, work: ParamStep, lines: Lines) -> None:
-        """The addresses of the parameter and its state, and the strides along its lines."""
-        assert work.note is not None
-        row[PARAM:GRAD] = work.note.facts[:GRAD]
-        tensors = (work.param, work.param if work.grad is None else work.grad, work.exp_avg)
+    def _take(self, row: np.ndarray, param_step: ParamStep, lines: Lines) -> None:
+        """Write the addresses of the parameter and its state, and the strides along its lines."""
+        assert param_step.note is not None
+        row[PARAM:GRAD] = param_step.note.facts[:GRAD]
+        tensors = (
+            param_step.param,
+            param_step.param if param_step.grad is None else param_step.grad,
+            param_step.exp_avg,
+        )
         strides = [lines.strides(tensor) for tensor in tensors]
-        assert None not in strides, f"{work.name}: compiled code cannot read {strides}"
+        assert None not in strides, f"{param_step.name}: compiled code cannot read {strides}"
         row[PARAM_OUTER:COLUMNS] = [stride for along in strides for stride in along or ()]
 
 
@@ -215,10 +239,10 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def hyper_parameters(works: Sequence[ParamStep]) -> np.ndarray:
-    """The groups' hyper-parameters, float64 [groups, 8], in the order of Table's GROUP; an lr on a device reads 0."""
+def hyper_parameters(param_steps: Sequence[ParamStep]) -> np.ndarray:
+    """The groups' hyper-parameters, float64 [groups, 8], in the order of Table's GROUP; 0 for an lr on a GPU."""
     values = []
-    for group in {id(work.group): work.group for work in works}.values():
+    for group in {id(param_step.group): param_step.group for param_step in param_steps}.values():
         lr, (beta1, beta2) = group["lr"], map(float, group["betas"])
         rate = 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
         logs = (np.log(beta) if beta else -np.inf for beta in (beta1, beta2))

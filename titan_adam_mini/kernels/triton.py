@@ -1,10 +1,10 @@
 """The fused engine for GPUs: all tensors of a call in a constant number of launches.
 
-A list of programs says which tile of which parameter is whose; addresses and hyper-parameters are read from tables on
-the device. Nothing waits for the host: numbers of steps, bias corrections and missing gradients are dealt with where
-the data are. A step has at most 14 launches per combination of dtypes, however many tensors there are: what prepares
-them, one line per block, sums, fold, update; all but the second again where blocks straddle; and lines of up to 64
-elements apart from the others. Transposed tensors have launches of their own.
+A list assigns a tile of a parameter to every program; addresses and hyper-parameters are read from tables on the
+device. Nothing waits for the host: step counts, bias corrections and missing gradients are handled on the device. A
+step has at most 14 launches per combination of dtypes, for any number of tensors: preparation, blocks of one line,
+sums, fold and update; all but the second again for straddling blocks; and lines of up to 64 elements separately from
+longer ones. Transposed tensors have separate launches.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def _tile(param: torch.dtype, exp_avg: torch.dtype) -> tuple[int, int]:
-    """Elements that a program works on at a time, and its warps: the fastest of six tried on an H100 for each.
+    """Elements per tile of a program, and its warps: the fastest of six tried on an H100.
 
-    int8 momentum takes half of the elements, as whole runs.
+    int8 momentum uses half of the elements, as full runs.
     """
     if exp_avg == torch.int8:
         return 2048, 8 if param == torch.float32 else 4
@@ -43,7 +43,7 @@ _STARTS = (table.PARAM_OUTER, table.GRAD_OUTER, table.EXP_AVG_OUTER)
 
 
 class _Programs:
-    """A table's copy on the device, and who does which tile."""
+    """A table's copy on the device, and the tile of every program."""
 
     def __init__(self, own: Table, param: torch.dtype, exp_avg: torch.dtype) -> None:
         device = own.scratch.device
@@ -67,7 +67,7 @@ class _Programs:
                 if own.by_columns:
                     strips = _triples(number, outer, width, triton_columns.STRIP)
                     found["strips"].setdefault((unit, False), []).append(strips)
-            # Second moments are those of all ranks: also where this one has no rows.
+            # Second moments are shared by all ranks: update them even if this rank has no rows.
             parts = [("columns", width, triton_columns.MANY)] if own.by_columns else []
             parts += [("wholes", 1, 1), ("rows", inner, triton_columns.MANY)] if own.factored else []
             for name, size, each in parts:
@@ -101,14 +101,14 @@ def _triples(number: int, outer: int, inner: int, lines: int) -> np.ndarray:
 
 
 def _unit(row: np.ndarray) -> int:
-    """The dim whose neighbours are neighbours in memory, in all three tensors: 0 lines, 1 columns, 2 neither."""
+    """The dim with stride 1 in all three tensors: 0 lines, 1 columns, 2 neither."""
     if row[table.WIDTH] == 1 or all(row[start + 2] == 1 for start in _STARTS):
         return 1
     return 0 if all(row[start + 1] == 1 for start in _STARTS) else 2
 
 
 class TritonEngine(Compiled):
-    """See the file's docstring; `launches` counts what was launched."""
+    """See the module docstring; `launches` counts kernel launches."""
 
     version = f"fused, torch {torch.__version__}, triton {triton.__version__}"
     device_type = "cuda"
@@ -119,19 +119,19 @@ class TritonEngine(Compiled):
         super().__init__(plain)
         self.launches = 0
         self._programs: WeakKeyDictionary[Table, _Programs] = WeakKeyDictionary()
-        self._kept: list[Tensor] = []
+        self._graph_inputs: list[Tensor] = []
 
-    def run_sums(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_sums(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_sums`."""
-        here = self._here(table, works)
+        here = self._here(table, param_steps)
         for name in ("one_line", "many"):
-            self._line_sums(here, name, works)
+            self._line_sums(here, name, param_steps)
 
-    def run_update(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_update(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_update`."""
-        here, first = self._here(table, works), works[0]
+        here, first = self._here(table, param_steps), param_steps[0]
         if not table.by_columns:
-            self._prepare(here, works)
+            self._prepare(here, param_steps)
         if first.grad is None:
             self._launch(triton_kernels.fold, here, "fold", here.scalars)
             return
@@ -139,42 +139,42 @@ class TritonEngine(Compiled):
         types["ROUND"] = first.seed is not None and first.param.dtype == torch.bfloat16
         self._launch(triton_kernels.one_line_blocks, here, "one_line", here.scalars, **types)
         if first.sums is None and not table.by_columns:
-            self._line_sums(here, "many", works)
+            self._line_sums(here, "many", param_steps)
         self._launch(triton_kernels.fold, here, "fold", here.scalars)
         self._launch(triton_kernels.update_lines, here, "many", here.scalars, **types, BY_COLUMNS=table.by_columns)
 
-    def _prepare(self, here: _Programs, works: Sequence[ParamStep]) -> None:
-        self._load_hyper(here, works)
+    def _prepare(self, here: _Programs, param_steps: Sequence[ParamStep]) -> None:
+        self._load_hyper(here, param_steps)
         self.launches += 1
         with _device(here.rows.device):
             triton_kernels.prepare[(triton.cdiv(here.number, 128),)](
                 here.rows, here.hyper, here.scalars, here.number, BLOCK=128
             )
 
-    def run_squares(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_squares(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_squares`."""
-        here = self._here(table, works)
-        self._load_hyper(here, works)
+        here = self._here(table, param_steps)
+        self._load_hyper(here, param_steps)
         if table.factored:
-            self._line_sums(here, "many", works)
-        assert works[0].grad is not None
-        self._launch(triton_columns.column_sums, here, "strips", here.hyper, G=_TYPES[works[0].grad.dtype])
+            self._line_sums(here, "many", param_steps)
+        assert param_steps[0].grad is not None
+        self._launch(triton_columns.column_sums, here, "strips", here.hyper, G=_TYPES[param_steps[0].grad.dtype])
 
-    def run_moments(self, table: Table, works: Sequence[ParamStep]) -> None:
+    def run_moments(self, table: Table, param_steps: Sequence[ParamStep]) -> None:
         """See `Compiled.run_moments`."""
-        here = self._here(table, works)
-        self._prepare(here, works)
+        here = self._here(table, param_steps)
+        self._prepare(here, param_steps)
         self._launch(triton_columns.column_moments, here, "columns", here.scalars)
         self._launch(triton_columns.whole_moments, here, "wholes", here.scalars)
         self._launch(triton_columns.row_moments, here, "rows", here.scalars)
 
-    def _line_sums(self, here: _Programs, name: str, works: Sequence[ParamStep]) -> None:
-        assert works[0].grad is not None
-        types = {"G": _TYPES[works[0].grad.dtype], "M": _TYPES[works[0].exp_avg.dtype]}
+    def _line_sums(self, here: _Programs, name: str, param_steps: Sequence[ParamStep]) -> None:
+        assert param_steps[0].grad is not None
+        types = {"G": _TYPES[param_steps[0].grad.dtype], "M": _TYPES[param_steps[0].exp_avg.dtype]}
         self._launch(triton_kernels.line_sums, here, name, **types)
 
     def _launch(self, kernel: Any, here: _Programs, name: str, *args: Tensor, **constants: Any) -> None:
-        """One launch for narrow lines and one for others, as far as there are any."""
+        """At most one launch for narrow lines and one for others."""
         with _device(here.rows.device):
             for (unit, narrow), programs in here.lists[name].items():
                 if not len(programs):
@@ -186,40 +186,40 @@ class TritonEngine(Compiled):
                     here.rows, *args, programs, **constants, **shape, num_warps=here.warps, enable_fp_fusion=False
                 )
 
-    def _here(self, table: Table, works: Sequence[ParamStep]) -> _Programs:
-        """The table's copy on the device, brought up to date if an address has changed."""
+    def _here(self, table: Table, param_steps: Sequence[ParamStep]) -> _Programs:
+        """The table's copy on the device, updated if an address has changed."""
         here, rows = self._programs.get(table), table.rows
         if here is not None and np.array_equal(here.values, rows):
             return here
         if here is None or not np.array_equal(here.strides, rows[:, STRIDES]):
-            here = self._programs[table] = _Programs(table, works[0].param.dtype, works[0].exp_avg.dtype)
+            here = self._programs[table] = _Programs(table, param_steps[0].param.dtype, param_steps[0].exp_avg.dtype)
         here.values = rows.copy()
         self._copy(here.values, here.rows)
         return here
 
-    def _load_hyper(self, here: _Programs, works: Sequence[ParamStep]) -> None:
-        """Bring the hyper-parameters to the device if they have changed; a learning rate that is there stays there."""
-        values = hyper_parameters(works)
+    def _load_hyper(self, here: _Programs, param_steps: Sequence[ParamStep]) -> None:
+        """Copy hyper-parameters to the device if they have changed; a learning rate on the device stays there."""
+        values = hyper_parameters(param_steps)
         if not np.array_equal(values, here.hyper_values):
             if values.shape != here.hyper_values.shape:
                 here.hyper = torch.empty(values.shape, dtype=torch.float64, device=here.rows.device)
             here.hyper_values = values
             self._copy(values, here.hyper)
-        for number, group in enumerate({id(work.group): work.group for work in works}.values()):
+        for number, group in enumerate({id(param_step.group): param_step.group for param_step in param_steps}.values()):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 here.hyper[number, table.LR].copy_(lr)
 
     def _copy(self, values: np.ndarray, target: Tensor) -> None:
-        """Copy to the device without waiting for it: from pinned memory, which torch keeps until the copy is done."""
+        """Copy to the device asynchronously, from pinned memory, which torch keeps until the copy is done."""
         source = torch.from_numpy(values.copy())
         if target.device.type == "cuda":
             source = source.pin_memory()
             if torch.cuda.is_current_stream_capturing():
-                self._kept.append(source)  # a graph reads it again in every replay
+                self._graph_inputs.append(source)  # a graph reads it in every replay
         target.copy_(source, non_blocking=True)
 
 
 def _device(device: torch.device) -> Any:
-    """Triton launches on the current device."""
+    """Make a device current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

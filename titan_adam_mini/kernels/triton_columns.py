@@ -1,6 +1,6 @@
-"""The kernels of second moments by columns, alone or factored; what they are is said in `columns.py`.
+"""The kernels of second moments by columns, alone or factored; see `columns.py`.
 
-`triton_kernels.py` says what a program is, `triton.py` who launches it.
+`triton_kernels.py` explains programs; `triton.py` launches them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _WHOLE_COUNT, _WHOLE_FOLD = tl.constexpr(table.WHOLE_COUNT), tl.constexpr(table.
 _BITS, _LEAST_BETA2 = tl.constexpr(columns.BITS), tl.constexpr(columns.LEAST_BETA2)
 
 STRIP = 64
-"""Columns of a program of `column_sums`: of all lines with one outer index, _TALL at a time."""
+"""Columns per program of `column_sums`, which goes over all lines with the same outer index, _TALL at a time."""
 _STRIP, _TALL = tl.constexpr(STRIP), tl.constexpr(32)
 
 
 @triton.jit
 def _rounding_offset(row, hyper, place, live):
-    """What rounds the squares of columns to their quanta, float64: see `columns.rounding_offset`."""
+    """The offset that rounds squares of columns to their quanta, float64: see `columns.rounding_offset`."""
     group = hyper + tl.load(row + _GROUP) * 8
     step = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
     correction = 1.0 - tl.exp(step * tl.load(group + _LOG_BETA2))
@@ -57,7 +57,7 @@ def _rounding_offset(row, hyper, place, live):
 
 @triton.jit
 def column_sums(rows, hyper, programs, G: tl.constexpr, UNIT: tl.constexpr):
-    """Sums of squares of columns, float64, each square rounded as `columns.rounding_offset` has it; the first line of a
+    """Sums of squares of columns, float64, each square rounded with `columns.rounding_offset`; the first line of a
     program is a column here."""
     row, _, outer, first = _place(rows, programs)
     inner, width = tl.load(row + _INNER), tl.load(row + _WIDTH)
@@ -73,13 +73,13 @@ def column_sums(rows, hyper, programs, G: tl.constexpr, UNIT: tl.constexpr):
 
 
 MANY = 1024
-"""Rows or columns of a program of the three kernels of moments by columns."""
+"""Rows or columns per program of the three kernels of moments by columns."""
 _MANY = tl.constexpr(MANY)
 
 
 @triton.jit
 def column_moments(rows, scalars, programs):
-    """Advance second moments of columns, and leave their roots."""
+    """Advance second moments of columns, and store their roots."""
     row, number, outer, first = _place(rows, programs)
     numbers = scalars + number * _SCALARS
     at, width = first + tl.arange(0, _MANY), tl.load(row + _WIDTH)
@@ -94,7 +94,7 @@ def column_moments(rows, scalars, programs):
 
 @triton.jit
 def whole_moments(rows, scalars, programs):
-    """Advance the second moment of a whole matrix, from sums of its rows."""
+    """Advance the second moment of a full matrix, from sums of its rows."""
     row, number, outer, _ = _place(rows, programs)
     numbers = scalars + number * _SCALARS
     if tl.load(numbers + 8) != 0.0:
@@ -112,7 +112,7 @@ def whole_moments(rows, scalars, programs):
 
 @triton.jit
 def row_moments(rows, scalars, programs):
-    """Advance second moments of rows, and leave the roots of their shares in the whole; see `columns.roots`."""
+    """Advance second moments of rows, and store the roots of their ratios to the matrix mean; see `columns.roots`."""
     row, number, outer, first = _place(rows, programs)
     numbers = scalars + number * _SCALARS
     at, inner = first + tl.arange(0, _MANY), tl.load(row + _INNER)

@@ -1,9 +1,9 @@
-"""The kernels of the fused engine for GPUs, in Triton. `triton.py` says who launches them and why.
+"""The kernels of the fused engine for GPUs, in Triton; `triton.py` launches them.
 
-All of them read the table of `kernels.table` on the device. A program is a tile of [lines, columns] of one parameter:
-the list `programs`, int32 [programs, 3], says of which: row of the table, outer index, first line. Sums of squares are
-added in an order that depends on the length of a line alone, and there is no fused multiply-add, so that an element's
-bits do not depend on where it stands.
+All of them read the table of `kernels.table` on the device. A program processes a tile of [lines, columns] of one
+parameter, given by the list `programs`, int32 [programs, 3]: row of the table, outer index, first line. Sums of squares
+are added in an order that depends on the length of a line alone, and there is no fused multiply-add, so that the result
+for an element does not depend on its position.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _OWN_SUMS, _SUMS, _SCALE = tl.constexpr(table.OWN_SUMS), tl.constexpr(table.SUMS
 _BLOCK_OF_LINE, _STARTS = tl.constexpr(table.BLOCK_OF_LINE), tl.constexpr(table.STARTS)
 _COUNTS, _COUNT = tl.constexpr(table.COUNTS), tl.constexpr(table.COUNT)
 _COLUMN = tl.constexpr(table.COLUMN)
-_DECAY, _SEED, _INNER, _WIDTH = (tl.constexpr(one) for one in (table.DECAY, table.SEED, table.INNER, table.WIDTH))
+_DECAY, _SEED, _INNER, _WIDTH = (tl.constexpr(column) for column in (table.DECAY, table.SEED, table.INNER, table.WIDTH))
 _FIRST, _REACH_INNER = tl.constexpr(table.FIRST), tl.constexpr(table.REACH_INNER)
 _BLOCKS, _TILE, _FOLD = tl.constexpr(table.BLOCKS), tl.constexpr(table.TILE), tl.constexpr(table.FOLD)
 _INDEX = tl.constexpr(table.INDEX)
 _PARAM_OUTER, _GRAD_OUTER = tl.constexpr(table.PARAM_OUTER), tl.constexpr(table.GRAD_OUTER)
 _EXP_AVG_OUTER = tl.constexpr(table.EXP_AVG_OUTER)
-_LR, _BETA1, _BETA2, _EPS = (tl.constexpr(one) for one in (table.LR, table.BETA1, table.BETA2, table.EPS))
+_LR, _BETA1, _BETA2, _EPS = (tl.constexpr(column) for column in (table.LR, table.BETA1, table.BETA2, table.EPS))
 _WEIGHT_DECAY, _MAXIMIZE = tl.constexpr(table.WEIGHT_DECAY), tl.constexpr(table.MAXIMIZE)
 _LOG_BETA1, _LOG_BETA2 = tl.constexpr(table.LOG_BETA1), tl.constexpr(table.LOG_BETA2)
 _RUN, _TINY = tl.constexpr(int8.RUN), tl.constexpr(int8.TINY)
-_GOLDEN, _MIX1, _MIX2 = (tl.constexpr(one) for one in (rounding.GOLDEN, rounding.FIRST, rounding.SECOND))
+_GOLDEN, _MIX1, _MIX2 = (tl.constexpr(number) for number in (rounding.GOLDEN, rounding.FIRST, rounding.SECOND))
 SCALARS = 10
 _SCALARS = tl.constexpr(SCALARS)
 
 
 @triton.jit
 def prepare(rows, hyper, scalars, number, BLOCK: tl.constexpr):
-    """Per parameter: advance `step` where any rank has a gradient; what the other kernels multiply with, float32.
+    """Per parameter: advance `step` if any rank has a gradient, and compute the scalars of the other kernels, float32.
 
-    Columns of `scalars`: lr / (1 - beta1^t), 1 - beta2^t, decay, beta1, +-(1 - beta1), beta2, 1 - beta2, eps, has
-    anybody a gradient, t.
+    Columns of `scalars`: lr / (1 - beta1^t), 1 - beta2^t, decay, beta1, +-(1 - beta1), beta2, 1 - beta2, eps, whether
+    any rank has a gradient, t.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = i < number
@@ -77,7 +77,7 @@ def prepare(rows, hyper, scalars, number, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(rows, programs):
-    """What this program works on: row of the table and its number, outer index, first line."""
+    """The tile of this program: row of the table and its number, outer index, first line."""
     program = programs + tl.program_id(0).to(tl.int64) * 3
     number = tl.load(program).to(tl.int64)
     return rows + number * _COLUMNS, number, tl.load(program + 1).to(tl.int64), tl.load(program + 2).to(tl.int64)
@@ -93,7 +93,7 @@ def _mix(x):
 
 @triton.jit
 def _rounded(value, TYPE: tl.constexpr, index, seed, step, ROUND: tl.constexpr):
-    """`value` as TYPE; bfloat16 to nearest even, or at random as in `rounding.stochastic`."""
+    """`value` as TYPE; bfloat16 to nearest even, or stochastically as in `rounding.stochastic`."""
     if tl.bfloat16 == TYPE:
         bits = value.to(tl.int32, bitcast=True)
         if ROUND:
@@ -135,7 +135,7 @@ def _gradient(row, outer, line, live, at, width, G: tl.constexpr, UNIT: tl.const
 def _sums(row, outer, line, live, width, G: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
     """Sums of squares of the gradient's lines, float32 [LINES].
 
-    The order depends on `width` alone: the compiler is told nothing of alignment, which could change who adds what.
+    The order depends on `width` alone: the compiler gets no alignment hints, which could change the order.
     """
     total = tl.zeros([LINES, WIDTH], tl.float32)
     for start in range(0, width, WIDTH):
@@ -157,7 +157,7 @@ def _store_param(where, p, mask, row, numbers, outer, line, column, P: tl.conste
 
 @triton.jit
 def _scales(row, numbers, outer, column, mask, scale, BY_COLUMNS: tl.constexpr):
-    """What the momentum of a tile is multiplied with; by columns, `scale` are the roots of its lines.
+    """The factors for the momentum of a tile; with BY_COLUMNS, `scale` has the roots of its lines.
 
     `column`, `mask` and `scale` broadcast; the columns are those of the tile.
     """
@@ -224,7 +224,7 @@ def _update_runs(row, numbers, outer, line, start, width, scale, P: tl.constexpr
 def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
             ROUND: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
             BY_COLUMNS: tl.constexpr):  # fmt: skip
-    """Momentum and parameter of whole lines; `scale` is float32 [LINES]."""
+    """Momentum and parameter of full lines; `scale` is float32 [LINES]."""
     for start in range(0, width, WIDTH):
         if tl.int8 == M:
             tl.static_assert(LINES == 1)
@@ -239,14 +239,14 @@ def _update(row, numbers, outer, line, live, width, scale, P: tl.constexpr, G: t
 def _moved(moments, live, mean, numbers):
     """Second moments, advanced by a step."""
     v = tl.load(moments, live, other=0.0) * tl.load(numbers + 5) + mean * tl.load(numbers + 6)
-    tl.debug_barrier()  # several threads read the same moment: none may find it advanced
+    tl.debug_barrier()  # several threads read the same moment before it is advanced
     tl.store(moments, v, live)
     return v
 
 
 @triton.jit
 def _moment(row, numbers, block, live, total):
-    """Advance the second moments of blocks with sums `total`; the scale of their momentum, float32 [blocks]."""
+    """Advance the second moments of blocks with sums `total`; returns the factors for momentum, float32 [blocks]."""
     count = tl.load(row + _COUNT)
     if count == 0:
         counts = tl.load(row + _COUNTS).to(tl.pointer_type(tl.int64)) + block
@@ -272,7 +272,7 @@ def _whole(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, 
 
 @triton.jit
 def _own_sums(row, outer, first, width, G: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
-    """The sums of squares of LINES lines, where the exchange or the fold finds them."""
+    """Write the sums of squares of LINES lines, for the exchange or the fold."""
     line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
     total = _sums(row, outer, line, live, width, G, LINES, WIDTH, UNIT)
@@ -283,7 +283,7 @@ def _own_sums(row, outer, first, width, G: tl.constexpr, LINES: tl.constexpr, WI
 @triton.jit
 def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
             LINES: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BY_COLUMNS: tl.constexpr):  # fmt: skip
-    """Update of LINES lines with the scale that the fold has left for their blocks, or roots of lines and columns."""
+    """Update LINES lines with the scales that the fold wrote for their blocks, or the roots of lines and columns."""
     line = first + tl.arange(0, LINES)
     live = line < tl.load(row + _INNER)
     there = tl.load(row + _FIRST) + outer * tl.load(row + _REACH_INNER) + line
@@ -298,8 +298,8 @@ def _scaled(row, numbers, outer, first, width, P: tl.constexpr, G: tl.constexpr,
     _update(row, numbers, outer, line, live, width, scale, P, G, M, ROUND, LINES, WIDTH, UNIT, BY_COLUMNS)
 
 
-# The three kernels of lines. NARROW ones are for lines of up to 64 elements, norms and biases above all: in one kernel
-# with the others they would cost it registers, and a quarter of its speed.
+# The three kernels of lines. NARROW is for lines of up to 64 elements, mostly norms and biases: handling both in one
+# kernel would cost registers, and a quarter of its speed.
 
 NARROW = 64
 _NARROW = tl.constexpr(NARROW)
@@ -308,7 +308,7 @@ _NARROW = tl.constexpr(NARROW)
 @triton.jit
 def one_line_blocks(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
                     UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Blocks of one line that this rank alone holds: everything at once, the gradient's second read from the cache."""
+    """Blocks of one line that are complete here: all in one pass; the gradient is re-read from the cache."""
     row, number, outer, first = _place(rows, programs)
     numbers, width = scalars + number * _SCALARS, tl.load(row + _WIDTH)
     if tl.int8 == M:
@@ -345,7 +345,7 @@ def line_sums(
 @triton.jit
 def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
                  BY_COLUMNS: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Momentum and parameter of lines whose block's scale is known."""
+    """Update momentum and parameter of lines whose block's scale is known."""
     row, number, outer, first = _place(rows, programs)
     numbers, width = scalars + number * _SCALARS, tl.load(row + _WIDTH)
     if tl.int8 == M:
@@ -362,7 +362,7 @@ def update_lines(rows, scalars, programs, P: tl.constexpr, G: tl.constexpr, M: t
 
 @triton.jit
 def _fold(row, numbers, first, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    """LINES blocks, each of as many sums as FOLD or STARTS says."""
+    """LINES blocks, whose number of sums is given by FOLD or STARTS."""
     block = first + tl.arange(0, LINES)
     live = block < tl.load(row + _BLOCKS)
     fold = tl.load(row + _FOLD)
@@ -381,13 +381,13 @@ def _fold(row, numbers, first, LINES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 FOLDED = 1024
-"""Sums that one program of `fold` adds at a time: of one block, or one each of as many blocks."""
+"""Sums that one program of `fold` adds at a time: of one block, or of as many blocks with one sum each."""
 _FOLDED = tl.constexpr(FOLDED)
 
 
 @triton.jit
 def fold(rows, scalars, programs):
-    """Blocks of many lines: add the lines' sums, advance the second moment, leave the scale for the update."""
+    """Blocks of many lines: add the lines' sums, advance the second moment, store the scale for the update."""
     row, number, _, first = _place(rows, programs)
     numbers = scalars + number * _SCALARS
     if tl.load(numbers + 8) != 0.0:

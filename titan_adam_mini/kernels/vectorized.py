@@ -1,6 +1,6 @@
 """A step's arithmetic in whole-tensor torch operations: any device, no per-element index, little memory.
 
-Bit for bit the reference: same order of summation, and every operation is a single IEEE one (no fused
+Bit-identical to the reference: same order of summation, and every operation is a single IEEE one (no fused
 multiply-add, whose use would depend on an element's position).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..layout import Tiles
 
 CHUNK, GPU_CHUNK = 1 << 18, 1 << 24
-"""Elements worked on at a time: temporaries stay this small; on a CPU in the cache, on a GPU worth a launch."""
+"""Elements processed at a time, which bounds temporaries: they fit a CPU's cache, or are worth a GPU launch."""
 
 
 def square_sums(grad: Tensor, tiles: tuple[Tiles, ...], keep: int, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ def update(
 
 
 def chunks(x: Tensor) -> Iterator[slice | tuple[()]]:
-    """Indices that go through `x` along its first dim, about CHUNK elements at a time."""
+    """Slices of `x` along its first dim, about CHUNK elements each."""
     if x.ndim == 0:
         yield ()
         return
@@ -103,7 +103,7 @@ def _halve(x: Tensor, dim: int) -> Tensor:
 
 @cache
 def _tile_numbers(tiles: Tiles, device: torch.device) -> Tensor:
-    """For every index of a dim the number of its tile, int64 [size]."""
+    """The tile number of every index of a dim, int64 [size]."""
     lengths = torch.tensor(tiles.lengths(), dtype=torch.int64)
     return torch.arange(tiles.count).repeat_interleave(lengths, output_size=tiles.size).to(device)
 

@@ -20,7 +20,7 @@ from ..pickles import NotAllowed, unpickle
 from .origins import OTHER, Frames, Origins
 
 TENSORS_KEY = "titan_adam_mini"
-"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds its tensors (`titan.held.SNAPSHOT_KEY`):
+"""The key under which a run with TITAN_ADAM_MINI_NAMED_SNAPSHOTS=1 adds its tensors (`titan.storages.SNAPSHOT_KEY`):
 `optimizer`, its name, and `tensors`, a list of (address, bytes, category)."""
 MAX_ENTRIES = 100_000
 """How many entries of a trace torchtitan keeps (torchtitan/tools/profiling.py: MEMORY_SNAPSHOT_MAX_ENTRIES)."""

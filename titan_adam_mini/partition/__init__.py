@@ -16,7 +16,7 @@ from titan_adam_mini.partition import roles as _roles
 from titan_adam_mini.partition.geometry import Geometry
 from titan_adam_mini.partition.orientation import Orientation
 from titan_adam_mini.partition.roles import ROLES, SECOND_MOMENTS, VALUE_BLOCKS
-from titan_adam_mini.partition.rules import TRANSFORMER, Index, Rule, clean_name, collapse, fits
+from titan_adam_mini.partition.rules import TRANSFORMER, Index, Rule, clean_name, collapse, matches
 
 __all__ = [
     "ROLES",
@@ -36,7 +36,7 @@ _OVERRIDES = {
     _roles.CHANNELS: "queries and keys, whatever their role below, by rows; outputs of attention and MLPs by columns",
     _roles.FACTORED: "every matrix, whatever its role below, by its rows and columns",
 }
-"""What a `second_moment` changes about the blocks of the rules."""
+"""How a `second_moment` changes the blocks of the rules."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Blocks:
     """The blocks of one parameter.
 
     Attributes:
-        name: its name without wrappers' prefixes.
+        name: its name without wrapper prefixes.
         shape: its global shape.
-        role: what the parameter is in the model (see ROLES).
+        role: its role in the model (see ROLES).
         layout: its blocks, one second moment each.
         decay: whether weight decay applies.
-        pattern: the pattern of the rule that gave it its role.
-        factors: for a factored second moment, the layouts of the columns and of the whole: an element's second moment
-            is its block's (a row) times its column's, divided by the whole's. Else empty.
-        factored: whether it has the blocks of the role "factored", whatever its own role.
+        pattern: the pattern of the rule that assigned its role.
+        factors: for a factored second moment, the layouts of the columns and of the full matrix: an element's second
+            moment is its row's times its column's, divided by the full matrix's. Else empty.
+        factored: whether it has the blocks of the role "factored", regardless of its own role.
     """
 
     name: str
@@ -89,12 +89,12 @@ class Row:
 
     @property
     def second_moments(self) -> int:
-        """Number of second moments of each of them."""
+        """Number of second moments of each parameter."""
         return sum(layout.num_blocks for layout in (self.layout, *self.factors))
 
     @property
     def cuts(self) -> str:
-        """The blocks as text: the tiles of every dim, or rows and columns where factored."""
+        """The blocks as text: the tiles of every dim, or rows and columns if factored."""
         if not self.factors:
             return str(self.layout)
         *stack, rows, columns = self.shape
@@ -121,13 +121,13 @@ class Partition:
             raise ValueError(f"second_moment must be one of {', '.join(SECOND_MOMENTS)}, not {self.second_moment!r}")
         if self.second_moment == _roles.CHANNELS and self.value_blocks != "neuron":
             raise ValueError(
-                f"second_moment='channels' keeps one per row of values, and value_blocks={self.value_blocks!r} asks "
-                "for other blocks: leave one of them out"
+                f"second_moment='channels' cannot be combined with value_blocks={self.value_blocks!r}, since it has "
+                "one second moment per row of values: leave one of them out"
             )
         for rule in self.rules:
             _roles.find(rule.role)
         if isinstance(self.undecayed, str):
-            raise ValueError(f"undecayed is a list of patterns and roles: write [{self.undecayed!r}]")
+            raise ValueError(f"undecayed must be a list of patterns and roles: write [{self.undecayed!r}]")
         object.__setattr__(self, "undecayed", tuple(self.undecayed))
 
     @staticmethod
@@ -142,18 +142,18 @@ class Partition:
         undecayed: Sequence[str] = (),
         second_moment: str = "blocks",
     ) -> Partition:
-        """The blocks of arXiv 2406.16793, Algorithm 3, for the transformers whose parameter names `rules.py` knows.
+        """The blocks of arXiv 2406.16793, Algorithm 3, for transformers whose parameter names are in `rules.py`.
 
         Args:
-            geometry: the model's heads, and those of models inside it; `n_heads`, `n_kv_heads`, `head_dim` replace its
+            geometry: the heads of the model and of models inside it; `n_heads`, `n_kv_heads`, `head_dim` override its
                 fields.
-            value_blocks: "neuron", one block per row of a value projection, or "tensor", one for the whole projection.
+            value_blocks: "neuron", one block per row of a value projection, or "tensor", one for the entire projection.
             roles: pattern -> role (see ROLES), tried in order before the built-in rules.
-            undecayed: patterns and names of roles; parameters that match one are not decayed. A role counts where
-                `roles` gives it and where the built-in rules would.
+            undecayed: patterns and names of roles; parameters that match one are not decayed. A role matches if
+                `roles` or the built-in rules assign it.
             second_moment: "blocks"; "channels": rows of matrices that read the residual stream, columns of those that
-                write to it, in place of heads and of the latter's rows (see `roles.by_channel`); or "factored": every
-                matrix as the role "factored". Parameters that `roles` names keep the blocks of the role given there.
+                write to it, instead of heads and rows (see `roles.by_channel`); or "factored": every matrix as the role
+                "factored". Parameters matched by `roles` keep the blocks of that role.
 
         Raises ValueError for a number that is not positive and for an unknown role, value_blocks or second_moment.
         """
@@ -172,7 +172,7 @@ class Partition:
     ) -> Partition:
         """`transformer`, with the heads read from torchtitan model args or a Hugging Face config (or a dict).
 
-        Every model of a config of several (`text_config`, `vision_config`, ...) gets its own heads; see `Geometry.of`.
+        In a config of several models (`text_config`, `vision_config`, ...) each has its own heads; see `Geometry.of`.
         """
         return Partition.transformer(
             Geometry.of(config),
@@ -188,7 +188,7 @@ class Partition:
         return Partition((Rule("*", "tensor"),), undecayed=undecayed)
 
     def with_roles(self, roles: Mapping[str, str]) -> Partition:
-        """A copy with these custom roles, pattern -> role, in place of the present ones."""
+        """A copy whose custom roles are replaced by these, pattern -> role."""
         custom = tuple(Rule(pattern, role, custom=True) for pattern, role in roles.items())
         return replace(self, rules=custom + tuple(rule for rule in self.rules if not rule.custom))
 
@@ -199,17 +199,17 @@ class Partition:
         partial: bool = False,
         others: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, Blocks]:
-        """The blocks of every parameter, under its name as given and in the order given.
+        """The blocks of every parameter, by name and in the order of `shapes`.
 
         Args:
-            shapes: parameter name -> global shape. Prefixes of wrappers (`_orig_mod.`, ...) in names are ignored.
-            partial: `shapes` and `others` are only some of the model's parameters (one pipeline stage, one group), so
-                a custom pattern that matches none of them is no error; `unused` then serves to check it.
-            others: parameters of the same model that need no blocks, such as frozen ones. They need no role; patterns
-                may match them, and whether matrices are stored [out, in] or [in, out] is judged over them, too.
+            shapes: parameter name -> global shape. Wrapper prefixes (`_orig_mod.`, ...) in names are ignored.
+            partial: whether `shapes` and `others` are only some of the model's parameters (one pipeline stage, one
+                group), so that a custom pattern that matches none of them is no error; check with `unused` instead.
+            others: parameters of the same model that need no blocks, such as frozen ones. They need no role, but
+                patterns may match them, and they help to decide between [out, in] and [in, out].
 
-        Raises ValueError, with the reason and what to do, for parameters without a role, a shape that its role does not
-        fit, heads that do not divide the rows or differ in size between parameters, and a custom pattern that matches
+        Raises ValueError, with the reason and a fix, for parameters without a role, a shape that does not fit its role,
+        head counts that do not divide the rows or give heads of different sizes, and a custom pattern that matches
         nothing.
         """
         sizes = {given: tuple(shape) for given, shape in shapes.items()}
@@ -233,11 +233,11 @@ class Partition:
         cleaned = [clean_name(name) for name in names]
         patterns = [rule.pattern for rule in self.rules if rule.custom]
         patterns += [entry for entry in self.undecayed if not _roles.known(entry)]
-        return [pattern for pattern in patterns if not any(fits(pattern, name) for name in cleaned)]
+        return [pattern for pattern in patterns if not any(matches(pattern, name) for name in cleaned)]
 
     @staticmethod
     def _rules(index: Index, name: str, dims: int) -> list[Rule]:
-        """The first rule that applies, and the first built-in one, which also has to fit the number of dims."""
+        """The first matching rule, and the first built-in one; built-in rules must also fit the number of dims."""
         rules = [rule for rule in index.matching(name) if rule.custom or dims in _roles.find(rule.role)[0].dims]
         return [*rules[:1], *[rule for rule in rules if not rule.custom][:1]]
 
@@ -257,16 +257,16 @@ class Partition:
         except ValueError as error:
             where = f" of part {part!r} (see Geometry.parts)" if part else ""
             if self.geometry.parts and not part:
-                where = f" of none of the model's parts ({', '.join(self.geometry.parts)}; see Geometry.parts)"
+                where = f" in none of the model's parts ({', '.join(self.geometry.parts)}; see Geometry.parts)"
             raise ValueError(f"parameter {name} of shape {shape}, role {rule.role}{where}: {error}") from None
         return Blocks(name, shape, role, layout, self._decays(name, rules), rule.pattern, factors, factored)
 
     def _decays(self, name: str, rules: Iterable[Rule]) -> bool:
         roles = {rule.role.removesuffix(_roles.TRANSPOSED) for rule in rules}
-        return not any(entry in roles if _roles.known(entry) else fits(entry, name) for entry in self.undecayed)
+        return not any(entry in roles if _roles.known(entry) else matches(entry, name) for entry in self.undecayed)
 
     def _check_heads(self, assigned: Iterable[Blocks]) -> None:
-        """Head sizes derived from head counts must agree within a part: a query and its key are multiplied."""
+        """Check that head sizes derived from head counts agree within a part: queries and keys are multiplied."""
         seen: dict[str, dict[int, Blocks]] = {}
         for blocks in assigned:
             role = blocks.role.removesuffix(_roles.TRANSPOSED)
@@ -279,8 +279,8 @@ class Partition:
             if len(sizes) > 1:
                 found = ", ".join(f"{size} rows in {blocks.name} {blocks.shape}" for size, blocks in sizes.items())
                 raise ValueError(
-                    f"the number of heads makes heads of different sizes: {found}. Pass n_kv_heads if keys have fewer "
-                    "heads than queries, or head_dim; parameters whose heads do differ take a role 'rows:N' with N "
+                    f"the number of heads gives heads of different sizes: {found}. Pass n_kv_heads if keys have fewer "
+                    "heads than queries, or head_dim; parameters whose heads do differ need a role 'rows:N' with N "
                     "rows per head, and models inside the model are given as Geometry(parts={...})"
                 )
 
@@ -304,7 +304,7 @@ def summarize(blocks: Iterable[Blocks]) -> list[Row]:
 
 
 def _unknown_message(index: Index, unknown: Mapping[str, tuple[int, ...]]) -> str:
-    """Names that the rules know as matrices, but with the shape of a vector, are slices; others need a role."""
+    """The error for unmatched parameters: matrix names with vector shapes are flattened slices; others need a role."""
     matrices = {
         name: [rule.role for rule in index.matching(name) if _roles.find(rule.role)[0].dims.start > 1]
         for name, shape in unknown.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# field -> the names it goes by: torchtitan's model args first, then Hugging Face's configs, T5's last
+# field -> its names: torchtitan's model args first, then Hugging Face's configs, T5's last
 _ALIASES: dict[str, tuple[str, ...]] = {
     "n_heads": ("n_heads", "num_attention_heads", "n_head", "num_heads", "attention_heads"),
     "n_kv_heads": ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head"),
@@ -19,7 +19,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 _PART = re.compile(r"(.+)_config|((?:.+_)?(?:encoder|decoder))")
-"""Fields of a config that hold another model's config: `vision_config`, and `encoder` and `decoder` by themselves."""
+"""Fields of a config that contain another model's config: `vision_config`, and plain `encoder` and `decoder`."""
 _SIDE_HEADS = re.compile(r"(?:num_)?((?:\w+_)?(?:encoder|decoder))_(?:num_)?attention_heads")
 _SYNONYMS = {"text": "language", "vision": "visual"}
 """Hugging Face calls the model of `text_config` `text_model` or `language_model`, of `vision_config` also `visual`."""
@@ -32,16 +32,16 @@ NEEDS_HEADS = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """The head counts and sizes of a model; None where they are not known.
+    """The head counts and sizes of a model; None if unknown.
 
-    Rows per head are never guessed from `dim / n_heads`: they are a projection's rows divided by its heads.
-    Where a model has both `qk_nope_head_dim` and `qk_rope_head_dim` (multi-head latent attention), a query head
-    has the sum of the two, and `head_dim` is not used: configs of such models use it for the rotary part.
+    Rows per head are never derived from `dim / n_heads`: they are a projection's rows divided by its heads.
+    If a model has both `qk_nope_head_dim` and `qk_rope_head_dim` (multi-head latent attention), a query head
+    has the sum of the two rows, and `head_dim` is not used: configs of such models use it for the rotary part.
 
-    `parts` are models inside the model, each with a geometry of its own: `{"vision": Geometry(n_heads=16)}`. A
+    `parts` are models inside the model, each with its own geometry: `{"vision": Geometry(n_heads=16)}`. A
     parameter belongs to a part if a component of its name is the part's name or begins with it and an underscore
     (`vision_tower.encoder.layers.0...`); "text" also means `language`, and "vision" `visual`. The first such component
-    decides. Parameters that belong to no part have the heads of this geometry itself.
+    decides. Parameters that belong to no part use the heads of this geometry itself.
 
     Raises ValueError for a number that is not a positive integer.
     """
@@ -67,20 +67,21 @@ class Geometry:
         """Read the heads from torchtitan model args or a Hugging Face config, an object or a dict.
 
         Configs inside the config (`text_config`, `vision_config`, `encoder`, ...) become `parts`; a single one in a
-        config without heads of its own is the whole model. So do the encoder and the decoder of a config that counts
-        their heads apart (`encoder_attention_heads`). torchtitan 0.3's configs are read through their first attention.
+        config without heads of its own is the full model. Encoder and decoder also become parts if the config counts
+        their heads separately (`encoder_attention_heads`). torchtitan 0.3's configs are read through their first
+        attention.
         """
         numbers: dict[str, Any] = {number: _first(config, names) for number, names in _ALIASES.items()}
         if numbers["n_heads"] is None and (attention := _get(config, "first_attention")) is not None:
             return Geometry.of(attention)
         if _get(config, "multi_query") is True and not _get(config, "new_decoder_architecture"):
-            numbers["n_kv_heads"] = 1  # Falcon and GPTBigCode keep the count of ungrouped heads beside this flag
+            numbers["n_kv_heads"] = 1  # Falcon and GPTBigCode also have the count of ungrouped heads
         if numbers["head_dim"] is None and (axes := _get(config, "axes_dim")):
-            numbers["head_dim"] = sum(axes)  # flux: the rotary axes share out one head
-        # DeepSeek writes 0 for a projection that is not there, Swin a list with one number per stage
+            numbers["head_dim"] = sum(axes)  # flux: the rotary axes add up to one head
+        # DeepSeek has 0 for a missing projection, Swin a list with one number per stage
         numbers = {name: None if isinstance(n, (list, tuple)) else n or None for name, n in numbers.items()}
         own = Geometry(**numbers)
-        if sides := dict(_sides(config, own)):  # transformers repeats the encoder's as those of the whole
+        if sides := dict(_sides(config, own)):  # transformers repeats the encoder's heads as the model's
             side, *others = set(sides.values())
             own = replace(own, n_heads=None, n_kv_heads=None) if others else side
         parts = dict(_parts(config)) | sides
@@ -92,7 +93,7 @@ class Geometry:
         """The part that a parameter of this name belongs to, as a dotted path, and its geometry; "" for none."""
         components = name.split(".")
         for position, component in enumerate(components):
-            if matching := [part for part in self.parts if _leads(part, component)]:
+            if matching := [part for part in self.parts if _belongs_to(part, component)]:
                 part = max(matching, key=len)
                 inner, geometry = self.parts[part].part_of(".".join(components[position + 1 :]))
                 return f"{part}.{inner}".rstrip("."), geometry
@@ -100,7 +101,7 @@ class Geometry:
 
     @property
     def qk_head_dim(self) -> int | None:
-        """Rows of one query or key head where the model states them."""
+        """Rows of one query or key head if the model states them."""
         if self.qk_nope_head_dim and self.qk_rope_head_dim:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim
@@ -110,24 +111,24 @@ class Geometry:
         return _rows_per_head(rows, self.n_heads, self.qk_head_dim, "n_heads")
 
     def key_head(self, rows: int) -> int:
-        """Rows of one head of a key projection; n_kv_heads, where not given, is n_heads unless head_dim is known."""
+        """Rows of one head of a key projection; n_kv_heads defaults to n_heads unless head_dim is known."""
         if self.n_kv_heads is None and self.qk_head_dim is None:
-            return _rows_per_head(rows, self.n_heads, None, "n_kv_heads, taken to be n_heads,")
+            return _rows_per_head(rows, self.n_heads, None, "n_kv_heads (by default n_heads)")
         return _rows_per_head(rows, self.n_kv_heads, self.qk_head_dim, "n_kv_heads")
 
     def query_or_key_head(self, rows: int) -> int:
-        """Rows of one head of a projection that may be either: needs a head size, or equally many heads."""
+        """Rows of one head of a projection that may be either: needs a head size, or equal head counts."""
         if self.qk_head_dim is None and self.n_kv_heads not in (None, self.n_heads):
             raise ValueError(
-                f"queries have {self.n_heads} heads and keys {self.n_kv_heads}, and this role does not say which it "
-                "is: pass head_dim, or give it the role 'query' or 'key'"
+                f"queries have {self.n_heads} heads and keys {self.n_kv_heads}, and this role does not specify "
+                "which it is: pass head_dim, or give it the role 'query' or 'key'"
             )
         return _rows_per_head(rows, None if self.qk_head_dim else self.n_heads, self.qk_head_dim, "n_heads")
 
     def fused_heads(self, rows: int, inputs: int) -> tuple[int, int, int]:
         """(query heads, key heads, rows per head) of a tensor whose `rows` are queries, keys and values.
 
-        Without n_kv_heads and head_dim only the plain case is believed: as many keys and values as queries, and
+        Without n_kv_heads and head_dim only the plain case is accepted: as many keys and values as queries, and
         as many queries as inputs, so rows = 3 * inputs.
         """
         if self.n_heads is None:
@@ -138,9 +139,7 @@ class Geometry:
         if kv is None:
             kv = self.n_heads
             if size is None and rows != 3 * inputs:
-                raise ValueError(
-                    f"with n_kv_heads not given its {rows} rows should be 3 x {inputs} inputs: pass n_kv_heads"
-                )
+                raise ValueError(f"without n_kv_heads its {rows} rows should be 3 x {inputs} inputs: pass n_kv_heads")
         heads = self.n_heads + 2 * kv
         if kv < 1 or rows % heads or size not in (None, rows // heads):
             raise ValueError(
@@ -190,18 +189,18 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
 
 
 def _parts(config: Any) -> Iterator[tuple[str, Geometry]]:
-    """The models inside a config, by their fields' names without `_config`."""
+    """The models inside a config, by field name without `_config`."""
     for name, value in _fields(config).items():
         match = _PART.fullmatch(str(name))
         if match and (isinstance(value, Mapping) or hasattr(value, "__dict__")) and not isinstance(value, type):
             geometry = Geometry.of(value)
-            # a model says its type or has heads; others are `quantization_config` and its like
+            # a model has a type or heads; others are `quantization_config` and the like
             if geometry != Geometry() or _get(value, "model_type"):
                 yield match[1] or match[2], geometry
 
 
 def _sides(config: Any, own: Geometry) -> Iterator[tuple[str, Geometry]]:
-    """Encoder and decoder of a config that counts their heads apart."""
+    """Encoder and decoder of a config that counts their heads separately."""
     for name, heads in _fields(config).items():
         if (match := _SIDE_HEADS.fullmatch(str(name))) and isinstance(heads, int) and heads:
             yield match[1], replace(own, n_heads=heads, n_kv_heads=_get(config, f"{match[1]}_num_key_value_heads"))
@@ -211,7 +210,7 @@ def _fields(config: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
-def _leads(part: str, component: str) -> bool:
-    """Does a component of a parameter's name lead into this part?"""
+def _belongs_to(part: str, component: str) -> bool:
+    """Whether a component of a parameter's name belongs to this part."""
     words = (part, _SYNONYMS.get(part, part))
     return component in words or component.startswith(tuple(f"{word}_" for word in words))

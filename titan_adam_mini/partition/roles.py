@@ -1,7 +1,7 @@
-"""What a role means: a table from each role's name to the function that divides a tensor of that role into blocks.
+"""The roles: a table from each role's name to the function that divides a tensor of that role into blocks.
 
-Most roles say only how the *output* dim is cut and leave every other dim whole. The output dim is the first
-(torch's `Linear`, `[out, in]`) or, for a role written with `.T`, the last (`[in, out]`).
+Most roles only cut the *output* dim, and no other. The output dim is the first (torch's `Linear`, `[out, in]`) or, for
+a role written with `.T`, the last (`[in, out]`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRANSPOSED = ".T"
 
 @dataclass(frozen=True)
 class Model:
-    """What the roles need to know beyond a shape: the heads, and whether values are cut by neuron or not at all."""
+    """What the roles need besides a shape: the heads, and whether values are cut by neuron or not at all."""
 
     geometry: Geometry = field(default_factory=Geometry)
     value_blocks: str = "neuron"
@@ -40,10 +40,10 @@ class Role:
     """One row of the table of roles.
 
     Attributes:
-        blocks: what they are, in words.
+        blocks: a description.
         dims: the numbers of dims that a tensor of this role may have.
-        layout: (shape, model, is it transposed?) -> blocks.
-        matrix: is it a matrix, or a stack of them, whose outputs may lie along its last dim, or be factored?
+        layout: (shape, model, transposed) -> blocks.
+        matrix: whether it is a matrix, or a stack of them, which may be transposed or factored.
     """
 
     blocks: str
@@ -83,7 +83,7 @@ def _qkv(rows: int, inputs: int, model: Model) -> Sequence[Run]:
 def _qkv_grouped(rows: int, inputs: int, model: Model) -> Sequence[Run]:
     heads, kv_heads, size = model.geometry.fused_heads(rows, inputs)
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot be shared out among {kv_heads} key heads: check n_kv_heads")
+        raise ValueError(f"{heads} query heads are not divisible by {kv_heads} key heads: check n_kv_heads")
     return [(heads // kv_heads, size), (1, size), model.values(size)] * kv_heads
 
 
@@ -134,10 +134,10 @@ def _rows_of_matrices(shape: Shape, model: Model, transposed: bool) -> BlockLayo
 
 
 def factors(shape: Shape) -> tuple[BlockLayout, ...]:
-    """What a factored second moment has beside its rows: the columns of a matrix, or of each of a stack, and the whole.
+    """The grids of a factored second moment besides its rows: the columns, and the full matrix; per matrix of a stack.
 
-    The second moment of an element is that of its row times that of its column over that of the whole (Adafactor,
-    arXiv 1804.04235, section 3). Nothing for a matrix of one row or column, where that is the element's own.
+    The second moment of an element is that of its row times that of its column divided by that of the matrix
+    (Adafactor, arXiv 1804.04235, section 3). Empty for a matrix of one row or column, where this is the element's own.
     """
     if 1 in shape[-2:]:
         return ()
@@ -159,11 +159,11 @@ TABLE: Mapping[str, Role] = {
     "token": Role("one per row: embeddings, output head, learned positions", range(2, 100), _token, True),
     "query": Role("one per query head: rows / n_heads, or head_dim, rows", _MATRIX, _matrix(_queries), True),
     "key": Role("one per key head: rows / n_kv_heads, or head_dim, rows", _MATRIX, _matrix(_keys), True),
-    "query_key": Role("one per head, of a query or a key alike", _MATRIX, _matrix(_queries_or_keys), True),
-    "value": Role("one per output neuron; one in all if value_blocks='tensor'", _MATRIX, _matrix(_values), True),
+    "query_key": Role("one per head, of queries or keys", _MATRIX, _matrix(_queries_or_keys), True),
+    "value": Role("one per output neuron; one per tensor if value_blocks='tensor'", _MATRIX, _matrix(_values), True),
     "neuron": Role("one per output neuron (row)", _MATRIX, _matrix(_neurons), True),
     "experts": Role("one per expert and output neuron of an [expert, out, in] tensor", range(3, 4), _experts, True),
-    "qkv": Role("queries, keys, values one after the other, each as by itself", _MATRIX, _matrix(_qkv), True),
+    "qkv": Role("queries, keys, values concatenated, each with its own blocks", _MATRIX, _matrix(_qkv), True),
     "qkv_grouped": Role(
         "per key head: its query heads, the key head, its values (one block per key head if value_blocks='tensor')",
         _MATRIX,
@@ -185,36 +185,36 @@ TABLE: Mapping[str, Role] = {
         True,
     ),
     FACTORED: Role(
-        "row means times column means, as Adafactor (arXiv 1804.04235) keeps them: of a matrix, or of each expert",
+        "row means times column means, as in Adafactor (arXiv 1804.04235): of a matrix, or of each expert",
         range(2, 4),
         _rows_of_matrices,
     ),
     "convolution": Role("one per output channel (first dim)", range(3, 6), _matrix(_neurons)),
-    "norm": Role("one for the whole vector: norms and other vectors", _VECTOR, _whole),
+    "norm": Role("one per vector: norms and other vectors", _VECTOR, _whole),
     "bias": Role("one per element, plain Adam: biases, per-head scalars", _ANY, _elementwise),
-    "tensor": Role("one for the whole tensor", _ANY, _whole),
+    "tensor": Role("one per tensor", _ANY, _whole),
 }
 
 ROWS = "rows:N"
 ROLES: Mapping[str, str] = {name: role.blocks for name, role in TABLE.items()} | {
-    ROWS: "one per N consecutive rows, N written out, as in 'rows:64'"
+    ROWS: "one per N consecutive rows, such as 'rows:64'"
 }
-"""Every role and, in a line, its blocks. A role of a matrix may end in `.T`: outputs along the last dim."""
+"""Role -> a description of its blocks. A role of a matrix may end in `.T`: outputs along the last dim."""
 
 HEADED = frozenset({"query", "key", "query_key", "qkv", "qkv_grouped"})
 """Roles whose first tile is one head."""
 
 
 BY_ROW = frozenset({"query", "key", "query_key", "qkv", "qkv_grouped", "qkv_mlp", "latent_kv_in", "latent_kv_out"})
-"""Roles of attention's projections: by channel, each of their rows is one."""
+"""Roles of attention projections, which by channel have one block per row."""
 
 
 def by_channel(role: str, writes: bool) -> str:
     """The role with one block per channel: along the dim of a matrix that is not the residual stream's.
 
     Args:
-        role: with `.T` where outputs lie along the last dim.
-        writes: are the matrix's outputs added to the residual stream?
+        role: with `.T` if outputs lie along the last dim.
+        writes: whether the matrix's outputs are added to the residual stream.
     """
     name = role.removesuffix(TRANSPOSED)
     turned = (name != role) != writes
@@ -222,7 +222,7 @@ def by_channel(role: str, writes: bool) -> str:
 
 
 def find(role: str) -> tuple[Role, bool]:
-    """The table's row of a role and whether it is transposed; ValueError listing the valid names."""
+    """The table's row of a role, and whether it is transposed; ValueError listing the valid names."""
     name = role.removesuffix(TRANSPOSED) if isinstance(role, str) else ""
     transposed = name != role
     row = _row(name)
@@ -232,7 +232,7 @@ def find(role: str) -> tuple[Role, bool]:
 
 
 def known(role: str) -> bool:
-    """Is this the name of a role, without `.T`?"""
+    """Whether this is the name of a role, without `.T`."""
     return _row(role) is not None
 
 
@@ -242,14 +242,14 @@ def layout(role: str, shape: Shape, model: Model) -> BlockLayout:
     if len(shape) not in row.dims:
         bound = "exactly" if len(row.dims) == 1 else "at least" if len(shape) < row.dims.start else "at most"
         limit = row.dims.start if len(shape) < row.dims.start else row.dims.stop - 1
-        slices = ", perhaps a flattened slice, as FSDP1 and DeepSpeed ZeRO make them" * (len(shape) == 1)
-        raise ValueError(f"this role takes tensors of {bound} {limit} dims, and this one has {len(shape)}{slices}")
+        slices = ", perhaps a flattened slice, as made by FSDP1 and DeepSpeed ZeRO" * (len(shape) == 1)
+        raise ValueError(f"this role is for tensors of {bound} {limit} dims, but this one has {len(shape)}{slices}")
     return row.layout(shape, model, transposed)
 
 
 def valid_roles() -> str:
-    """One sentence that lists them all."""
-    return f"valid roles are {', '.join(ROLES)}; a matrix stored [in, out] takes {TRANSPOSED} after its role"
+    """A sentence that lists them all."""
+    return f"valid roles are {', '.join(ROLES)}; a matrix stored [in, out] needs {TRANSPOSED} after its role"
 
 
 def _row(name: str) -> Role | None:

@@ -1,7 +1,7 @@
-"""The table of rules: which parameter names have which role in known transformers.
+"""The table of rules: the roles of parameter names in known transformers.
 
-A pattern is a glob, matched on a whole name or on any dotted suffix of it, so it always starts at a component.
-A rule of this table applies only where its role fits the tensor's number of dims: `*norm*.weight` means vectors.
+A pattern is a glob, matched against the full name or any dotted suffix of it, so it always starts at a component.
+A rule of this table applies only if its role fits the tensor's number of dims: `*norm*.weight` means vectors.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(
 class Rule:
     """Parameters whose name matches `pattern` have `role`.
 
-    `orientation` names the evidence, in the model's other shapes, that tells whether the tensor is transposed
-    ("" if it never is); `custom` marks rules that the user adds; `writes` rules for matrices whose outputs are added to
-    the residual stream.
+    `orientation` names the evidence, in the model's other shapes, that shows whether the tensor is transposed
+    ("" if it never is); `custom` marks rules added by the user; `writes` marks matrices whose outputs are added to the
+    residual stream.
     """
 
     pattern: str
@@ -34,23 +34,24 @@ class Rule:
 
 
 def clean_name(name: str) -> str:
-    """The name without the components that torch.compile, checkpointing, FSDP and DDP wrappers put into it."""
+    """The name without the components added by torch.compile, checkpointing, FSDP and DDP wrappers."""
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
 
 
 def collapse(name: str) -> str:
-    """The name with its numbers as `*`: what the parameters of all layers share."""
+    """The name with numbers replaced by `*`, equal for all layers."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def fits(pattern: str, name: str) -> bool:
-    """Does the glob match the name or a dotted suffix of it? A wrapped base layer also goes by its plain name."""
+def matches(pattern: str, name: str) -> bool:
+    """Whether the glob matches the name or a dotted suffix of it. An adapted base layer also matches by its plain
+    name."""
     return any(_compiled(pattern).match(known) for known in _known_as(name))
 
 
 def _known_as(name: str) -> tuple[str, ...]:
-    """The name, and the name without what an adapter library puts into it."""
+    """The name, and the name without components added by an adapter library."""
     plain = _ADAPTED.sub("", name)
     return (name,) if plain == name else (name, plain)
 
@@ -61,7 +62,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 class Index:
-    """Finds the rules that fit a name without trying every one: a model may have 50,000 parameters."""
+    """Finds the rules that match a name without trying every one: a model may have 50,000 parameters."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = tuple(rules)
@@ -74,7 +75,7 @@ class Index:
                 self._literal.setdefault(rule.pattern, []).append(number)
 
     def matching(self, name: str) -> list[Rule]:
-        """All rules whose pattern fits the cleaned name, in order."""
+        """All rules whose pattern matches the cleaned name, in order."""
         found: set[int] = set()
         for known in _known_as(name):
             found.update([number for number, regex in self._globs if regex.match(known)])
@@ -155,8 +156,8 @@ PARAMETERS: dict[str, str] = {
     "norm": "*norm*.scale *.gamma *.lambda1 *.lambda_[12] *lora_magnitude_vector* class_embedding",
 }
 
-# (pattern, role, evidence in `orientation.py`): what some libraries store [out, in] and others [in, out]
-TURNING: tuple[tuple[str, str, str], ...] = (
+# (pattern, role, evidence in `orientation.py`): matrices that some libraries store [out, in] and others [in, out]
+EITHER_ORIENTATION: tuple[tuple[str, str, str], ...] = (
     ("attn.c_attn.weight", "qkv", "c_attn"),
     ("attn.c_proj.weight", "neuron", "c_attn"),
     ("mlp.c_fc.weight", "neuron", "c_attn"),
@@ -165,7 +166,7 @@ TURNING: tuple[tuple[str, str, str], ...] = (
     ("experts.down_proj", "experts", "experts"),
 )
 
-# what is added to the residual stream, the output of attention, of MLPs, of experts: modules, and full last names
+# modules, and full last names, whose output is added to the residual stream: outputs of attention, MLPs, experts
 _WRITING = (
     "wo o_proj out_proj SelfAttention.o EncDecAttention.o attention.output.dense attention.dense self_attention.dense "
     "self_attn.dense attn.proj *_attn.proj out_lin self_attn.projection attention.projection_layer attn.c_proj "
@@ -185,7 +186,7 @@ def _transformer_rules() -> Iterator[Rule]:
         for module in modules.split():
             yield Rule(f"{module}.lora_[Bb].*weight", role)
     yield Rule("lora_[Bb].*weight", "neuron")
-    for pattern, role, evidence in TURNING:
+    for pattern, role, evidence in EITHER_ORIENTATION:
         yield Rule(pattern, role, evidence)
     for role, names in PARAMETERS.items():
         for name in names.split():

@@ -1,11 +1,10 @@
-"""What torchtitan 0.2 sees: importing this module makes the optimizer name "AdamMini" known to it.
+"""The torchtitan 0.2 integration: importing this module registers the optimizer name "AdamMini".
 
-A run needs one line, ``[experimental] custom_import = "titan_adam_mini.titan"``. A module of your own that is already
-named there imports this one; a fork with its own ``TrainSpec`` may pass :func:`build_optimizers` to it instead. What
-else this package can change in torchtitan is switched on by :func:`enable`, or by an environment variable for each:
-docs/torchtitan.md.
+A run needs one line, ``[experimental] custom_import = "titan_adam_mini.titan"``. If you already have a module there,
+import this one from it; a fork with its own ``TrainSpec`` may pass :func:`build_optimizers` to it instead. Further
+features are switched on by :func:`enable`, or by an environment variable each: docs/torchtitan.md.
 
-Raises ImportError, with the versions, if the installed torchtitan is not one that this package works with.
+Raises ImportError, with the versions, if the installed torchtitan is not supported.
 """
 
 import logging
@@ -28,5 +27,5 @@ __all__ = ["AdamMiniContainer", "build_optimizers", "enable"]
 enable()
 if not (has_accelerator() or is_installed("cpu")):
     logging.getLogger("titan_adam_mini").info(
-        "No accelerator found: torchtitan trains on the CPU with the environment variable TITAN_ADAM_MINI_CPU=1."
+        "No accelerator found: set the environment variable TITAN_ADAM_MINI_CPU=1 to train on the CPU."
     )

@@ -1,4 +1,4 @@
-"""From torchtitan's ``[optimizer]`` section to AdamMini: one optimizer per model part, in torchtitan's container."""
+"""Builds AdamMini from torchtitan's ``[optimizer]`` section: one optimizer per model part, in one container."""
 
 from collections import Counter
 from typing import Any
@@ -17,7 +17,7 @@ from titan_adam_mini.titan.knobs import Knobs, read_knobs
 
 NAME = "AdamMini"
 _PARAM_NAMES = ".param_names"
-"""Key of the names in torch's parameter groups, as a flat state dict ends in it."""
+"""Suffix, in flat state dicts, of the key of names in torch's parameter groups."""
 
 
 class AdamMiniContainer(OptimizersContainer):
@@ -26,12 +26,11 @@ class AdamMiniContainer(OptimizersContainer):
     Args:
         model_parts: the parallelised model parts of this rank.
         optimizers: one per model part, with all its trainable parameters.
-        knobs: what the checkpointer needs to know, `load_adamw_state` and `hyper_parameters`, and the metrics,
-            `log_memory`.
+        knobs: `load_adamw_state` and `hyper_parameters` are used by the checkpointer, `log_memory` by the metrics.
 
     Attributes:
-        checkpoint_layout: parameter -> its kind in the checkpoint that the next load is from: state dicts have room for
-            that, and what is loaded is converted.
+        checkpoint_layout: parameter -> its kind in the checkpoint to be loaded next: state dicts then have tensors of
+            that kind, and loaded state is converted.
     """
 
     def __init__(self, model_parts: list[Any], optimizers: list[AdamMini], knobs: Knobs) -> None:
@@ -42,24 +41,24 @@ class AdamMiniContainer(OptimizersContainer):
         self.optimizers = optimizers
         self._validate_length(len(model_parts))
         for optimizer in optimizers:
-            # Made here, on every rank at once: a checkpoint then finds the state without a trial step.
+            # Create the state here, on all ranks: torchtitan's checkpoint loading then needs no trial step.
             optimizer.init_state()
         params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
         self._post_init(params, optimizers[0].defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torchtitan's; before a load with room for the checkpoint's kind of momentum, and for AdamW's moments."""
-        # torch writes the list of all names beside each of them; a name is in its own key already.
+        """As torchtitan's; before a load, with tensors for the checkpoint's momentum dtype, and for AdamW's moments."""
+        # torch stores the list of all names once per name; the name is already in its own key.
         state = {key: value for key, value in super().state_dict().items() if not key.endswith(_PARAM_NAMES)}
         return as_stored(state, self.checkpoint_layout) if self.checkpoint_layout else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torchtitan's; what is of another kind in `checkpoint_layout` is converted first, which is collective for
+        """As torchtitan's; state of another kind in `checkpoint_layout` is converted first, which is collective for
         AdamW's second moments: they are averaged over the blocks."""
         if self.checkpoint_layout:
             conversions: Conversions = Counter()
             averaged = []
-            with failing_together("convert the optimizer state that was loaded"):
+            with failing_together("convert the loaded optimizer state"):
                 for part, optimizer in zip(self.model_parts, self.optimizers, strict=True):
                     named = [(clean_name(name), param) for name, param in part.named_parameters()]
                     names = {param: name for name, param in named if param in optimizer.state}
@@ -92,8 +91,8 @@ def build_adam_mini(
     """Build AdamMini for every model part of this rank; the arguments are those of ``register.build_optimizers``.
 
     Raises:
-        ValueError: a setting that AdamMini cannot serve, or a model whose heads nobody names; in words, with the cure.
-            On every rank, also where it is the model part of another one, a pipeline stage, that cannot be served.
+        ValueError: a setting that AdamMini does not support, or a model with unknown head counts; with a fix. Raised on
+            every rank, also if only the model part (pipeline stage) of another rank is affected.
     """
     with failing_together("build AdamMini"):
         check_settings(optimizer_config, fault_tolerant=ft_manager is not None and ft_manager.enabled)
@@ -105,21 +104,21 @@ def build_adam_mini(
 
 
 def check_settings(optimizer_config: Any, *, fault_tolerant: bool) -> None:
-    """Raise ValueError, in words, for settings that AdamMini cannot serve.
+    """Raise ValueError for settings that AdamMini does not support.
 
     Args:
         optimizer_config: torchtitan's ``[optimizer]`` section.
-        fault_tolerant: does the run use torchft?
+        fault_tolerant: whether the run uses torchft.
     """
     if optimizer_config.early_step_in_backward:
         raise ValueError(
-            "optimizer.early_step_in_backward = true cannot serve AdamMini: it steps each parameter alone inside the "
-            "backward pass, while a block's second moment is completed over all ranks once per step. Set "
+            "optimizer.early_step_in_backward = true is not supported by AdamMini: it steps each parameter separately "
+            "in the backward pass, while AdamMini reduces second moments over all ranks once per step. Set "
             "optimizer.early_step_in_backward = false."
         )
     if fault_tolerant:
         raise ValueError(
-            "fault_tolerance.enable = true (torchft) cannot serve AdamMini: torchft changes the set of replicas "
+            "fault_tolerance.enable = true (torchft) is not supported by AdamMini: torchft changes the set of replicas "
             "between steps, while AdamMini plans its exchange once per run. Set fault_tolerance.enable = false, or "
             "train with AdamW under torchft."
         )
@@ -132,9 +131,9 @@ def optimizer_of(
     partition: Partition | None = None,
     momentum_dtype: torch.dtype | None = None,
 ) -> AdamMini:
-    """AdamMini for one model part, without state yet: on the meta device too, where its table can be looked at.
+    """AdamMini for one model part, without state yet; also on the meta device, to show its table.
 
-    `momentum_dtype` stands in for the configuration's.
+    `momentum_dtype` overrides the configuration's.
     """
     implementation = optimizer_config.implementation
     if implementation not in _IMPLEMENTATIONS:
@@ -161,18 +160,18 @@ _IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
 
 def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Partition:
-    """The partition of a torchtitan model, whose ``model_args`` hold its head counts.
+    """The partition of a torchtitan model, with head counts from its ``model_args``.
 
-    A pattern of the user's that matches no parameter is an error, but not where the part is one pipeline stage of
-    several (``staged``), since it may be another stage's, and not where all that it matches is frozen.
+    A custom pattern that matches no parameter is an error, unless the part is one of several pipeline stages
+    (``staged``), since it may match in another stage, or all parameters that it matches are frozen.
     """
     model_args = getattr(part, "model_args", None)
     if model_args is None:
         raise ValueError(
-            f"AdamMini cannot tell the number of heads of {type(part).__name__}: it has no `model_args`, where "
-            "torchtitan's models keep it. Set `self.model_args` in the model, or give the TrainSpec "
-            "`build_optimizers_fn=functools.partial(titan_adam_mini.titan.build_optimizers, partition=...)` with a "
-            "titan_adam_mini.Partition of your own."
+            f"AdamMini cannot determine the number of heads of {type(part).__name__}: it has no `model_args`, which "
+            "torchtitan's models have. Set `self.model_args` in the model, or give the TrainSpec "
+            "`build_optimizers_fn=functools.partial(titan_adam_mini.titan.build_optimizers, partition=...)` with your "
+            "own titan_adam_mini.Partition."
         )
 
     def partition(roles: dict[str, str], undecayed: list[str]) -> Partition:
@@ -184,11 +183,11 @@ def _partition_of(part: torch.nn.Module, knobs: Knobs, *, staged: bool) -> Parti
             second_moment=knobs.second_moment,
         )
 
-    whole = partition(knobs.roles, knobs.undecayed)
+    complete = partition(knobs.roles, knobs.undecayed)
     trainable = [name for name, param in part.named_parameters() if param.requires_grad]
-    elsewhere = set(whole.unused(trainable))
+    elsewhere = set(complete.unused(trainable))
     if not staged:
-        elsewhere -= set(whole.unused(name for name, _ in part.named_parameters()))
+        elsewhere -= set(complete.unused(name for name, _ in part.named_parameters()))
     return partition(
         {pattern: role for pattern, role in knobs.roles.items() if pattern not in elsewhere},
         [pattern for pattern in knobs.undecayed if pattern not in elsewhere],

@@ -1,9 +1,9 @@
 """The feature "one_curve": one TensorBoard curve over all starts of a run, for every optimizer.
 
 torchtitan stamps TensorBoard's folder with the time of each start, so a run that is started again begins a second
-curve. With this, all starts write into ``<dump_folder>/<save_tb_folder>`` and torchtitan's folders of replicas and
-ranks below it, and a step that is done again replaces what an earlier start wrote for it and for later ones. Weights &
-Biases needs nothing from here: WANDB_RUN_ID and WANDB_RESUME do it.
+curve. With this feature, all starts write to ``<dump_folder>/<save_tb_folder>`` and torchtitan's folders of replicas
+and ranks below it, and a repeated step replaces what an earlier start wrote for it and for later steps. Weights &
+Biases does not need this: WANDB_RUN_ID and WANDB_RESUME have the same effect.
 """
 
 import re
@@ -18,14 +18,14 @@ _STAMP = re.compile(r"(.*)/\d{8}-\d{4}(?=/|$)")
 
 
 def install() -> None:
-    """Have torchtitan's TensorBoardLogger go on with the curve that is there."""
+    """Make torchtitan's TensorBoardLogger continue an existing curve."""
     replace(titan_metrics.TensorBoardLogger, "__init__", init_without_time)
     replace(titan_metrics.TensorBoardLogger, "log", log_from_first_step)
     replace(titan_metrics.TensorBoardLogger, "close", close_if_open)
 
 
 def init_without_time(original: Any, logger: Any, log_dir: str, tag: str | None = None) -> None:
-    """In place of torchtitan's: the folder has no time in it, and the writer is made by the first `log`."""
+    """Replaces torchtitan's: the folder has no time stamp, and the writer is created by the first `log`."""
     logger.tag = tag
     logger.writer = None
     logger._folder = _STAMP.sub(r"\1", log_dir)
@@ -33,15 +33,15 @@ def init_without_time(original: Any, logger: Any, log_dir: str, tag: str | None 
 
 
 def log_from_first_step(original: Any, logger: Any, metrics: dict[str, Any], step: int) -> None:
-    """Around torchtitan's: the first step that is logged says from where on earlier starts are replaced."""
+    """Wraps torchtitan's: from the first logged step on, values of earlier starts are replaced."""
     if logger.writer is None:
         logger.writer = SummaryWriter(logger._folder, max_queue=1000, purge_step=step)
     original(logger, metrics, step)
-    # A killed process loses what it has not flushed, and steps before the last checkpoint are not done again.
+    # A killed process loses unflushed values, and steps before the last checkpoint are not repeated.
     logger.writer.flush()
 
 
 def close_if_open(original: Any, logger: Any) -> None:
-    """Around torchtitan's: a start that has logged nothing has no writer."""
+    """Wraps torchtitan's: without logged values there is no writer."""
     if logger.writer is not None:
         original(logger)

@@ -1,7 +1,7 @@
 """The feature "cpu": torchtitan on a machine without an accelerator, the CPU as its device, gloo as its backend.
 
-torchtitan 0.2 falls back to "cuda" when it finds no device, and asks that device for its name and its memory. Here it
-gets a device module that answers from this process. Where there is an accelerator, nothing in this file does anything.
+torchtitan 0.2 falls back to "cuda" if it finds no device, and queries its name and memory. This file gives it a device
+module that reports on this process. If there is an accelerator, nothing in this file has an effect.
 """
 
 import logging
@@ -24,10 +24,10 @@ logger = logging.getLogger("titan_adam_mini")
 
 
 class CpuDevice:
-    """The part of ``torch.cuda``'s interface that torchtitan calls, answered by the CPU and this process.
+    """The part of ``torch.cuda``'s interface that torchtitan calls, implemented for the CPU and this process.
 
-    Memory is the resident memory of the process, in bytes: its peak is the peak since the process started, because an
-    operating system does not reset it. Everything else is passed on to ``torch.cpu``.
+    Memory is the resident memory of the process, in bytes; its peak is since the start of the process, because the
+    operating system does not reset it. All other attributes come from ``torch.cpu``.
     """
 
     __name__ = "titan_adam_mini.titan.device.CpuDevice"
@@ -35,13 +35,13 @@ class CpuDevice:
     def __getattr__(self, name: str) -> Any:
         if name == "memory":
             raise ValueError(
-                "[profiling] enable_memory_snapshot records the allocator of a GPU, and this run is on the CPU: set it "
+                "[profiling] enable_memory_snapshot records the allocator of a GPU, but this run is on the CPU: set it "
                 "to false"
             )
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
-        """An index, as ``torch.distributed.barrier(device_ids=...)`` demands; ``torch.cpu`` says "cpu"."""
+        """An index, as required by ``torch.distributed.barrier(device_ids=...)``; ``torch.cpu`` returns "cpu"."""
         return 0
 
     def get_device_name(self, device: Any = None) -> str:
@@ -77,7 +77,7 @@ def has_accelerator() -> bool:
 
 
 def install() -> None:
-    """Make torchtitan use the CPU where there is no accelerator; once, and logged once."""
+    """Make torchtitan use the CPU if there is no accelerator; done and logged once."""
     global _cpu
     if _cpu is not None or has_accelerator():
         return
@@ -94,21 +94,21 @@ def install() -> None:
             setattr(module, "device_type", "cpu")  # noqa: B010
     replace(torch, "histc", histc_of_integers)
     keep_exit_code()
-    logger.info("No accelerator found: torchtitan runs on the CPU with gloo, memory figures are this process's.")
+    logger.info("No accelerator found: torchtitan runs on the CPU with gloo; memory figures are those of the process.")
 
 
 def histc_of_integers(original: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Around `torch.histc`: takes integers on the CPU too, as on CUDA. torchtitan's routers count tokens with it."""
+    """Wraps `torch.histc`: accepts integers on the CPU too, as on CUDA. torchtitan's routers count tokens with it."""
     if x.is_floating_point() or x.device.type != "cpu":
         return original(x, *args, **kwargs)
     return original(x.double(), *args, **kwargs).to(x.dtype)
 
 
 def prepare_model_parts(model_parts: list[Any]) -> None:
-    """On the CPU, let FSDP sum gradients in the one way gloo can; elsewhere nothing.
+    """On the CPU, make FSDP reduce gradients with a plain sum, which gloo supports; elsewhere no effect.
 
-    torchtitan switches FSDP's gradient division off with a factor of 1, which FSDP sends as a pre-multiplied sum, and
-    gloo has none. A plain sum is the same number.
+    torchtitan disables FSDP's gradient division with a factor of 1, which FSDP implements as a pre-multiplied sum, and
+    gloo does not support that. A plain sum has the same result.
     """
     if _cpu is None:
         return

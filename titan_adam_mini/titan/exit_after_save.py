@@ -1,6 +1,7 @@
-"""The feature "signals": a run that is asked to end saves everything at one step on all ranks, and leaves.
+"""The feature "signals": on a signal, all ranks save a full checkpoint after the same step, and exit.
 
-For every optimizer. interruption.py knows what was heard and when all ranks leave; here torchtitan is made to ask it.
+For every optimizer. interruption.py handles signals and decides when all ranks exit; this file connects it to
+torchtitan.
 """
 
 import logging
@@ -19,7 +20,7 @@ from titan_adam_mini.titan.replaced import replace
 
 
 def install() -> None:
-    """Have torchtitan listen for signals from its start on, and its CheckpointManager save and leave."""
+    """Make torchtitan handle signals from its start on, and its CheckpointManager save and exit."""
     replace(titan_distributed, "init_distributed", listen_first)
     replace(CheckpointManager, "__init__", init_with_interruption)
     replace(CheckpointManager, "load", load_or_exit)
@@ -28,11 +29,11 @@ def install() -> None:
 
 
 def listen_first(original: Any, comm_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around torchtitan's, which a trainer calls first of all: from here on signals are heard and hangs noticed.
+    """Wraps torchtitan's, which a trainer calls first: from here on signals are handled and hangs detected.
 
     Raises ValueError for an environment variable that is no number of seconds.
     """
-    # The other modes play many ranks in one process.
+    # The other modes simulate many ranks in one process.
     if comm_config.mode == "default":
         interruption.start()
         keep_exit_code()
@@ -40,16 +41,16 @@ def listen_first(original: Any, comm_config: Any, *args: Any, **kwargs: Any) -> 
 
 
 def init_with_interruption(original: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Around torchtitan's: in a run that saves nothing, signals do again what they did before."""
+    """Wraps torchtitan's: in a run without checkpoints, the previous signal handlers are restored."""
     original(manager, *args, **kwargs)
     manager._interruption = interruption.current()
     manager._exit_after_save = False
     if manager._interruption is not None and (manager.load_only or not manager.enable):
-        manager._interruption.give_up()
+        manager._interruption.restore_handlers()
 
 
 def load_or_exit(original: Any, manager: Any, step: int = -1) -> bool:
-    """Around torchtitan's, which the trainer calls once before the first step: leaves if a signal has come already."""
+    """Wraps torchtitan's, which the trainer calls once before the first step: exits if a signal has already arrived."""
     if (run := manager._interruption) is None:
         return bool(original(manager, step))
     own = manager.enable and os.path.exists(manager.folder)
@@ -62,14 +63,14 @@ def load_or_exit(original: Any, manager: Any, step: int = -1) -> bool:
 
 
 def save_or_exit(original: Any, manager: Any, curr_step: int, last_step: bool = False) -> None:
-    """Around torchtitan's, which the trainer calls after every step, whether a save is due or not.
+    """Wraps torchtitan's, which the trainer calls after every step, whether a save is due or not.
 
-    Raises SystemExit once a run that was asked to end has saved everything.
+    Raises SystemExit after the final save if a signal was received.
     """
     if (run := manager._interruption) is None:
         original(manager, curr_step, last_step)
         return
-    manager._exit_after_save = run.exits(curr_step, last_step)
+    manager._exit_after_save = run.should_exit(curr_step, last_step)
     begin = time.monotonic()
     if manager._exit_after_save:
         _end_async_saves(manager)
@@ -90,15 +91,15 @@ def save_or_exit(original: Any, manager: Any, curr_step: int, last_step: bool = 
 
 
 def should_save_before_exit(original: Any, manager: Any, curr_step: int, last_step: bool = False) -> bool:
-    """Around torchtitan's: the step after which the run leaves is saved, whether a save is due or not."""
+    """Wraps torchtitan's: the step after which the run exits is always saved."""
     return manager._exit_after_save or bool(original(manager, curr_step, last_step))
 
 
 def _end_async_saves(manager: Any) -> None:
-    """Wait for a save that is under way, and let the next one be synchronous, which needs no other process."""
+    """Wait for a running async save, and make the next one synchronous, which needs no other process."""
     try:
         manager._async_wait()
-    except (Exception, CheckpointException) as error:  # the signal may have reached the process that wrote it, too
-        log_on_rank_0(logging.WARNING, f"The save under way failed, and the one that follows holds more: {error}")
+    except (Exception, CheckpointException) as error:  # the signal may also have reached the process that writes it
+        log_on_rank_0(logging.WARNING, f"The async save in progress failed; a newer full save follows: {error}")
     manager.save_future = None
     manager.async_mode = AsyncMode.DISABLED

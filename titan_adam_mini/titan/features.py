@@ -1,6 +1,6 @@
-"""Changes to torchtitan that a run may have beside the optimizer: each is off until it is asked for by its name.
+"""Optional changes to torchtitan besides the optimizer; each is off until it is switched on by name.
 
-docs/torchtitan.md says what each of them replaces.
+docs/torchtitan.md lists what each of them replaces.
 """
 
 import os
@@ -14,8 +14,8 @@ class Feature(NamedTuple):
     """One change.
 
     Attributes:
-        meaning: what it is for, to be read after "1 for".
-        install: puts it into torchtitan; a second call changes nothing.
+        meaning: its purpose, to complete the sentence "1 for ...".
+        install: applies it to torchtitan; a second call changes nothing.
     """
 
     meaning: str
@@ -29,7 +29,7 @@ class Feature(NamedTuple):
 
 FEATURES = {
     "cpu": Feature("training on the CPU where there is no accelerator", device.install),
-    "signals": Feature("saving and leaving on SIGTERM and SIGUSR1", exit_after_save.install),
+    "signals": Feature("saving and exiting on SIGTERM and SIGUSR1", exit_after_save.install),
     "one_curve": Feature("one TensorBoard curve over all starts of a run", curve.install),
     "same_validation": Feature("validation on the same documents each time", validation.install),
     "named_snapshots": Feature("names of tensors in memory snapshots", snapshots.install),
@@ -44,12 +44,12 @@ def install(*names: str) -> None:
     """Switch features on for this process.
 
     Raises:
-        ValueError: there is no such feature.
-        ImportError: this torchtitan lacks what a feature replaces.
+        ValueError: unknown feature.
+        ImportError: this torchtitan lacks a function that a feature replaces.
     """
     for name in names:
         if name not in FEATURES:
-            raise ValueError(f"there is no feature {name!r} of titan_adam_mini.titan: there are {', '.join(FEATURES)}")
+            raise ValueError(f"titan_adam_mini.titan has no feature {name!r}: valid names are {', '.join(FEATURES)}")
     for name in names:
         FEATURES[name].install()
         _installed.add(name)
@@ -67,7 +67,9 @@ def from_environment() -> list[str]:
         variable = Feature.variable(name)
         value = os.environ.get(variable, "")
         if value not in ("", "0", "1"):
-            raise ValueError(f"{variable} = {value!r} is not valid: it is 1 for {feature.meaning}, 0, or unset")
+            raise ValueError(
+                f"{variable} = {value!r} is not valid: set it to 1 for {feature.meaning}, to 0, or unset it"
+            )
         if value == "1":
             found.append(name)
     return found

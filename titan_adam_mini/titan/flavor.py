@@ -1,10 +1,10 @@
-"""Flavours that torchtitan 0.2 lacks, under ``[model] name = "llama3"``: the Llama 2 sizes of the Adam-mini paper
-(arXiv 2406.16793), and a small model for debugging whose heads are cut by two FSDP shards."""
+"""Additional flavors of torchtitan 0.2's ``[model] name = "llama3"``: the Llama 2 sizes of the Adam-mini paper (arXiv
+2406.16793), and a small debug model whose heads are cut by two FSDP shards."""
 
 from typing import Any
 
-# Llama 2 differs from torchtitan's Llama 3 in numbers only. torchtitan 0.2 always stretches the rotary frequencies as
-# Llama 3.1 does, by 8 from 8192 tokens of wavelength on; a factor of 1 leaves them as they are.
+# Llama 2 differs from torchtitan's Llama 3 only in sizes. torchtitan 0.2 always applies Llama 3.1's RoPE scaling, by 8
+# for wavelengths of 8192 tokens or more; a factor of 1 disables it.
 _LLAMA2: dict[str, Any] = {
     "vocab_size": 32000,
     "multiple_of": 256,
@@ -16,7 +16,7 @@ _LLAMA2: dict[str, Any] = {
 
 # Name -> width, layers, heads (every head has its own key and value). 7B and 13B: arXiv 2307.09288. The others, of the
 # paper's scaling law: the authors' repository, zyushun/Adam-mini, examples/llama/torchtitan/models/llama/__init__.py.
-# torchtitan's own older table has 271M with 8 heads; the authors' has 16. Each name counts embedding and output too.
+# torchtitan's own older table has 271M with 8 heads, the authors' table 16. Sizes include embedding and output.
 _LLAMA2_SIZES = {
     "39M": (384, 8, 6),
     "67M": (512, 10, 8),
@@ -29,7 +29,7 @@ _LLAMA2_SIZES = {
 }
 
 FLAVORS: dict[str, dict[str, Any]] = {
-    # 5 heads of 32 rows, so that 2, 4 or 8 shards cut heads, which they do not in torchtitan's own debug model.
+    # 5 heads of 32 rows, so that 2, 4 or 8 shards cut heads, unlike in torchtitan's own debug model.
     "adam_mini_debug": {
         "dim": 160,
         "n_layers": 4,
@@ -44,11 +44,11 @@ FLAVORS: dict[str, dict[str, Any]] = {
         for size, (dim, layers, heads) in _LLAMA2_SIZES.items()
     },
 }
-"""Flavour -> arguments of torchtitan's ``TransformerModelArgs``, its ``rope_scaling_args`` as a table of their own."""
+"""Flavor -> arguments of torchtitan's ``TransformerModelArgs``, with ``rope_scaling_args`` as a nested dict."""
 
 
 def model_args(name: str) -> Any:
-    """New arguments of the flavour `name`: torchtitan writes each run's sequence length into those it is given."""
+    """New arguments of the flavor `name`; torchtitan modifies them (sequence length), so they are not shared."""
     from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs
 
     arguments = dict(FLAVORS[name])
@@ -57,7 +57,7 @@ def model_args(name: str) -> Any:
 
 
 def add() -> None:
-    """Add the flavours to torchtitan's Llama 3 table, where an entry of the user's own with the same name stays."""
+    """Add the flavors to torchtitan's Llama 3 table; existing entries of the same name are kept."""
     from torchtitan.models.llama3 import llama3_args
 
     for name in FLAVORS:

@@ -1,16 +1,16 @@
-"""gloo at the end of a process."""
+"""Clean process exit with gloo."""
 
 import atexit
 import time
 
 EXIT_DELAY = 0.5
-"""Seconds. gloo's threads release the last collective's tensors within them, and one that does so without an
-interpreter aborts the process, whatever its exit code was to be (pytorch's pull request 179291). torchtitan has rank 0
-wait for the others two seconds long."""
+"""Seconds within which gloo's threads release the last collective's tensors. A thread that does so after the
+interpreter has ended aborts the process and changes its exit code (pytorch pull request 179291). torchtitan itself
+makes rank 0 wait two seconds for the others."""
 
 
 def keep_exit_code() -> None:
-    """Have this process wait for gloo's threads before it ends. A second call changes nothing."""
+    """Make this process wait for gloo's threads before it exits. A second call changes nothing."""
     atexit.unregister(_wait)
     atexit.register(_wait)
 

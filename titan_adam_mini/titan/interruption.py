@@ -1,19 +1,17 @@
-"""What a run with the feature "signals" has heard, when all its ranks leave, and what it writes down about itself.
+"""The feature "signals": signal handling, the decision when all ranks exit, and the progress file.
 
-SIGTERM and SIGUSR1, on any rank, ask a run to end. It saves everything, at one step on all ranks, and ends with exit
-code 75 (``SAVED``); the same command goes on from there. A signal in the last step changes nothing. Environment
-variables, read as the trainer starts:
+SIGTERM or SIGUSR1 on any rank asks a run to exit. All ranks save a full checkpoint after the same step and exit with
+code 75 (``SAVED``); the same command resumes from there. A signal in the last step has no effect. Environment
+variables, read when the trainer starts:
 
-    TITAN_ADAM_MINI_LEAD_SECONDS    seconds between the signal and the end that the launcher allows: a save that takes
-                                    more than half of it is warned of. Unset: nobody knows, no warning.
-    TITAN_ADAM_MINI_HANG_SECONDS    a process in which for so long no step and no load or save began or ended, counted
-                                    from the start, ends with exit code 76 (``STUCK``) and shows its stacks. Unset or
-                                    0: none does.
-    TITAN_ADAM_MINI_PROGRESS        a file that rank 0 writes, whole at any moment, a JSON object:
-                                    "first": the step that was loaded, 0 if none was; "step": the last finished one;
-                                    "saved": the last one in this run's folder with everything in it, or null;
-                                    "time": seconds since 1970. Written after the load, the first step, every save and
-                                    at the end, and every five seconds.
+    TITAN_ADAM_MINI_LEAD_SECONDS    seconds between the signal and the time at which the launcher kills the run: a save
+                                    that takes more than half of it logs a warning. Unset: no warning.
+    TITAN_ADAM_MINI_HANG_SECONDS    if no step, load or save begins or ends for this many seconds, the process prints
+                                    its stacks and exits with code 76 (``STUCK``). Unset or 0: never.
+    TITAN_ADAM_MINI_PROGRESS        a JSON file written atomically by rank 0: "first": the step that was loaded, or 0;
+                                    "step": the last finished step; "saved": the last step with a full checkpoint in
+                                    this run's folder, or null; "time": seconds since 1970. Written after the load, the
+                                    first step, every save and the last step, and every five seconds.
 """
 
 import json
@@ -39,7 +37,7 @@ from titan_adam_mini.titan.watchdog import STUCK, Watchdog
 __all__ = ["SAVED", "STUCK", "VARIABLES", "Interruption", "current", "start"]
 
 SAVED = 75
-"""Exit code of a run that left on a signal with everything saved (EX_TEMPFAIL: start again to go on)."""
+"""Exit code of a run that exited on a signal with a full checkpoint (EX_TEMPFAIL: start it again to resume)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,18 +48,18 @@ _current: "Interruption | None" = None
 
 
 def current() -> "Interruption | None":
-    """That of the run in this process; None where no trainer has started one."""
+    """The instance of this process; None if no trainer has started one."""
     return _current
 
 
 def start() -> None:
-    """Listen from here on. Raises ValueError for an environment variable that is no number of seconds."""
+    """Start handling signals. Raises ValueError for an environment variable that is not a number of seconds."""
     global _current
     _current = Interruption()
 
 
 class Interruption:
-    """What this rank of a run has heard, and what it does about it. The checkpointer calls the methods."""
+    """The signals received by this rank, and the reaction to them. The checkpointer calls the methods."""
 
     def __init__(self) -> None:
         self._lead = _seconds(_LEAD)
@@ -70,74 +68,77 @@ class Interruption:
         file = os.environ.get(_PROGRESS)
         self._progress = _Progress(Path(file)) if file and os.environ.get("RANK", "0") == "0" else None
         self._agreement: Agreement | None = None
-        self._heard = 0
+        self._received = 0
         self._warned = 0.0
         self._reason = ""
-        self._former: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python hears signals in no other
-            for one in SIGNALS:
-                self._former[one] = signal.signal(one, self._hear)
-                signal.siginterrupt(one, False)  # libraries in C need not know
+        self._previous: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
+                signal.siginterrupt(number, False)  # do not interrupt system calls of C libraries
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
 
-    def give_up(self) -> None:
-        """This run saves nothing: signals do again what they did before, one that was heard already included."""
-        for one, former in self._former.items():
-            signal.signal(one, signal.SIG_DFL if former is None else former)
-        self._former = {}
+    def restore_handlers(self) -> None:
+        """For a run without checkpoints: restore the previous signal handlers, and re-raise a signal already
+        received."""
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous = {}
         log_on_rank_0(
-            logging.INFO, "This run saves no checkpoints: SIGTERM and SIGUSR1 end it as ever, with nothing saved."
+            logging.INFO, "This run saves no checkpoints: SIGTERM and SIGUSR1 end it as usual, without saving."
         )
-        if self._heard:
-            signal.raise_signal(self._heard)
+        if self._received:
+            signal.raise_signal(self._received)
 
     def alive(self, step: int) -> None:
-        """A step boundary begins or ends here."""
+        """Report a step boundary to the watchdog."""
         if self._watchdog is not None:
             self._watchdog.passed(step)
 
     def begin(self, step: int, saved: int | None) -> bool:
-        """Before the first step; on all ranks at once.
+        """Called before the first step, on all ranks.
 
         Args:
             step: the step that was loaded, 0 if none was.
-            saved: the step of the checkpoint that was loaded from this run's own folder.
+            saved: the step of the checkpoint, if it was loaded from this run's own folder.
 
         Returns:
-            Whether a rank has heard a signal, so that the run is to leave at once.
+            Whether a rank has received a signal, so that the run must exit immediately.
         """
         if self._progress is not None:
             self._progress.begin(step, saved)
         self.alive(step)
-        if not self._former:
+        if not self._previous:
             return False
-        heard = gathered(self._heard)
-        if len(heard) > 1 and not any(heard):
+        received = gathered(self._received)
+        if len(received) > 1 and not any(received):
             with failing_together("listen for signals on other ranks"):
                 store = dist.PrefixStore("titan_adam_mini", _get_default_store()).clone()
-                self._agreement = Agreement(store, dist.get_rank(), len(heard), step)
-        if any(heard):
+                self._agreement = Agreement(store, dist.get_rank(), len(received), step)
+        if any(received):
             start = "from the beginning" if saved is None else f"from the checkpoint of step {saved}"
-            self._decide(max(heard), f"before the first step, with nothing new to save: the next start goes on {start}")
-        return any(heard)
+            self._decide(
+                max(received), f"before the first step, with nothing new to save: the next start resumes {start}"
+            )
+        return any(received)
 
-    def exits(self, step: int, last_step: bool) -> bool:
-        """As a step ends: whether all ranks are to save and leave after it."""
+    def should_exit(self, step: int, last_step: bool) -> bool:
+        """Called after a step: whether all ranks must save and exit now."""
         self.alive(step)
-        if not self._former:
+        if not self._previous:
             return False
-        if last_step:  # the run ends by itself: nothing is to disturb that
+        if last_step:  # the run ends anyway: ignore signals
             self._ignore()
             return False
-        heard = self._heard if self._agreement is None else self._agreement.exits(step, self._heard)
-        if heard:
-            self._decide(heard, f"after step {step}, with everything saved")
-        return heard != 0
+        received = self._received if self._agreement is None else self._agreement.should_exit(step, self._received)
+        if received:
+            self._decide(received, f"after step {step}, with a full checkpoint")
+        return received != 0
 
     def saved(self, step: int, seconds: float) -> None:
-        """A save with everything is whole, and took this long; from any thread."""
+        """Report a completed full save and its duration; from any thread."""
         if self._progress is not None:
             self._progress.saved(step)
         if self._lead is None or self._lead >= 2 * seconds or seconds <= self._warned:
@@ -145,51 +146,51 @@ class Interruption:
         self._warned = seconds
         log_on_rank_0(
             logging.WARNING,
-            f"Saving step {step} took {seconds:.1f} seconds, and {self._lead:g} pass between a signal and the end "
-            f"({_LEAD}), less than twice as many: ask for the signal {math.ceil(2 * seconds)} seconds or more before "
-            "the end (Slurm: --signal), and set this variable to it.",
+            f"Saving step {step} took {seconds:.1f} seconds, more than half of the {self._lead:g} seconds between a "
+            f"signal and the end ({_LEAD}): request the signal at least {math.ceil(2 * seconds)} seconds before the "
+            "end (Slurm: --signal), and set this variable to that.",
         )
 
     def passed(self, step: int, last_step: bool) -> None:
-        """As the next step begins."""
+        """Called when the next step begins."""
         if self._progress is not None:
             self._progress.finished(step, last_step)
         self.alive(step)
 
     def exit(self, trainer: Any, seconds: float = 0.0) -> NoReturn:
-        """Close the trainer and raise SystemExit; on all ranks at once.
+        """Close the trainer and raise SystemExit; called on all ranks.
 
         Args:
             trainer: torchtitan's.
-            seconds: how long saving everything took; 0 if there was nothing to save.
+            seconds: the duration of the final save; 0 if there was nothing to save.
         """
         took = f" ({seconds:.1f} seconds)" if seconds else ""
         log_on_rank_0(
-            logging.WARNING, f"{self._reason}{took}. Exit code {SAVED}: start again with the same command to go on."
+            logging.WARNING, f"{self._reason}{took}. Exit code {SAVED}: start again with the same command to resume."
         )
         trainer.close()
         if self._agreement is not None:
-            # The first rank that is gone has the launcher end the others, whatever they are closing.
-            self._agreement.meet()
+            # Once the first rank exits, the launcher kills the others, even if they are still closing files.
+            self._agreement.barrier()
             self._agreement.close()
         dist.destroy_process_group()
         raise SystemExit(SAVED)
 
     def _decide(self, number: int, how: str) -> None:
         self._ignore()
-        self._reason = f"{signal.Signals(number).name}: leaving {how}"
+        self._reason = f"{signal.Signals(number).name}: exiting {how}"
 
     def _ignore(self) -> None:
-        # Handlers are gone before the interpreter is; this stays.
-        for one in self._former:
-            signal.signal(one, signal.SIG_IGN)
+        # Python handlers end before the interpreter does; SIG_IGN stays.
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Progress:
-    """The file that says how far a run is; see the head of this module."""
+    """The progress file; see the module docstring."""
 
     _EVERY = 5.0
-    """Seconds between two writings that nothing else asks for."""
+    """Seconds between periodic writes."""
 
     def __init__(self, file: Path) -> None:
         if not file.absolute().parent.is_dir():
@@ -209,7 +210,7 @@ class _Progress:
             self.write()
 
     def saved(self, step: int) -> None:
-        """From any thread, and an older save may come last."""
+        """Called from any thread; an older save may finish last."""
         with self._lock:
             self._step, self._saved = max(step, self._step), max(step, self._saved or 0)
         self.write()
@@ -219,8 +220,10 @@ class _Progress:
             content = {"first": self._first, "step": self._step, "saved": self._saved, "time": time.time()}
             self._written = time.monotonic()
             try:
-                atomic_write(self._file, json.dumps(content) + "\n", sync=False)  # every few seconds, between two steps
-            except OSError as error:  # a run is worth more than its progress file
+                atomic_write(
+                    self._file, json.dumps(content) + "\n", sync=False
+                )  # no sync: written every few seconds, between two steps
+            except OSError as error:  # do not end a run for its progress file
                 log_on_rank_0(logging.WARNING, f"{_PROGRESS}: {error}")
 
 
@@ -234,5 +237,5 @@ def _seconds(name: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{name} = {value!r} is no number of seconds: use 0 or more, or leave it unset")
+        raise ValueError(f"{name} = {value!r} is not a number of seconds: use 0 or more, or leave it unset")
     return seconds

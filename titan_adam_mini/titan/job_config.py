@@ -1,8 +1,9 @@
-"""The knobs of ``[optimizer.adam_mini]`` for torchtitan 0.2, merged into its job config by one line:
+"""The settings of ``[optimizer.adam_mini]`` for torchtitan 0.2, merged into its job config by one line:
 ``[job] custom_config_module = "titan_adam_mini.titan.job_config"``.
 
-Without that line every knob has its default and ``[optimizer.adam_mini]`` must be absent. torchtitan merges dataclasses
-by looking at their field types, so annotations in this file are evaluated (no ``from __future__ import annotations``).
+Without that line all settings have their defaults and ``[optimizer.adam_mini]`` must be absent. torchtitan merges
+dataclasses by their field types, so annotations in this file must be evaluated (no ``from __future__ import
+annotations``).
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 def _roles_from_words(words: list[str]) -> dict[str, str]:
-    """`["*.adapter.weight=neuron,*.scale=norm"]` as a table; the pattern may hold an equals sign, the role may not."""
+    """`["*.adapter.weight=neuron,*.scale=norm"]` as a table; a pattern may contain an equals sign, a role may not."""
     roles = {}
     for entry in filter(None, words[0].split(",")):
         pattern, equals, role = entry.rpartition("=")
@@ -26,7 +27,7 @@ def _is_roles(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
 
-# By itself tyro would make one flag for each pattern that the TOML file has, and take no other pattern.
+# By default tyro would create one flag per pattern in the TOML file, and accept no other patterns.
 Roles = Annotated[
     dict[str, str],
     PrimitiveConstructorSpec(
@@ -43,10 +44,10 @@ Roles = Annotated[
 class AdamMini:
     roles: Roles = field(default_factory=dict)
     """
-    Roles for parameters that the built-in table does not know, or that are to be blocked otherwise: a name pattern
-    (`*` matches anything) and a role. They stand before the built-in rules, the first match wins.
+    Roles for parameters that are not in the built-in table, or that need other blocks: a name pattern (`*` matches
+    anything) and a role. They take precedence over the built-in rules; the first match wins.
     TOML: `roles = {"*.adapter.weight" = "neuron"}`.
-    Command line, in place of the TOML's: `--optimizer.adam_mini.roles "*.adapter.weight=neuron,*.scale=norm"`.
+    Command line, replacing the TOML's: `--optimizer.adam_mini.roles "*.adapter.weight=neuron,*.scale=norm"`.
     """
 
     undecayed: list[str] = field(default_factory=list)
@@ -58,52 +59,52 @@ class AdamMini:
 
     value_blocks: Literal["neuron", "tensor"] = "neuron"
     """
-    Blocks of the value projections: "neuron", one second moment per output neuron, or "tensor", one for the whole
-    matrix, which the authors of Adam-mini advise for runs of fewer than 10,000 to 20,000 steps.
+    Blocks of the value projections: "neuron", one second moment per output neuron, or "tensor", one per matrix, which
+    the authors of Adam-mini recommend for runs of fewer than 10,000 to 20,000 steps.
     """
 
     second_moment: Literal["blocks", "channels", "factored"] = "blocks"
     """
     "blocks": one second moment per block, as in the Adam-mini paper.
-    "channels": one per row of queries and keys instead of one per head, and one per column of what attention and MLPs
-    add to the residual stream (wo, w2) instead of one per row; about as many as with "blocks". After SlimAdam (arXiv
-    2503.01843, table 1). Not with `value_blocks = "tensor"`.
-    "factored": for every matrix, one per row and one per column, multiplied, as Adafactor (arXiv 1804.04235) keeps
-    them, with Adam-mini's momentum. A matrix of rows x columns then has rows + columns + 1 second moments. For single
-    ones: `roles = {"*.wv.weight" = "factored"}`.
-    With all three, parameters that `roles` names keep the blocks of the role given there.
+    "channels": one per row of queries and keys instead of one per head, and one per column of the matrices whose output
+    is added to the residual stream (wo, w2) instead of one per row; about as many as with "blocks". After SlimAdam
+    (arXiv 2503.01843, table 1). Not with `value_blocks = "tensor"`.
+    "factored": one per row and one per column of every matrix, multiplied, as in Adafactor (arXiv 1804.04235), with
+    Adam-mini's momentum. A matrix of rows x columns then has rows + columns + 1 second moments. For single matrices:
+    `roles = {"*.wv.weight" = "factored"}`.
+    With all three, parameters matched by `roles` keep the blocks of the role given there.
     """
 
     momentum_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
     """
-    Type of the first moment. "" means the parameter's own; "int8" has one scale per 128 columns, for tensors of two
-    dims or more whose columns are a multiple of 128, and leaves the others in float32. A checkpoint with another type
-    is converted as it is loaded.
+    Dtype of the first moment. "" means the parameter's own; "int8" has one scale per 128 columns, for tensors of two or
+    more dims whose columns are a multiple of 128; the others stay in float32. A checkpoint with another dtype is
+    converted as it is loaded.
     """
 
     stochastic_rounding: bool = False
     """
-    Round bfloat16 parameters up or down at random, right on average, where rounding to nearest loses small updates.
+    Round bfloat16 parameters up or down at random, without bias, where rounding to nearest loses small updates.
     Parameters of other types are not affected.
     """
 
     load_adamw_state: bool = False
     """
-    Take AdamW's state where the checkpoint to be loaded holds it: momentum and step as they are, second moments
-    averaged over the blocks, on all ranks at once. While loading, a rank holds AdamW's 8 bytes per parameter. A
-    checkpoint with AdamMini's state is loaded as ever. `titan-adam-mini convert` does the same outside a run.
+    Convert AdamW's state if the loaded checkpoint has it: momentum and step are kept, second moments are averaged over
+    the blocks, on all ranks. While loading, a rank needs AdamW's 8 bytes per parameter. A checkpoint with AdamMini's
+    state is loaded as usual. `titan-adam-mini convert` does the same outside a run.
     """
 
     hyper_parameters: Literal["checkpoint", "config"] = "checkpoint"
     """
-    Which hyper-parameters count when a checkpoint is loaded with its optimizer state: "checkpoint", those it was saved
-    with, as ever in torchtitan, or "config", those of this configuration (learning rate, betas, eps, weight decay).
-    The schedule goes on where it was.
+    The hyper-parameters used after a checkpoint is loaded with its optimizer state: "checkpoint", those it was saved
+    with, as always in torchtitan, or "config", those of this configuration (learning rate, betas, eps, weight decay).
+    The schedule continues from its step.
     """
 
     log_memory: bool = False
     """
-    Add what this rank holds to torchtitan's metrics (TensorBoard, Weights & Biases): memory/optimizer_state(GiB), its
+    Add this rank's memory to torchtitan's metrics (TensorBoard, Weights & Biases): memory/optimizer_state(GiB), its
     parts, parameters, gradients, and on a GPU memory/max_allocated(GiB), the peak since the last logged step.
     """
 
@@ -111,7 +112,7 @@ class AdamMini:
 @dataclass
 class Optimizer:
     adam_mini: AdamMini = field(default_factory=AdamMini)
-    """Settings that only the optimizer "AdamMini" reads."""
+    """Settings of the optimizer "AdamMini" only."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a user wrote under ``[optimizer.adam_mini]``, checked: TOML values reach torchtitan's job config unchecked."""
+"""Validation of ``[optimizer.adam_mini]``: torchtitan does not check TOML values in its job config."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,7 +14,7 @@ _HYPER_PARAMETERS = ("checkpoint", "config")
 
 @dataclass(frozen=True)
 class Knobs:
-    """Checked values of ``[optimizer.adam_mini]``; see ``job_config.AdamMini`` for what they mean."""
+    """Validated settings of ``[optimizer.adam_mini]``; ``job_config.AdamMini`` documents them."""
 
     roles: dict[str, str] = field(default_factory=dict)
     undecayed: list[str] = field(default_factory=list)
@@ -28,10 +28,10 @@ class Knobs:
 
 
 def read_knobs(optimizer_config: Any) -> Knobs:
-    """Check ``optimizer_config.adam_mini`` and return its values; defaults where the section does not exist.
+    """Validate ``optimizer_config.adam_mini`` and return its values; defaults if the section does not exist.
 
     Raises:
-        ValueError: naming the knob, the value and the valid values.
+        ValueError: naming the setting, the value and the valid values.
     """
     section = getattr(optimizer_config, "adam_mini", None)
     if section is None:

@@ -1,4 +1,4 @@
-"""A line of log from a run once, not from every rank."""
+"""Logging from one rank only."""
 
 import logging
 
@@ -8,6 +8,6 @@ _logger = logging.getLogger("titan_adam_mini")
 
 
 def log_on_rank_0(level: int, message: str) -> None:
-    """Log a message on rank 0, or in the one process there is."""
+    """Log a message on rank 0, or in a single process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         _logger.log(level, message)

@@ -1,4 +1,4 @@
-"""Where the name "AdamMini" enters torchtitan, with checkpoints that are checked for it; and nothing else.
+"""Registers the optimizer name "AdamMini" in torchtitan, with checks of its checkpoints.
 
 docs/torchtitan.md lists what is replaced.
 """
@@ -18,14 +18,14 @@ from titan_adam_mini.titan.replaced import original_of, replace
 
 
 def enable(*names: str) -> None:
-    """Make the optimizer name "AdamMini" known to torchtitan, and switch features on; a second call changes nothing.
+    """Register the optimizer name "AdamMini" in torchtitan, and switch features on; a second call changes nothing.
 
     Args:
-        names: keys of ``features.FEATURES``, beside those whose environment variable is 1.
+        names: keys of ``features.FEATURES``, in addition to those whose environment variable is 1.
 
     Raises:
-        ValueError: there is no such feature, or a variable is neither 1 nor 0 nor empty.
-        ImportError: this torchtitan lacks what is replaced.
+        ValueError: unknown feature, or a variable is neither 1 nor 0 nor empty.
+        ImportError: this torchtitan lacks a function to be replaced.
     """
     asked = [*names, *features.from_environment()]
     replace(titan_optimizer, "build_optimizers", build_with_adam_mini)
@@ -44,22 +44,22 @@ def build_optimizers(
 ) -> Any:
     """Build the optimizers of a run: AdamMini for ``optimizer_config.name == "AdamMini"``, else torchtitan's own.
 
-    The signature is that of torchtitan 0.2's ``TrainSpec.build_optimizers_fn``, so a fork may put this function there.
+    The signature is that of torchtitan 0.2's ``TrainSpec.build_optimizers_fn``, so a fork can use this function there.
 
     Args:
         model_parts: the parallelised model, one part per pipeline stage of this rank.
         optimizer_config: torchtitan's ``[optimizer]`` section, with or without ``adam_mini`` in it.
         parallel_dims: torchtitan's ``ParallelDims``.
         ft_manager: torchft's manager, or None.
-        options: for AdamMini only: ``partition``, a ``Partition`` of your own in place of the one that the model's
-            ``model_args`` give (``functools.partial(build_optimizers, partition=...)`` makes it a ``TrainSpec`` field).
+        options: for AdamMini only: ``partition``, a custom ``Partition`` instead of the one made from the model's
+            ``model_args`` (for a ``TrainSpec``: ``functools.partial(build_optimizers, partition=...)``).
 
     Returns:
         A torchtitan ``OptimizersContainer``.
 
     Raises:
-        ValueError: a setting that AdamMini cannot serve, in words.
-        NotImplementedError: from torchtitan, for a name it does not know.
+        ValueError: a setting that AdamMini does not support.
+        NotImplementedError: from torchtitan, for an unknown name.
     """
     torchtitans = original_of(titan_optimizer, "build_optimizers")
     return build_with_adam_mini(
@@ -75,9 +75,10 @@ def build_with_adam_mini(
     ft_manager: Any = None,
     **options: Any,
 ) -> Any:
-    """Around torchtitan's `build_optimizers`, which knows "Adam" and "AdamW": also "AdamMini".
+    """Wraps torchtitan's `build_optimizers`, which supports "Adam" and "AdamW": adds "AdamMini".
 
-    torchtitan's builder for load-balanced experts looks the function up in its module each time, so their hook stays.
+    torchtitan's builder for load-balanced experts looks the function up in its module on each call, so its hook is
+    kept.
     """
     device.prepare_model_parts(model_parts)
     _warn_of_unused_variables()
@@ -90,9 +91,9 @@ def build_with_adam_mini(
 
 
 def get_train_spec_with_adam_mini(get_train_spec: Any, name: str) -> Any:
-    """Around torchtitan's `get_train_spec`: a spec that took `build_optimizers` before it was replaced has ours.
+    """Wraps torchtitan's `get_train_spec`: replaces `build_optimizers` in specs that imported it earlier.
 
-    Whoever was imported first: torchtitan's models and registered specs hold a copy of the name.
+    This makes the import order irrelevant: torchtitan's models and registered specs have their own reference to it.
     """
     spec = get_train_spec(name)
     if spec.build_optimizers_fn is original_of(titan_optimizer, "build_optimizers"):
@@ -101,7 +102,7 @@ def get_train_spec_with_adam_mini(get_train_spec: Any, name: str) -> Any:
 
 
 def _warn_of_unused_variables() -> None:
-    """Log the variables of the feature "signals" that have no effect without it."""
+    """Log variables that are set but have no effect without the feature "signals"."""
     unused = [name for name in interruption.VARIABLES if os.environ.get(name)]
     if unused and not features.is_installed("signals"):
         log_on_rank_0(

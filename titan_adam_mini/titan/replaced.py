@@ -1,4 +1,4 @@
-"""A function of ours in the place of one of torchtitan's, put there once, with torchtitan's own at hand."""
+"""Replaces functions of torchtitan once, with access to the original."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,21 +10,21 @@ _MARK = "titan_adam_mini_replacement"
 
 
 def replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Make ``owner.name`` call `replacement`, with what was there before as its first argument.
+    """Make ``owner.name`` call `replacement`, with the previous function as its first argument.
 
-    A second call changes nothing, also after `replacement`'s module was loaded again.
+    A second call changes nothing, even after `replacement`'s module was reloaded.
 
     Args:
         owner: a module or a class of torchtitan.
         name: a function or a method of it.
-        replacement: a function of a module; its name and docstring say what it does.
+        replacement: a module-level function.
 
     Raises:
         ImportError: this torchtitan has no such name.
     """
     found = attribute(owner, name)
     key = f"{replacement.__module__}.{replacement.__qualname__}"
-    if any(getattr(one, _MARK, None) == key for one in _layers(found)):
+    if any(getattr(layer, _MARK, None) == key for layer in _layers(found)):
         return
 
     @functools.wraps(found)
@@ -36,11 +36,11 @@ def replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
 
 def original_of(owner: Any, name: str) -> Any:
-    """What ``owner.name`` was before anything of ours came there."""
+    """``owner.name`` before any replacement of ours."""
     found = attribute(owner, name)
-    for one in list(_layers(found)):
-        if hasattr(one, _MARK):
-            found = one.__wrapped__
+    for layer in list(_layers(found)):
+        if hasattr(layer, _MARK):
+            found = layer.__wrapped__
     return found
 
 

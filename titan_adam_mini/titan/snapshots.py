@@ -1,8 +1,8 @@
-"""The feature "named_snapshots": memory snapshots say which addresses are parameters, gradients and optimizer state.
+"""The feature "named_snapshots": memory snapshots list the addresses of parameters, gradients and optimizer state.
 
-What was allocated before recording began has no stack in a snapshot: parameters, and AdamMini's state, which is made
-when the optimizer is built. `titan-adam-mini snapshot` goes by what is added here. Nothing else in a file changes, and
-nothing happens where `[profiling] enable_memory_snapshot` is off.
+Memory allocated before recording began has no stack in a snapshot: parameters, and AdamMini's state, which is created
+when the optimizer is built. `titan-adam-mini snapshot` uses the list added here. Nothing else in the file changes, and
+there is no effect if `[profiling] enable_memory_snapshot` is off.
 """
 
 import weakref
@@ -11,8 +11,8 @@ from typing import Any
 import torchtitan.tools.profiling as titan_profiling
 import torchtitan.tools.utils as titan_utils
 
-from titan_adam_mini.titan.held import SNAPSHOT_KEY, held
 from titan_adam_mini.titan.private import attribute
+from titan_adam_mini.titan.storages import SNAPSHOT_KEY, storages
 
 _container: Any = lambda: None  # noqa: E731
 
@@ -24,13 +24,13 @@ def watch(container: Any) -> None:
 
 
 def install() -> None:
-    """Give torchtitan's profiling a device module whose snapshots have one key more."""
+    """Give torchtitan's profiling a device module whose snapshots have the additional key."""
     if type(attribute(titan_profiling, "device_module")).__name__ != _Device.__name__:
         titan_profiling.device_module = _Device()
 
 
 class _Device:
-    """In place of ``torchtitan.tools.profiling.device_module``: torchtitan's, with :class:`_Memory` as its `memory`."""
+    """Replaces ``torchtitan.tools.profiling.device_module``: the same, with :class:`_Memory` as its `memory`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(titan_utils.device_module, name)
@@ -41,7 +41,7 @@ class _Device:
 
 
 class _Memory:
-    """A device's `memory` module whose snapshots say what the run holds."""
+    """A device's `memory` module whose snapshots list the run's storages."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -54,5 +54,9 @@ class _Memory:
         if (container := _container()) is None:
             return snapshot
         kind = titan_utils.device_type
-        tensors = [(one.address, one.size, one.category) for one in held(container) if one.device.type == kind]
+        tensors = [
+            (storage.address, storage.size, storage.category)
+            for storage in storages(container)
+            if storage.device.type == kind
+        ]
         return {**snapshot, SNAPSHOT_KEY: {"optimizer": type(container.optimizers[0]).__name__, "tensors": tensors}}

@@ -1,8 +1,8 @@
 """The feature "same_validation": validation on the same documents each time, for every optimizer.
 
-torchtitan's validator reads on where it stopped the last time: losses of two steps are then over different documents,
-a run that was started again validates on others than one that was not, and with ``validation.steps = -1`` a data set
-that is not streamed is empty from the second time on.
+torchtitan's validator continues where it stopped the last time: losses of two steps are then over different documents,
+a resumed run validates on other documents than an uninterrupted one, and with ``validation.steps = -1`` a dataset that
+is not streamed is empty from the second validation on.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from titan_adam_mini.titan.replaced import replace
 
 
 def install() -> None:
-    """Have torchtitan's Validator begin every validation where the first one did."""
+    """Make torchtitan's Validator start every validation where the first one did."""
     replace(titan_validate.Validator, "__init__", init_with_position)
     replace(titan_validate.Validator, "validate", validate_from_position)
 
 
 def init_with_position(original: Any, validator: Any, *args: Any, **kwargs: Any) -> None:
-    """Around torchtitan's: keeps the position in the data at which the first validation begins."""
+    """Wraps torchtitan's: stores the data position at which the first validation starts."""
     original(validator, *args, **kwargs)
     validator._first_position = validator.validation_dataloader.state_dict()
 
 
 def validate_from_position(original: Any, validator: Any, model_parts: list[Any], step: int) -> None:
-    """Around torchtitan's: goes back to that position first."""
+    """Wraps torchtitan's: restores that position first."""
     validator.validation_dataloader.load_state_dict(validator._first_position)
     original(validator, model_parts, step)

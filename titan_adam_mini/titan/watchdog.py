@@ -1,4 +1,4 @@
-"""A run in which nothing happens for too long ends, and says where every thread of every rank was."""
+"""Ends a hanging run, and prints the stacks of all threads of every rank."""
 
 import contextlib
 import faulthandler
@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 STUCK = 76
-"""Exit code of a run in which no step boundary was passed for too long."""
+"""Exit code of a run that passed no step boundary for too long."""
 
 _GRACE = 60.0
-"""Seconds after which a process ends although something keeps the interpreter from running a thread of ours."""
+"""Additional seconds after which a process is ended even if our thread cannot run."""
 
 
 class Watchdog:
     """Ends this process unless :meth:`passed` is called again within that many seconds, from now on.
 
-    The last words go to standard error: one sentence, and every thread's stack. Where torch's flight recorder is on,
-    what it has recorded of the collectives goes to the file that it would use itself.
+    Before that it writes a message and every thread's stack to standard error. If torch's flight recorder is on, its
+    record of collectives is written to its usual file.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -31,12 +31,12 @@ class Watchdog:
         threading.Thread(target=self._watch, name="titan_adam_mini.watchdog", daemon=True).start()
 
     def passed(self, step: int) -> None:
-        """The run is alive, at this step."""
+        """Report progress at this step."""
         self._step, self._last = step, time.monotonic()
         self._arm()
 
     def _arm(self) -> None:
-        # A thread of C, which needs no interpreter; it can only end with 1.
+        # A C thread, which needs no interpreter; its exit code is always 1.
         faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True, file=2)
 
     def _watch(self) -> None:
@@ -45,8 +45,8 @@ class Watchdog:
         try:
             message = (
                 f"rank {os.environ.get('RANK', '0')}: no step boundary was passed for {self._seconds:g} seconds "
-                f"(TITAN_ADAM_MINI_HANG_SECONDS), the last one was that of step {self._step}: exit code {STUCK}. "
-                "Where every thread is:\n"
+                f"(TITAN_ADAM_MINI_HANG_SECONDS); the last one was step {self._step}. Exit code {STUCK}. "
+                "Stacks of all threads:\n"
             )
             os.write(2, message.encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
@@ -55,7 +55,7 @@ class Watchdog:
             os._exit(STUCK)
 
     def _dump_flight_recorder(self) -> None:
-        """Write the file that NCCL's own watchdog would have written, if it has not during this run."""
+        """Write the file that NCCL's own watchdog writes, unless it already has during this run."""
         dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
         prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
         if dump is None or prefix is None or int(os.environ.get("TORCH_FR_BUFFER_SIZE", "0")) <= 0:

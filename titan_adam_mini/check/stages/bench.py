@@ -1,4 +1,4 @@
-"""`titan-adam-mini bench` on Llama 3 8B as one rank of 8, 64 and 1024 holds it; its JSONs are merged."""
+"""`titan-adam-mini bench` on the shapes of one rank of 8, 64 and 1024 of Llama 3 8B; the JSON files are merged."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ from ..trainer import CONFIG, need_packages
 
 RANKS = (8, 64, 1024)
 LEAST = 15.0
-"""Seconds left under which no other number of ranks is begun."""
+"""Minimum of remaining seconds to begin another number of ranks."""
 
 
 def run(context: Context) -> Result:
-    """Passes if the command does for every number of ranks that there is time for."""
+    """Passes if the command succeeds for every number of ranks that fits into the time."""
     need_packages()
     numbers: dict[str, Any] = {}
     lines: list[str] = []
@@ -28,7 +28,7 @@ def run(context: Context) -> Result:
         file = context.out / f"bench-{ranks}.json"
         file.unlink(missing_ok=True)
         words = ["bench", str(CONFIG), "--ngpu", str(ranks), "--json", str(file), "--device", context.device]
-        if context.cuda:  # some peers compile for minutes: the command by itself has them all
+        if context.cuda:  # some other optimizers compile for minutes; run the command itself to measure all
             words += ["--repeats", "8", "--only", "AdamW fused,AdamW foreach,AdamMini fused"]
         else:
             words += ["--repeats", "2", "--model.flavor", f"check_{SMALL.name}"]
@@ -54,7 +54,7 @@ def run(context: Context) -> Result:
 
 
 def _summary(row: dict[str, Any]) -> str:
-    """A row of the benchmark: its name, the median of its step and the ratio to AdamW fused."""
+    """A row of the benchmark: its name, median step time and ratio to fused AdamW."""
     if row.get("median_ms") is None:
         return ""
     ratio = "" if row.get("ratio") is None else f" ({row['ratio']:.2f})"
@@ -62,5 +62,5 @@ def _summary(row: dict[str, Any]) -> str:
 
 
 def _failed(row: dict[str, Any]) -> bool:
-    """Whether it is AdamMini's and was not measured; packages of others may be missing."""
+    """Whether an AdamMini row was not measured; packages of other optimizers may be missing."""
     return "AdamMini" in row["name"] and row.get("median_ms") is None

@@ -1,4 +1,4 @@
-"""A step captured in a CUDA graph, with a learning rate on the GPU that moves between replays, against eager steps."""
+"""A step captured in a CUDA graph, with a learning rate on the GPU that changes between replays, vs. eager steps."""
 
 import traceback
 from typing import Any
@@ -12,7 +12,7 @@ REPLAYS, WARM_UP = 10, 3
 
 
 def run(context: Context) -> Result:
-    """Equal to the bit after every replay, for every variant."""
+    """Passes if all variants are bit-identical to eager steps after every replay."""
     need_cuda(context, "a CUDA graph")
     device = context.of_rank(0)
     torch.cuda.set_device(device)
@@ -32,7 +32,7 @@ def run(context: Context) -> Result:
 
 
 def differing(device: torch.device, variant: Variant) -> str:
-    """The first replay and tensors that differ, or nothing."""
+    """The first replay and tensors that differ, or ""."""
     names = (*THREE, "tok_embeddings.weight", "layers.7.attention.wk.weight", "norm.weight")
     pairs = []
     for _ in range(2):
@@ -61,9 +61,9 @@ def differing(device: torch.device, variant: Variant) -> str:
             rate.fill_(1e-3 / (replay + 1))
         for name, param in params.items():
             fresh = torch.randn(param.shape, generator=generator, device=device) * 0.1 ** (replay % 3)
-            for one in (param, twins[name]):
-                assert one.grad is not None
-                one.grad.copy_(fresh)
+            for parameter in (param, twins[name]):
+                assert parameter.grad is not None
+                parameter.grad.copy_(fresh)
         graph.replay()
         twin.step()
         got, want = state_of(optimizer, params), state_of(twin, twins)

@@ -1,4 +1,4 @@
-"""What this machine is: device, memory, driver, versions, and which optional packages are there."""
+"""This machine: device, memory, driver, versions, and installed optional packages."""
 
 import platform
 import shutil

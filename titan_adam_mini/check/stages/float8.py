@@ -1,7 +1,7 @@
-"""AdamMini beside torchao's float8: FSDP2's local tensors are then wrappers that have no storage of their own.
+"""AdamMini with torchao's float8, where FSDP2's local tensors are wrappers without storage.
 
-First `fully_shard` with float8 all-gather on all ranks, one rank too, where torchtitan itself does not shard; on one
-rank the result is held against plain tensors with equal gradients. Then five steps of torchtitan's trainer.
+First `fully_shard` with float8 all-gather on all ranks, also on one rank, where torchtitan itself does not shard; on
+one rank the result is compared with plain tensors with equal gradients. Then five steps of torchtitan's trainer.
 """
 
 import importlib
@@ -21,26 +21,26 @@ from ..trainer import RunFailed, need_packages, settings_of, train
 
 STEPS = 5
 REFUSED = re.compile(r"NotImplementedError|ImportError|ModuleNotFoundError|Failed to swap")
-"""The error of a run that torchtitan or torchao would not start; anything else is a failure."""
+"""Errors of runs that torchtitan or torchao does not support; any other error is a failure."""
 SIZES = Sizes(vocab=512, dim=256, layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden=512, tokens=64)
 HEADS: dict[str, Any] = {"n_heads": SIZES.n_heads, "n_kv_heads": SIZES.n_kv_heads}
 
 
 def run(context: Context) -> Result:
-    """Passes if the wrappers are updated as plain tensors are, and torchtitan's run ends with finite losses."""
+    """Passes if wrappers are updated like plain tensors, and torchtitan's run ends with finite losses."""
     need_cuda(context, "float8")
     need_packages()
     if importlib.util.find_spec("torchao") is None:
         raise Skip("torchao is not installed")
     try:
         importlib.import_module("torchao.float8")
-    except Exception as error:  # its compiled parts may be another torch's
+    except Exception as error:  # it may be compiled for another version of torch
         raise Skip(f"torchao cannot be imported: {type(error).__name__}: {error}"[:200]) from error
     if torch.cuda.get_device_capability(0) < (8, 9):
         raise Skip("float8 needs a GPU of compute capability 8.9")
     ranks = on_ranks(context, on_rank)
     numbers: dict[str, Any] = {"wrapped": ranks[0]}
-    wrong = sorted({fault for one in ranks for fault in one["faults"]})
+    wrong = sorted({fault for result in ranks for fault in result["faults"]})
     losses = ranks[0]["losses"]
     summary = f"{ranks[0]['wrappers']} wrapped local tensors, loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     Result(False, f"{'; '.join([*wrong, summary])}; torchtitan's run did not end", numbers).write(context.result)
@@ -55,14 +55,14 @@ def run(context: Context) -> Result:
         "compile.enable": False,
     }
     try:
-        one = train(context, "float8", settings, context.left - 5)
+        result = train(context, "float8", settings, context.left - 5)
     except RunFailed as failure:
         if wrong or not REFUSED.search(str(failure)):
             raise
         reason = " | ".join(str(failure).splitlines()[:3])
         return Result(True, f"{summary}; torchtitan refuses its own float8: {reason}"[:400], numbers)
-    losses = one.losses
-    gathered = next((found[1] for line in one.lines if (found := re.search(r"float8_all_gather=(\w+)", line))), "?")
+    losses = result.losses
+    gathered = next((found[1] for line in result.lines if (found := re.search(r"float8_all_gather=(\w+)", line))), "?")
     numbers["torchtitan"] = {"losses": losses, "all_gather": gathered}
     if len(losses) != STEPS or not all(torch.isfinite(torch.tensor(losses))):
         wrong.append(f"torchtitan's losses: {losses}")
@@ -71,7 +71,7 @@ def run(context: Context) -> Result:
 
 
 def on_rank(context: Context, rank: int) -> dict[str, Any]:
-    """A decoder in float8 under `fully_shard`; what is wrong, in words."""
+    """A decoder in float8 under `fully_shard`; returns its losses and a list of faults."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     device = context.of_rank(rank)
@@ -90,10 +90,10 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
     optimizer = AdamMini(model.named_parameters(), lr=1e-3, fused=True, **HEADS)
     answer: dict[str, Any] = {"engine": engine_of(optimizer, context.cuda), "faults": [], "losses": []}
     locals_ = {name: _local(param) for name, param in model.named_parameters()}
-    answer["wrappers"] = sum(type(one) is not torch.Tensor for one in locals_.values())
+    answer["wrappers"] = sum(type(tensor) is not torch.Tensor for tensor in locals_.values())
     if not answer["wrappers"]:
         answer["faults"].append("no local tensor is a wrapper, so nothing was checked")
-    twins = {name: torch.nn.Parameter(_plain(one).clone()) for name, one in locals_.items()}
+    twins = {name: torch.nn.Parameter(_plain(tensor).clone()) for name, tensor in locals_.items()}
     twin = AdamMini(list(twins.items()), lr=1e-3, fused=True, **HEADS) if context.ngpu == 1 else None
     generator = torch.Generator().manual_seed(rank)
     text = torch.randint(SIZES.vocab, (2, SIZES.tokens + 1), generator=generator).to(device)
@@ -112,7 +112,7 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
         answer["faults"].append(f"the loss does not fall: {answer['losses']}")
     if twin is not None:
         now = {name: _plain(_local(param)) for name, param in model.named_parameters()}
-        wrong = [name for name, one in twins.items() if not torch.equal(now[name], one)]
+        wrong = [name for name, tensor in twins.items() if not torch.equal(now[name], tensor)]
         answer["faults"] += [f"{name} differs from a plain tensor's" for name in wrong[:3]]
     return answer
 

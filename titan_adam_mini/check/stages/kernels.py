@@ -1,7 +1,7 @@
-"""The fused engine alone, without an optimizer: against the reference kernel, and any number of ranks against one.
+"""The fused engine without an optimizer: compared with the reference kernel, and several ranks with one.
 
-Small tensors of every kind of layout, with every type of momentum and every second moment: blocks, channels and
-factored are among the layouts. On a CPU, the engine that is compiled for it.
+Small tensors of every kind of layout, with every momentum dtype and every second moment: the layouts include blocks,
+channels and factored. On a CPU, the compiled CPU engine.
 """
 
 import importlib.util
@@ -12,11 +12,11 @@ import torch
 
 from ...layout import BlockLayout
 from ..engines import (
+    CPU_FALLBACKS,
     LAYOUTS,
-    LEFT,
-    LEFT_BY_TRITON,
     ROWS,
-    Played,
+    TRITON_FALLBACKS,
+    SimulatedRank,
     differences,
     differing_bits,
     engine_of,
@@ -29,14 +29,15 @@ from ..stage import Context, Result, Skip
 
 STEPS = 3
 MISSING = ("rows", "columns", "factored")
-"""Layouts that have no gradient in the second step."""
+"""Layouts without a gradient in the second step."""
 RANKS = (2, 3, 5)
 LEAST = 5.0
-"""Seconds left under which nothing else is begun."""
+"""Minimum of remaining seconds to begin another case."""
 
 
 class Case(NamedTuple):
-    """Types of parameters, momentum (the parameters' own if None) and gradients, and the seed of random rounding."""
+    """Dtypes of parameters, momentum (None: the parameters' dtype) and gradients, and the seed of stochastic
+    rounding."""
 
     name: str
     param: torch.dtype = torch.float32
@@ -61,15 +62,15 @@ CASES = (
 
 
 LARGE = ("norm", "bias", "elements", "long rows", "large heads")
-"""Layouts that take the reference long on a CPU."""
+"""Layouts for which the reference is slow on a CPU."""
 
 
 def run(context: Context) -> Result:
-    """Passes if nothing differs from the reference, and no bit from that of one rank."""
+    """Passes if nothing differs from the reference, and several ranks are bit-identical to one."""
     if not context.cuda and importlib.util.find_spec("numba") is None:
-        raise Skip("numba is not installed, and without it there is no fused engine for a CPU")
+        raise Skip("numba is not installed; the fused CPU engine needs it")
     device = context.of_rank(0)
-    engine, left = ("triton", LEFT_BY_TRITON) if context.cuda else ("cpu", LEFT)
+    engine, left = ("triton", TRITON_FALLBACKS) if context.cuda else ("cpu", CPU_FALLBACKS)
     if context.cuda:
         torch.cuda.set_device(device)
     numbers: dict[str, Any] = {"cases": {}, "ranks": {}}
@@ -80,28 +81,33 @@ def run(context: Context) -> Result:
         numbers["ranks"][case.name] = _checked(context, against_one_rank, engine, layouts, case, device)
     wrong = [f"{name}: {', '.join(faults)}" for part in numbers.values() for name, faults in part.items() if faults]
     what = f"{len(layouts)} layouts, {len(numbers['cases'])} combinations of types"
-    line = f"the fused engine is the reference's on {what}; {'/'.join(map(str, RANKS))} ranks give the bits of one"
+    line = (
+        f"the fused engine equals the reference on {what}; {'/'.join(map(str, RANKS))} ranks are bit-identical to one"
+    )
     return Result(not wrong, "; ".join(wrong)[:600] if wrong else line, numbers)
 
 
 def against_reference(engine: str, layouts: Layouts, case: Case, left: set[str], device: torch.device) -> list[str]:
-    """What differs after any of the steps."""
+    """The differences after any of the steps."""
     options: dict[str, Any] = {"dtype": case.param, "momentum": case.momentum, "seed": case.seed, "device": device}
-    got, want = Played(layouts, engine_of(engine), **options), Played(layouts, reference_engine(), **options)
+    got, want = (
+        SimulatedRank(layouts, engine_of(engine), **options),
+        SimulatedRank(layouts, reference_engine(), **options),
+    )
     for number in range(STEPS):
         grads: dict[str, Any] = {**gradients(layouts, number, case.grad)}
         if number == 1:
             grads |= dict.fromkeys(MISSING)
-        for one in (got, want):
-            one.give(grads)
-            step([one])
+        for simulated in (got, want):
+            simulated.give(grads)
+            step([simulated])
         if faults := differences(got, want, left):
             return [f"step {number + 1}: {fault}" for fault in faults]
     return []
 
 
 def against_one_rank(engine: str, layouts: Layouts, case: Case, device: torch.device) -> list[str]:
-    """What has other bits on several ranks, played one after the other, than on one."""
+    """What is not bit-identical on several simulated ranks and on one."""
     options: dict[str, Any] = {"dtype": case.param, "momentum": case.momentum, "seed": case.seed, "device": device}
     rows = {name: layout for name, layout in ROWS.items() if name in layouts}
     (one,) = world(engine, 1, layouts=rows, **options)

@@ -1,4 +1,4 @@
-"""AdamMini on DTensors over NCCL against the float64 oracle, and where bits must agree, to the bit.
+"""AdamMini on DTensors over NCCL compared with the float64 oracle, bit by bit where results must be identical.
 
 Per mesh: ten steps in float32 on a small decoder, with a moving learning rate and gradients that change in
 size and are clipped. The largest relative error over parameters and both moments must stay below `TOLERANCE`.
@@ -18,9 +18,9 @@ from ..stage import Context, Result, engine_of, on_ranks
 STEPS = 10
 TOLERANCE = 1e-5
 WIDE = Sizes(vocab=131, dim=1160, layers=1, n_heads=6, n_kv_heads=3, head_dim=67, hidden=517)
-"""Rows longer than a kernel's block, and of a length that is no power of two."""
+"""Rows longer than a kernel's block, with a length that is not a power of two."""
 LESS_WIDE = replace(WIDE, dim=260, head_dim=17, hidden=101)
-"""For a CPU, which has no such blocks."""
+"""A smaller one for CPUs, which have no such blocks."""
 KEYS = ("params", "exp_avg", "exp_avg_sq")
 Tensors = dict[str, torch.Tensor]
 
@@ -31,7 +31,7 @@ def wide(device: str) -> Sizes:
 
 
 def meshes(ranks: int, device: str) -> list[Mesh]:
-    """What this number of ranks allows."""
+    """The meshes for this number of ranks."""
     even = Sizes(vocab=8 * ranks, dim=8 * ranks, n_heads=6, n_kv_heads=3, head_dim=2 * ranks, hidden=16 * ranks)
     found = [
         Mesh(f"FSDP2 {ranks}, even", (ranks,), ("dp",), even, device=device),
@@ -51,9 +51,9 @@ def run(context: Context) -> Result:
     ranks = on_ranks(context, on_rank)
     numbers: dict[str, Any] = {"engine": ranks[0]["engine"], "errors": {}, "bits": {}}
     for name in ranks[0]["errors"]:
-        numbers["errors"][name] = max(max(one["errors"][name].values()) for one in ranks)
+        numbers["errors"][name] = max(max(result["errors"][name].values()) for result in ranks)
     for name in ranks[0]["bits"]:
-        numbers["bits"][name] = sorted({wrong for one in ranks for wrong in one["bits"][name]})
+        numbers["bits"][name] = sorted({wrong for result in ranks for wrong in result["bits"][name]})
     worst = max(numbers["errors"], key=lambda name: float(numbers["errors"][name]))
     differing = {name: wrong for name, wrong in numbers["bits"].items() if wrong}
     passed = numbers["errors"][worst] < TOLERANCE and not differing
@@ -63,7 +63,7 @@ def run(context: Context) -> Result:
 
 
 def on_rank(context: Context, rank: int) -> dict[str, Any]:
-    """The errors of what this rank holds, by mesh, and the names of tensors whose bits differ, by comparison."""
+    """This rank's errors by mesh, and the names of tensors that are not bit-identical by comparison."""
     answer: dict[str, Any] = {"errors": {}, "bits": {}}
     device = context.of_rank(rank)
     for mesh in meshes(context.ngpu, context.device):
@@ -75,9 +75,9 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
             placed.inject(gradients(full_shapes(mesh.sizes), step), norms_along_tp(mesh))
             set_lr(optimizer, step)
             optimizer.step()
-        got = held(placed, optimizer)
+        got = local_results(placed, optimizer)
         answer["errors"][mesh.name] = relative_errors(got, placed, want)
-        if "tp" not in mesh.axes:  # blocks of whole rows: any number of ranks must give the bits of one
+        if "tp" not in mesh.axes:  # blocks of full rows: any number of ranks must be bit-identical to one
             one = on_one_device(mesh.sizes, torch.float32, device)
             for key in KEYS[:2]:
                 one[key] = {name: value.flatten()[placed.index[name]] for name, value in one[key].items()}
@@ -95,22 +95,25 @@ def on_rank(context: Context, rank: int) -> dict[str, Any]:
     return answer
 
 
-def held(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-    """What this rank holds of parameters and momentum, and whole second moments; on the CPU."""
+def local_results(placed: Placed, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    """This rank's parameters and momentum, and full second moments; on the CPU."""
     state = {name: optimizer.state[param] for name, param in placed.params.items()}
-    for one in state.values():
-        assert float(one["step"]) == STEPS, one["step"]
+    for param_state in state.values():
+        assert float(param_state["step"]) == STEPS, param_state["step"]
     return {
         "params": {name: value for name, (_, value) in placed.parts().items()},
         "exp_avg": {
-            name: value for name, (_, value) in placed.parts({n: one["exp_avg"] for n, one in state.items()}).items()
+            name: value
+            for name, (_, value) in placed.parts(
+                {n: param_state["exp_avg"] for n, param_state in state.items()}
+            ).items()
         },
-        "exp_avg_sq": {name: full(one["exp_avg_sq"]).cpu() for name, one in state.items()},
+        "exp_avg_sq": {name: full(param_state["exp_avg_sq"]).cpu() for name, param_state in state.items()},
     }
 
 
 def relative_errors(got: dict[str, Tensors], placed: Placed, want: Any) -> dict[str, float]:
-    """As `oracle.error`, for the elements that this rank holds: largest difference over the whole's largest entry."""
+    """As `oracle.error`, for this rank's elements: largest difference over the tensor's largest entry."""
     found = {}
     for key in KEYS:
         worst = 0.0
@@ -138,12 +141,12 @@ def on_one_device(
     state = {name: optimizer.state[param] for name, param in params.items()}
     return {
         "params": {name: param.detach().cpu() for name, param in params.items()},
-        **{key: {name: one[key].cpu() for name, one in state.items()} for key in KEYS[1:]},
+        **{key: {name: param_state[key].cpu() for name, param_state in state.items()} for key in KEYS[1:]},
     }
 
 
 def put(value: torch.Tensor, dtype: torch.dtype, device: torch.device, odd: bool) -> torch.Tensor:
-    """The value on the device; `odd`: one element after the start of an allocation, where no wide load may begin."""
+    """The value on the device; `odd`: one element after the start of an allocation, unaligned for wide loads."""
     if not odd:
         return value.to(device, dtype)
     buffer = torch.empty(value.numel() + 1, dtype=dtype, device=device)
@@ -156,7 +159,7 @@ def different(one: dict[str, Tensors], other: dict[str, Tensors]) -> list[str]:
 
 
 def pieces(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """A matrix of row blocks, whole and in three pieces of rows that no other rank completes: the same bits."""
+    """A matrix of row blocks, in one and in three independent pieces of rows, must be bit-identical."""
     sizes = wide(device.type)
     name, shape = "layers.0.feed_forward.w1.weight", (sizes.hidden, sizes.dim)
     start = values({name: shape})[name]
@@ -171,6 +174,6 @@ def pieces(dtype: torch.dtype, device: torch.device) -> list[str]:
                 set_lr(optimizer, step)
                 optimizer.step()
         states = [optimizer.state[param] for param, optimizer in zip(params, optimizers, strict=True)]
-        whole = [torch.cat([param.detach() for param in params])]
-        results.append(whole + [torch.cat([one[key] for one in states]) for key in KEYS[1:]])
-    return [key for key, one, other in zip(KEYS, *results, strict=True) if not torch.equal(one, other)]
+        params_only = [torch.cat([param.detach() for param in params])]
+        results.append(params_only + [torch.cat([param_state[key] for param_state in states]) for key in KEYS[1:]])
+    return [key for key, param_state, other in zip(KEYS, *results, strict=True) if not torch.equal(param_state, other)]

@@ -1,6 +1,6 @@
 """Twenty steps on the 291 tensors of a Llama: no synchronisation, no allocation, no new kernel, few launches.
 
-The learning rate moves as a scheduler moves it; gradients stay. AdamW, fused, is measured beside it.
+The learning rate follows a schedule; gradients do not change. Fused AdamW is measured for comparison.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ TRACED = 2
 
 
 def run(context: Context) -> Result:
-    """All variants of AdamMini must hold; AdamW's are only shown."""
+    """All variants of AdamMini must pass; AdamW is only reported."""
     need_cuda(context, "this")
     device = context.of_rank(0)
     torch.cuda.set_device(device)
@@ -53,7 +53,7 @@ def run(context: Context) -> Result:
 
 
 def faults(one: dict[str, Any]) -> list[str]:
-    """What is not as it should be, in words."""
+    """Descriptions of all faults."""
     found = [f"error {one['error']}"] if one["error"] else []
     found += [f"{name} grew by {grown}" for name, grown in one["grown"].items() if grown]
     if one["compiled"]:
@@ -68,7 +68,7 @@ def faults(one: dict[str, Any]) -> list[str]:
 
 
 def measure(device: torch.device, variant: Variant, adamw: bool) -> dict[str, Any]:
-    """Numbers of one optimizer."""
+    """Measurements of one optimizer."""
     many, params = optimizer_of(device, variant, adamw)
     few, _ = optimizer_of(device, variant, adamw, THREE)
     one: dict[str, Any] = {"engine": "AdamW" if adamw else engine_of(many, cuda=True), "error": ""}
@@ -113,13 +113,13 @@ def optimizer_of(
 
 
 def schedule(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """What a scheduler does."""
+    """Set the learning rate of a step, as a scheduler would."""
     for group in optimizer.param_groups:
         group["lr"] = 1e-3 * (1 + math.cos(step / STEPS)) / 2
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> Trace:
-    """The trace of some steps; two more go before it."""
+    """The trace of some steps, after two untraced ones."""
     for step in range(2):
         schedule(optimizer, step)
         optimizer.step()
@@ -138,7 +138,7 @@ def count(trace: Trace) -> tuple[float, float]:
 
 
 def counters(device: torch.device) -> dict[str, int]:
-    """Bytes in use, and how often the allocator was asked."""
+    """Bytes in use, and the allocator's counters."""
     stats = torch.cuda.memory_stats(device)
     return {"bytes allocated": torch.cuda.memory_allocated(device), **{name: stats.get(name, 0) for name in COUNTED}}
 

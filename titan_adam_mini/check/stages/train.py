@@ -1,7 +1,7 @@
 """torchtitan's own trainer with AdamW and with AdamMini, from one seed, on real text.
 
-The model is the largest Llama 3 of `sizes` that the device takes; on a CPU a small one, for a few steps, and memory is
-not judged.
+The model is the largest Llama 3 of `sizes` that fits on the device; on a CPU a small one, for a few steps, without
+checking memory.
 """
 
 import math
@@ -21,12 +21,12 @@ WORSE = 0.10
 
 
 def run(context: Context) -> Result:
-    """Passes if both end with finite losses close to each other, and AdamMini with the lower peak."""
+    """Passes if both end with similar finite losses, and AdamMini has the lower peak memory."""
     need_packages()
     seq_len = SEQ_LEN if context.cuda else 64
     steps = 8 if not context.cuda else STEPS if context.left > 130 else FEWER
     common = settings_of(context, seq_len, steps)
-    print(f"text built, {context.left:.0f} s left", flush=True)
+    print(f"dataset built, {context.left:.0f} s left", flush=True)
     if not context.cuda:
         common |= {"training.mixed_precision_param": "float32", "activation_checkpoint.mode": "none"}
     sizes = _fitting(context.ngpu) if context.cuda else [SMALL]
@@ -58,21 +58,21 @@ def run(context: Context) -> Result:
     return Result(not wrong, "; ".join([*wrong, line]), numbers)
 
 
-def summary(one: dict[str, Any]) -> str:
+def summary(numbers: dict[str, Any]) -> str:
     """The numbers of a run in one line."""
     return (
-        f"loss {one['losses'][0]:.3f} -> {one['losses'][-1]:.3f}, grad norm {one['grad_norms'][-1]:.2f}, "
-        f"{one['tokens_per_second']:,.0f} tokens/s, peak {one['peak_active_gib']:.2f} GiB active and "
-        f"{one['peak_reserved_gib']:.2f} reserved"
+        f"loss {numbers['losses'][0]:.3f} -> {numbers['losses'][-1]:.3f}, grad norm {numbers['grad_norms'][-1]:.2f}, "
+        f"{numbers['tokens_per_second']:,.0f} tokens/s, peak {numbers['peak_active_gib']:.2f} GiB active and "
+        f"{numbers['peak_reserved_gib']:.2f} reserved"
     )
 
 
 def faults(adamw: dict[str, Any], mini: dict[str, Any], steps: int, memory: bool) -> list[str]:
-    """What is not as it should be."""
+    """Descriptions of all faults."""
     found = []
-    for name, one in (("AdamW", adamw), ("AdamMini", mini)):
-        if len(one["losses"]) != steps or not all(map(math.isfinite, one["losses"] + one["grad_norms"])):
-            found.append(f"{name} has {len(one['losses'])} losses of {steps}, or not all are finite")
+    for name, numbers in (("AdamW", adamw), ("AdamMini", mini)):
+        if len(numbers["losses"]) != steps or not all(map(math.isfinite, numbers["losses"] + numbers["grad_norms"])):
+            found.append(f"{name} has {len(numbers['losses'])} losses of {steps}, or not all are finite")
     if not abs(mini["losses"][-1] / adamw["losses"][-1] - 1) <= WORSE:
         found.append(f"AdamMini's last loss is not within {WORSE:.0%} of AdamW's")
     if memory and not mini["peak_active_gib"] < adamw["peak_active_gib"]:
@@ -81,7 +81,7 @@ def faults(adamw: dict[str, Any], mini: dict[str, Any], steps: int, memory: bool
 
 
 def _fitting(ranks: int) -> list[Size]:
-    """Asked in a process that ends: a CUDA context of our own would take memory from the runs."""
+    """The sizes that fit, queried in a separate process: a CUDA context here would take memory from the runs."""
     import torch.multiprocessing as multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:

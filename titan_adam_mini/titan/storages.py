@@ -1,4 +1,4 @@
-"""What a rank holds of a model and its optimizer: the storages of parameters, gradients and optimizer state."""
+"""The storages of a rank's parameters, gradients and optimizer state."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 SNAPSHOT_KEY = "titan_adam_mini"
-"""The key of a memory snapshot under which snapshots.py adds what is held; `titan-adam-mini snapshot` reads it."""
+"""The key under which snapshots.py adds storages to a memory snapshot; `titan-adam-mini snapshot` reads it."""
 
 
-class Held(NamedTuple):
-    """A storage, once, under the first tensor that has it.
+class Storage(NamedTuple):
+    """A storage, listed once, under the first tensor that uses it.
 
     Attributes:
         category: "parameters", "gradients" or "optimizer state".
-        key: the key of the optimizer's state, such as "exp_avg"; else empty.
-        size: in bytes, all of the storage: what FSDP pads, and what gradients share, is in it.
+        key: the key of the optimizer state, such as "exp_avg"; else empty.
+        size: of the entire storage in bytes, including FSDP's padding and memory shared by gradients.
     """
 
     category: str
@@ -27,15 +27,15 @@ class Held(NamedTuple):
     device: torch.device
 
 
-def held(container: Any) -> list[Held]:
-    """All storages of this rank with the model parts and optimizers of a torchtitan ``OptimizersContainer``."""
-    found: dict[tuple[torch.device, int], Held] = {}
+def storages(container: Any) -> list[Storage]:
+    """All storages of this rank, from the model parts and optimizers of a torchtitan ``OptimizersContainer``."""
+    found: dict[tuple[torch.device, int], Storage] = {}
     for category, key, tensor in _tensors(container):
         for plain in _plain(tensor):
             storage = plain.untyped_storage()
             if storage.nbytes():
                 there = storage.device, storage.data_ptr()
-                found.setdefault(there, Held(category, key, there[1], storage.nbytes(), there[0]))
+                found.setdefault(there, Storage(category, key, there[1], storage.nbytes(), there[0]))
     return list(found.values())
 
 
@@ -49,7 +49,7 @@ def _tensors(container: Any) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with data inside a tensor: out of DTensor and other wrappers, without waiting for any."""
+    """The tensors with data inside a tensor: unwrapped from DTensor and other wrappers, without waiting."""
     if isinstance(tensor, DTensor):
         yield from _plain(tensor._local_tensor)
     elif hasattr(tensor, "__tensor_flatten__"):
