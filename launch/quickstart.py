@@ -1,8 +1,7 @@
 """AdamW and AdamMini side by side in torchtitan, on real text, from one seed checkpoint; started by quickstart.sh.
 
-`titan-adam-mini compare` trains and reports, twice: both optimizers on all GPUs or two CPU ranks, then AdamMini on one
-rank. This script builds the corpus, sets the two comparisons side by side, and ends with status 1 when a run fails or a
-loss does not fall as it should.
+Runs `titan-adam-mini compare` twice: both optimizers on all GPUs or two CPU ranks, then AdamMini on one rank. It exits
+with status 1 and a hint if a run fails or a loss does not fall as expected.
 """
 
 import argparse
@@ -38,7 +37,7 @@ name = "AdamMini\""""
 
 
 class Failed(Exception):
-    """A run that did not do what it should; the message says what happened and where to look."""
+    """A run that failed or did not learn; the message gives the reason and where to look."""
 
 
 def main() -> int:
@@ -46,10 +45,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120, help="training steps of the two optimizers")
     parser.add_argument("--compared-steps", type=int, default=40, help="steps of the run on one rank")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="where logs and runs go")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where corpus and tokenizer are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="folder for logs and runs")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="folder for corpus and tokenizer")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt does: unwinding ends the comparison and its runs
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like an interrupt: unwinding ends the comparison and its runs
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
     started = time.monotonic()
     try:
@@ -62,11 +61,11 @@ def main() -> int:
 
 
 def quickstart(steps: int, compared_steps: int, out: Path, cache: Path) -> None:
-    """The runs and what they showed. Raises Failed at the first thing that is not as it should be."""
+    """Run the comparisons and print their results. Raises Failed if a run fails or a check does not pass."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # One GPU cannot be two ranks: one rank and many are then compared on the CPU.
+    # With one GPU, one rank and two are compared on the CPU.
     ranks, many = gpus or 2, max(gpus, 2)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "2 CPU ranks (no GPU found)"
     log(f"torch {torch.__version__}, {where}")
@@ -106,23 +105,23 @@ def quickstart(steps: int, compared_steps: int, out: Path, cache: Path) -> None:
         sharded = out / "sharded"
         compare("AdamMini", many, sharded, {**settings(many, compared_steps), **start}, environment)
 
-    log("\nWhat the runs showed")
+    log("\nResults")
     adamw, mini = _record(both, "AdamW"), _record(both, "AdamMini")
     show_losses(adamw, mini, steps)
     show_state(both)
     show_ranks(_record(out / "one_rank", "AdamMini"), _record(sharded, "AdamMini"), compared_steps, sharded)
     log(f"  speed               AdamW {adamw.tokens_per_second:,.0f} tokens/s, AdamMini {mini.tokens_per_second:,.0f}")
     log(f"  report              {_relative(both)}/report.md")
-    log(f"Runs that are there are not repeated: remove {_relative(out)} to train again.")
-    log(f"\nThese lines in the TOML file of a run of your own use it:\n\n{TOML_LINES}\n")
+    log(f"  Finished runs are not repeated: remove {_relative(out)} to train again.")
+    log(f"\nTo use AdamMini in your own run, add to its TOML file:\n\n{TOML_LINES}\n")
 
 
 def compare(
     optimizers: str, ranks: int, out: Path, settings: dict[str, Any], environment: dict[str, str] | None = None
 ) -> None:
-    """`titan-adam-mini compare` with one seed. Raises Failed if it fails; it has said why."""
+    """`titan-adam-mini compare` with one seed. Raises Failed if it fails, after it has printed the reason."""
     words = ["--optimizers", optimizers, "--seeds", "1", "--ngpu", str(ranks), "--out", str(out)]
-    # In a session of its own only this process hears an interrupt: it hands it on once.
+    # In its own session it gets no signals from the terminal: this process forwards one.
     process = subprocess.Popen(
         [sys.executable, "-m", "titan_adam_mini.cli", "compare", str(CONFIG), *words, *arguments(settings)],
         cwd=ROOT,
@@ -140,7 +139,7 @@ def compare(
 
 
 def show_losses(adamw: Record, mini: Record, steps: int) -> None:
-    """Both losses, and whether they fell far enough; how AdamMini's last one compares."""
+    """Check that both losses fell far enough, and compare AdamMini's last loss with AdamW's."""
     log("    step     AdamW  AdamMini  ratio")
     for step in sorted({1, *range(20, steps + 1, 20), steps}):
         first, second = (record.losses[step - 1] for record in (adamw, mini))
@@ -149,13 +148,13 @@ def show_losses(adamw: Record, mini: Record, steps: int) -> None:
         first, last = record.losses[0], record.losses[-1]
         if not last <= FELL_TO * first:  # also when it is not a number
             raise Failed(
-                f"{name}'s loss went from {first:.4f} to {last:.4f} in {steps} steps, and should have come down to "
-                f"{FELL_TO} of the first. With few steps that is expected: leave --steps out"
+                f"{name}'s loss went from {first:.4f} to {last:.4f} in {steps} steps, but should have fallen to "
+                f"{FELL_TO} of the first. With few steps that is expected: omit --steps"
             )
         fell = f"loss {first:.4f} -> {last:.4f} ({last / first:.2f} of the first)"
         log(f"  {name:18s}  {fell}, on held-out text {record.final:.4f}")
     worse = mini.losses[-1] / adamw.losses[-1] - 1
-    verdict = "within 3%" if worse <= WORSE_BY else "MORE than the 3% that were expected"
+    verdict = "within 3%" if worse <= WORSE_BY else "MORE than the expected 3%"
     log(f"  AdamMini's last     {abs(worse):.1%} {'above' if worse > 0 else 'below'} AdamW's: {verdict}")
 
 
@@ -167,7 +166,7 @@ def show_state(out: Path) -> None:
 
 
 def show_ranks(one: Record, many: Record, steps: int, out: Path) -> None:
-    """The largest difference between the losses of one rank and of many, and how many heads the shards cut."""
+    """The largest difference between the losses of one rank and of several, and the number of heads that shards cut."""
     pairs = zip(one.losses[:steps], many.losses[:steps], strict=True)
     difference = max(abs(first - second) for first, second in pairs)
     trained = (out / many.run.folder / "train.log").read_text(errors="replace")
@@ -178,7 +177,7 @@ def show_ranks(one: Record, many: Record, steps: int, out: Path) -> None:
 
 
 def log(text: str) -> None:
-    """Print now, also into a pipe."""
+    """Print without buffering."""
     print(text, flush=True)
 
 
@@ -191,7 +190,7 @@ def _ranks(count: int) -> str:
 
 
 def _relative(path: Path) -> Path:
-    """The path as seen from the repository's top, where it is below it."""
+    """The path relative to the repository, if it is inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 

@@ -54,7 +54,7 @@ def test_a_corpus_is_built_once(corpus_dir: Path, monkeypatch: pytest.MonkeyPatc
     wanted = json.loads((copy / "corpus.json").read_text())["wanted"]
     arguments = {name: wanted[name] for name in ("seq_len", "global_batch", "steps", "ranks", "validation")}
     monkeypatch.setattr(corpus, "train_tokenizer", lambda *_: pytest.fail("it was built again"))
-    assert "as built before" in corpus.build(copy, **arguments)
+    assert "already built" in corpus.build(copy, **arguments)
     with pytest.raises(pytest.fail.Exception, match="built again"):
         corpus.build(copy, **{**arguments, "steps": wanted["steps"] - 1})
 
@@ -70,7 +70,7 @@ def record(losses: list[float], ranks: int = 2) -> Any:
 def test_a_loss_that_does_not_fall_fails(last: float) -> None:
     import quickstart
 
-    with pytest.raises(quickstart.Failed, match="should have come down"):
+    with pytest.raises(quickstart.Failed, match="should have fallen"):
         quickstart.show_losses(record([8.0, 4.0]), record([8.0, last]), 2)
 
 
