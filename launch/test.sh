@@ -12,11 +12,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
 
-marker=(-m "not slow and not nightly")
+marker=(-m "not slow and not nightly") workers=2
 args=()
 for arg in "$@"; do
     case "$arg" in
-    --all) marker=(-m "not nightly") ;;
+    --all) marker=(-m "not nightly") workers=3 ;; # one has the Slurm tests, which mostly wait
     --slurm)
         marker=(-m "slurm and not nightly") && export TITAN_ADAM_MINI_TEST_TIER=--slurm
         type slurmctld slurmd sbatch >/dev/null 2>&1 ||
@@ -30,4 +30,4 @@ for arg in "$@"; do
 done
 setup_venv titan,test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -n 2 "${marker[@]}" "${args[@]+"${args[@]}"}"
+exec .venv/bin/python -m pytest -n "$workers" "${marker[@]}" "${args[@]+"${args[@]}"}"
