@@ -144,9 +144,7 @@ def train(
     for process in processes:
         process.kill()
         process.join()
-    run = Run(ranks, logs[shown])
-    for line in run.log.read_text(errors="replace").splitlines():
-        run.read(line)
+    run = Run.load(logs[shown], ranks)
     if any(code != 0 for code in codes):
         ended = [signal.Signals(-code).name if code and code < 0 else code for code in codes]
         told = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)

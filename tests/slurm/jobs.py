@@ -95,9 +95,7 @@ class Jobs:
         """By step, of all attempts; a step that was done twice had the same loss."""
         found: dict[int, float] = {}
         for log in sorted((self.folder / "outputs" / name / "attempts").glob("*/rank-00000.log")):
-            run = Run(1, log)
-            for line in log.read_text(errors="replace").splitlines():
-                run.read(line)
+            run = Run.load(log, 1)
             again = {step: loss for step, loss in run.losses.items() if step in found}
             assert again == {step: found[step] for step in again}
             found |= run.losses

@@ -183,7 +183,8 @@ def test_the_sizes_are_torchtitans() -> None:
 
 def test_a_trainers_log_is_read_and_judged(tmp_path: Path) -> None:
     from titan_adam_mini.check.stages.train import faults
-    from titan_adam_mini.check.trainer import Run
+    from titan_adam_mini.check.trainer import measurements
+    from titan_adam_mini.tools.trainer import Run
 
     lines = []
     for step, loss in ((1, 8.0), (2, 4.0)):
@@ -192,7 +193,7 @@ def test_a_trainers_log_is_read_and_judged(tmp_path: Path) -> None:
         lines.append(f"[rank0]:[titan] - root - INFO - step:  {step}  loss:  {loss}  {tail}")
     log = tmp_path / "log"
     log.write_text("\n".join(lines))
-    adamw = Run.of(log, 2).numbers
+    adamw = measurements(Run.load(log, 2))
     assert adamw["losses"] == [8.0, 4.0] and adamw["tokens_per_second"] == 3168
     assert adamw["peak_active_gib"] == 22.5 and adamw["grad_norms"] == [0.1255, 0.2255]
     assert faults(adamw, {**adamw, "peak_active_gib": 20.0}, 2, True) == []

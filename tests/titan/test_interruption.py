@@ -57,10 +57,7 @@ def ended(code: int, trainer: Trainer, name: str, *acts: tuple[str, int, Moment]
 
     with pytest.raises(RunFailed, match=re.escape(f"{name} ended with {[code] * ranks} ")):
         trainer(name, ranks=ranks, patience=60, **do(acts), **more)
-    run = Run(ranks, trainer.out / f"{name}.log")
-    for line in run.log.read_text().splitlines():
-        run.read(line)
-    return run
+    return Run.load(trainer.out / f"{name}.log", ranks)
 
 
 def left(trainer: Trainer, name: str, *acts: tuple[str, int, Moment], **more: Any) -> tuple[Any, int]:

@@ -74,9 +74,7 @@ def killed(trainer: Trainer, name: str, death: Death, steady: Any) -> None:
 
     with pytest.raises(RunFailed, match="SIGKILL"):
         trainer(name, ranks=2, data=2, hook=die, given=(asdict(death),), **SAVING, **dict(death.settings))
-    run = Run(2, trainer.out / f"{name}.log")
-    for line in run.log.read_text().splitlines():
-        run.read(line)
+    run = Run.load(trainer.out / f"{name}.log", 2)
     assert all(loss == steady.losses[step] for step, loss in run.losses.items())
 
 

@@ -2,16 +2,12 @@
 
 import importlib.util
 import json
-import math
 import os
-import re
-import statistics
-import sys
 import sysconfig
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..tools.trainer import Run, RunFailed, arguments, torchrun
 from .runner import execute
 from .sizes import SMALL
 from .stage import Context, Skip
@@ -24,70 +20,6 @@ FILES = 400
 """Number of files on which the tokenizer is trained."""
 CHARACTERS = 4
 """More characters than a token has on average."""
-_NUMBER = r"([-+0-9.einfa]+)"
-_STEP = re.compile(rf"step:\s*(\d+)\s+loss:\s*{_NUMBER}\s+grad_norm:\s*{_NUMBER}.*?tps:\s*([\d,]+)")
-_PEAK = re.compile(r"peak active: ([\d.]+)GiB reserved: ([\d.]+)GiB")
-_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
-
-
-class RunFailed(Exception):
-    """A failed run; the message has the reason and the log file."""
-
-
-@dataclass
-class Run:
-    """What one run of the trainer logged.
-
-    Attributes:
-        ranks: number of processes.
-        log: file with all output.
-        lines: its lines.
-        losses, grad_norms: of every step, over all ranks.
-        rates: tokens per second and rank, of every step.
-        peaks: largest memory in use, and reserved, in GiB.
-    """
-
-    ranks: int
-    log: Path
-    lines: list[str]
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    rates: list[int] = field(default_factory=list)
-    peaks: tuple[float, float] = (math.nan, math.nan)
-
-    @staticmethod
-    def of(log: Path, ranks: int) -> "Run":
-        """Read a log."""
-        run = Run(ranks, log, log.read_text(errors="replace").splitlines())
-        peaks = []
-        for line in run.lines:
-            if found := _STEP.search(line):
-                run.losses.append(float(found[2]))
-                run.grad_norms.append(float(found[3]))
-                run.rates.append(int(found[4].replace(",", "")))
-            elif found := _PEAK.search(line):
-                peaks.append((float(found[1]), float(found[2])))
-        if peaks:
-            run.peaks = (max(active for active, _ in peaks), max(reserved for _, reserved in peaks))
-        return run
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """For the JSON; the rate is the median over all ranks, without the first five steps, which allocate."""
-        rates = self.rates[5:] or self.rates
-        return {
-            "losses": self.losses,
-            "grad_norms": self.grad_norms,
-            "tokens_per_second": statistics.median(rates) * self.ranks if rates else math.nan,
-            "peak_active_gib": self.peaks[0],
-            "peak_reserved_gib": self.peaks[1],
-        }
-
-    def error(self) -> str:
-        """The exceptions of a failed run, or its last lines if there are none."""
-        plain = [re.sub(r"^\[\w+\]:", "", line).strip() for line in self.lines]
-        errors = [line for line in plain if _ERROR.match(line) and "ChildFailedError" not in line]
-        return "\n".join(dict.fromkeys(errors)) if errors else "\n".join(self.lines[-12:])
 
 
 def need_packages() -> None:
@@ -112,25 +44,28 @@ def train(context: Context, name: str, settings: dict[str, Any], limit: float) -
     out = context.out / "train"
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{name}.log"
-    torchrun = ["--nproc_per_node", str(context.ngpu), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    torchrun += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
-    words = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "torchtitan.train"]
-    words += ["--job.config_file", str(CONFIG), "--job.dump_folder", str(out / name)]
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            section, _, switch = key.rpartition(".")
-            words.append(f"--{key}" if value else f"--{section}.no-{switch}")
-        else:
-            words += [f"--{key}", str(value)]
-    status = execute(words, limit, log, environment(context))
-    run = Run.of(log, context.ngpu)
+    command = torchrun(context.ngpu, "--local-ranks-filter=0", "--role=rank", "--tee=3")
+    command += arguments({"job.config_file": CONFIG, "job.dump_folder": out / name, **settings})
+    status = execute(command, limit, log, environment(context))
+    run = Run.load(log, context.ngpu)
     if status is None:
         raise RunFailed(f"{name} was still running after {limit:.0f} seconds and was stopped; log: {log}")
     if status != 0:
-        raise RunFailed(f"{name} ended with status {status}.\n{run.error()}\nlog: {log}")
+        raise RunFailed(f"{name} ended with status {status}.\n{run.error}\nlog: {log}")
     if not run.losses:
         raise RunFailed(f"{name} ended without logging a single step; log: {log}")
     return run
+
+
+def measurements(run: Run) -> dict[str, Any]:
+    """The measurements of a run, for the JSON."""
+    return {
+        "losses": list(run.losses.values()),
+        "grad_norms": list(run.grad_norms.values()),
+        "tokens_per_second": run.tokens_per_second,
+        "peak_active_gib": run.peaks[0],
+        "peak_reserved_gib": run.peaks[1],
+    }
 
 
 def environment(context: Context) -> dict[str, str]:

@@ -6,6 +6,7 @@ Used by everything that starts a trainer or reads its log: `compare`, `inspect`,
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -19,7 +20,10 @@ from typing import Any
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = r"[-+\w.]+"
-_STEP = re.compile(rf"(?<!validate )step:\s*(\d+)\s+loss:\s*({_NUMBER})(?:\s.*?tps:\s*([\d,]+))?")
+_STEP = re.compile(
+    rf"(?<!validate )step:\s*(\d+)\s+loss:\s*({_NUMBER})(?:\s+grad_norm:\s*({_NUMBER}))?(?:\s.*?tps:\s*([\d,]+))?"
+)
+_PEAK = re.compile(r"peak active: ([\d.]+)GiB reserved: ([\d.]+)GiB")
 _VALIDATION = re.compile(rf"validate step:\s*(\d+)\s+loss:\s*({_NUMBER})\s")
 _ERROR = re.compile(r"(?:\[\w+\]:\s*)*([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 _STOP_TIMEOUT = 45.0
@@ -102,18 +106,29 @@ class Run:
     Attributes:
         ranks: number of processes.
         log: file with its full output.
-        losses: training loss of every step, over all ranks.
+        losses, grad_norms: training loss and norm of the gradients, by step, over all ranks.
         validation: validation loss, by step.
         rates: tokens per second and rank, by step, as torchtitan reports them.
+        peaks: largest memory in use and reserved, in GiB; NaN if not reported.
         lines: its full output, without colours.
     """
 
     ranks: int
     log: Path
     losses: dict[int, float] = field(default_factory=dict)
+    grad_norms: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     rates: dict[int, int] = field(default_factory=dict)
+    peaks: tuple[float, float] = (math.nan, math.nan)
     lines: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, log: Path, ranks: int) -> Run:
+        """The run of a log file."""
+        run = cls(ranks, log)
+        for line in log.read_text(errors="replace").splitlines():
+            run.read(line)
+        return run
 
     def read(self, line: str) -> int | None:
         """Parse one line of output; returns the step if it reports a training step."""
@@ -121,15 +136,25 @@ class Run:
         self.lines.append(line)
         if match := _VALIDATION.search(line):
             self.validation[int(match[1])] = float(match[2])
-        elif (match := _STEP.search(line)) and match[3]:
+        elif (match := _STEP.search(line)) and match[4]:
             step = int(match[1])
             self.losses[step] = float(match[2])
-            self.rates[step] = int(match[3].replace(",", ""))
+            self.grad_norms[step] = float(match[3] or "nan")
+            self.rates[step] = int(match[4].replace(",", ""))
             return step
+        elif match := _PEAK.search(line):
+            active, reserved = self.peaks
+            # The comparison with NaN is false: the first peak replaces it.
+            self.peaks = (max(float(match[1]), active), max(float(match[2]), reserved))
         return None
 
     @property
+    def error(self) -> str:
+        """The exceptions of a failed run, or its last lines if there are none."""
+        return "\n".join(dict.fromkeys(errors_in(self.lines)) or self.lines[-12:])
+
+    @property
     def tokens_per_second(self) -> float:
-        """Median over the steps of all ranks together, without the first five steps, which allocate."""
+        """Median over the steps of all ranks together, without the first five steps, which allocate; NaN if none."""
         rates = [rate for step, rate in self.rates.items() if step > 5] or list(self.rates.values())
-        return statistics.median(rates) * self.ranks
+        return statistics.median(rates) * self.ranks if rates else math.nan

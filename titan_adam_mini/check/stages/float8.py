@@ -15,9 +15,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...optimizer import AdamMini
+from ...tools.trainer import RunFailed
 from ..decoder import Decoder, Layer, Sizes, loss_of
 from ..stage import Context, Result, Skip, engine_of, need_cuda, on_ranks
-from ..trainer import RunFailed, need_packages, settings_of, train
+from ..trainer import need_packages, settings_of, train
 
 STEPS = 5
 REFUSED = re.compile(r"NotImplementedError|ImportError|ModuleNotFoundError|Failed to swap")
@@ -61,7 +62,7 @@ def run(context: Context) -> Result:
             raise
         reason = " | ".join(str(failure).splitlines()[:3])
         return Result(True, f"{summary}; torchtitan refuses its own float8: {reason}"[:400], numbers)
-    losses = result.losses
+    losses = list(result.losses.values())
     gathered = next((found[1] for line in result.lines if (found := re.search(r"float8_all_gather=(\w+)", line))), "?")
     numbers["torchtitan"] = {"losses": losses, "all_gather": gathered}
     if len(losses) != STEPS or not all(torch.isfinite(torch.tensor(losses))):

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ...tools.trainer import RunFailed
 from ..sizes import SMALL, Size, fitting
 from ..stage import Context, Result
-from ..trainer import RunFailed, need_packages, settings_of, train
+from ..trainer import measurements, need_packages, settings_of, train
 
 SEQ_LEN = 2048
 STEPS, FEWER = 50, 30
@@ -31,7 +32,7 @@ def run(context: Context) -> Result:
         common |= {"training.mixed_precision_param": "float32", "activation_checkpoint.mode": "none"}
     sizes = _fitting(context.ngpu) if context.cuda else [SMALL]
 
-    numbers: dict[str, Any] = {"steps": steps, "seq_len": seq_len, "refused": []}
+    found: dict[str, Any] = {"steps": steps, "seq_len": seq_len, "refused": []}
     for size in sizes:
         name = f"check_{size.name}"
         settings = {**common, "model.flavor": name, "optimizer.name": "AdamW"}
@@ -42,20 +43,20 @@ def run(context: Context) -> Result:
             if "OutOfMemory" not in str(failure) or size is sizes[-1]:
                 raise
             print(f"{name} does not fit: {failure}", flush=True)
-            numbers["refused"].append(name)
-    numbers["flavor"], numbers["AdamW"] = name, adamw.numbers
+            found["refused"].append(name)
+    found["flavor"], found["AdamW"] = name, measurements(adamw)
     model = f"{name}, {steps} steps of {context.ngpu} x {seq_len} tokens"
-    unfinished = f"{model}: AdamW {summary(numbers['AdamW'])}; AdamMini did not end"
-    Result(False, unfinished, numbers).write(context.result)
+    unfinished = f"{model}: AdamW {summary(found['AdamW'])}; AdamMini did not end"
+    Result(False, unfinished, found).write(context.result)
     settings = {**common, "model.flavor": name, "optimizer.name": "AdamMini"}
     mini = train(context, "adam_mini", settings, context.left - 5)
-    numbers["AdamMini"] = mini.numbers
-    numbers["engine"] = next((found[1] for line in mini.lines if (found := re.search(r"engine (.*?); \d", line))), "")
-    wrong = faults(numbers["AdamW"], numbers["AdamMini"], steps, context.cuda)
-    if context.cuda and not numbers["engine"].startswith("fused"):
-        wrong.append(f"engine {numbers['engine'] or 'unknown'}")
-    line = f"{model}: AdamW {summary(numbers['AdamW'])}; AdamMini {summary(numbers['AdamMini'])}"
-    return Result(not wrong, "; ".join([*wrong, line]), numbers)
+    found["AdamMini"] = measurements(mini)
+    found["engine"] = next((match[1] for line in mini.lines if (match := re.search(r"engine (.*?); \d", line))), "")
+    wrong = faults(found["AdamW"], found["AdamMini"], steps, context.cuda)
+    if context.cuda and not found["engine"].startswith("fused"):
+        wrong.append(f"engine {found['engine'] or 'unknown'}")
+    line = f"{model}: AdamW {summary(found['AdamW'])}; AdamMini {summary(found['AdamMini'])}"
+    return Result(not wrong, "; ".join([*wrong, line]), found)
 
 
 def summary(numbers: dict[str, Any]) -> str:
