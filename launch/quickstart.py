@@ -120,22 +120,26 @@ def compare(
     optimizers: str, ranks: int, out: Path, settings: dict[str, Any], environment: dict[str, str] | None = None
 ) -> None:
     """`titan-adam-mini compare` with one seed. Raises Failed if it fails, after it has printed the reason."""
-    words = ["--optimizers", optimizers, "--seeds", "1", "--ngpu", str(ranks), "--out", str(out)]
+    flags = ["--optimizers", optimizers, "--seeds", "1", "--ngpu", str(ranks), "--out", str(out)]
+    if status := run(["compare", str(CONFIG), *flags, *arguments(settings)], environment or {}):
+        raise Failed(f"the comparison ended with status {status}: see above, and train.log of the run below {out}")
+
+
+def run(words: list[str], environment: dict[str, str]) -> int:
+    """The exit status of a command of titan-adam-mini."""
     # In its own session it gets no signals from the terminal: this process forwards one.
     process = subprocess.Popen(
-        [sys.executable, "-m", "titan_adam_mini.cli", "compare", str(CONFIG), *words, *arguments(settings)],
+        [sys.executable, "-m", "titan_adam_mini.cli", *words],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **environment},
         start_new_session=True,
     )
     try:
-        status = process.wait()
+        return process.wait()
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
-    if status:
-        raise Failed(f"the comparison ended with status {status}: see above, and train.log of the run below {out}")
 
 
 def show_losses(adamw: Record, mini: Record, steps: int) -> None:

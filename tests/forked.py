@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from ranks import POOL, forkserver
 
+from titan_adam_mini.compare.training import FEATURES, LOCK, LOG, Training
 from titan_adam_mini.tools.trainer import Run, RunFailed, arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,19 +121,36 @@ def train(
     Raises:
         RunFailed: with the exit codes and the log, if a rank ended with an error or time ran out.
     """
-    POOL.stop()  # its idle ranks would share the cores
     out.mkdir(parents=True, exist_ok=True)
-    env = _meeting(ranks)
-    env |= {"TITAN_ADAM_MINI_CPU": "1", "TITAN_ADAM_MINI_SIGNALS": "1"}
     argv = ["--job.config_file", str(config), *arguments({"job.dump_folder": out / name, **settings})]
     logs = [out / f"{name}.log" if rank == shown else out / f"{name}.rank{rank}.log" for rank in range(ranks)]
     called = None if hook is None else (str(Path(hook.__code__.co_filename).resolve()), hook.__name__, given)
+    features = {"TITAN_ADAM_MINI_CPU": "1", "TITAN_ADAM_MINI_SIGNALS": "1"}
+    ended = run_ranks(argv, logs, features, hook=called, time_limit=time_limit, patience=patience)
+    if any(code != 0 for code in ended):
+        message = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+        raise RunFailed(f"{name} ended with {ended} (None: still running)\n{message}")
+    return Run.load(logs[shown], ranks)
+
+
+def run_ranks(
+    argv: Sequence[str],
+    logs: Sequence[Path],
+    env: Mapping[str, str],
+    *,
+    hook: Hook | None = None,
+    time_limit: float = 240,
+    patience: float = 0,
+) -> list[int | str | None]:
+    """Run torchtitan's trainer with one rank per log; returns exit codes, names of signals, None for one that hangs."""
+    POOL.stop()  # its idle ranks would share the cores
+    env = {**_meeting(len(logs)), **env}
     processes = []
     for rank, log in enumerate(logs):
         log.unlink(missing_ok=True)
-        one = forkserver().Process(target=_rank, args=(rank, env, list(sys.path), argv, str(log), called), daemon=True)
-        one.start()
-        processes.append(one)
+        given = (rank, env, list(sys.path), list(argv), str(log), hook)
+        processes.append(forkserver().Process(target=_rank, args=given, daemon=True))
+        processes[-1].start()
     deadline = time.monotonic() + time_limit
     waiting = {process.sentinel: process for process in processes}
     while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
@@ -144,12 +162,32 @@ def train(
     for process in processes:
         process.kill()
         process.join()
-    run = Run.load(logs[shown], ranks)
-    if any(code != 0 for code in codes):
-        ended = [signal.Signals(-code).name if code and code < 0 else code for code in codes]
-        told = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
-        raise RunFailed(f"{name} ended with {ended} (None: still running)\n{told}")
-    return run
+    return [signal.Signals(-code).name if code and code < 0 else code for code in codes]
+
+
+class ForkedTraining(Training):
+    """A trainer of `compare` that has exited once this exists, its ranks forked; it holds no lock."""
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        *,
+        ranks: int,
+        loss_rank: int,
+        variables: Mapping[str, str],
+        recorded_steps: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.variables, self.pid, self.adopted = folder, variables, 0, False
+        self.step, self.loss, self.resumed_step = 0, "", 0
+        self._log_position, self._process, self._lock = 0, None, open(folder / LOCK, "a+")  # noqa: SIM115
+        logs = [folder / (LOG if rank == loss_rank else f"rank{rank}.log") for rank in range(ranks)]
+        codes = run_ranks([*arguments, "--job.dump_folder", str(folder)], logs, {**variables, **FEATURES})
+        assert codes == [0] * ranks, (folder / LOG).read_text()[-3000:]
+
+    def _alive(self) -> bool:
+        return False
 
 
 class Trainer:

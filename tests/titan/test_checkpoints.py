@@ -72,7 +72,7 @@ def test_the_schedule_counts_as_well_where_only_it_is_loaded(trainer: Trainer, t
     assert state(trainer, "schedule_config", MORE)["lr_scheduler.base_lrs"] == [5e-4]
 
 
-@pytest.mark.parametrize("second_moment", ["blocks", "factored"])
+@pytest.mark.parametrize("second_moment", ["blocks", pytest.param("factored", marks=pytest.mark.nightly)])
 def test_adamw_goes_on_as_adam_mini_and_back(trainer: Trainer, adamw: Any, tmp_path: Path, second_moment: str) -> None:
     """Converted beside the run or in it: the same to the bit."""
     kind = {"optimizer.adam_mini.second_moment": second_moment}

@@ -29,12 +29,11 @@ def call(folder: Path, *words: str, **environment: str) -> tuple[int, dict[str, 
 
 @pytest.mark.slow
 def test_some_stages_on_the_cpu(tmp_path: Path) -> None:
-    status, rows, printed = call(tmp_path, "--only", "environment,kernels,oracle,captured")
+    status, rows, printed = call(tmp_path, "--only", "environment,kernels,oracle")
     assert status == 0 and "nothing failed" in printed, printed
-    assert {name: row["status"] for name, row in rows.items()} == {
-        **dict.fromkeys(("environment", "kernels", "oracle"), "PASS"),
-        "captured": "SKIPPED",
-    }, printed
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
+        ("environment", "kernels", "oracle"), "PASS"
+    ), printed
     assert max(rows["oracle"]["numbers"]["errors"].values()) < 1e-5
 
 
