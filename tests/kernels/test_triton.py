@@ -105,7 +105,7 @@ def case(momentum: torch.dtype | None, *marks: pytest.MarkDecorator, **options: 
     "options",
     [
         case(None, value_blocks="tensor", maximize=True, weight_decay=0.3),
-        case(torch.bfloat16, second_moment="channels"),
+        case(torch.bfloat16, pytest.mark.slow, second_moment="channels"),
         case(torch.int8, second_moment="factored", weight_decay=0.3),
         case(torch.int8, pytest.mark.slow, maximize=True),
         case(torch.bfloat16, pytest.mark.slow, second_moment="factored", maximize=True),
@@ -121,7 +121,7 @@ def test_it_computes_what_torch_computes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        case(torch.int8, stochastic_rounding=True),
+        case(torch.int8, pytest.mark.slow, stochastic_rounding=True),
         case(None),
         case(None, pytest.mark.slow, second_moment="factored"),
         case(None, pytest.mark.slow, stochastic_rounding=True),
@@ -200,6 +200,7 @@ def test_291_tensors_take_as_many_launches_as_3(monkeypatch: pytest.MonkeyPatch)
     assert len(many) == 291 and counts[0] == counts[1] and len(counts[0]) == 7, counts
 
 
+@pytest.mark.slow
 def test_transposed_tensors_have_lines_of_their_own() -> None:
     """Columns that are blocks, one by one and in heads; a gradient that lies in memory as its parameter does not."""
     shapes = {"h.0.attn.c_attn.weight": (70, 3 * 25), "h.0.mlp.c_fc.weight": (70, 66), "w.weight": (5, 90)}
@@ -256,6 +257,7 @@ def test_the_storage_of_a_wrapper_is_updated() -> None:
     assert not inner.eq(1).any()
 
 
+@pytest.mark.slow
 def test_nothing_grows_from_step_to_step() -> None:
     params = parameters({"w1.weight": (2, 96), "norm.weight": (8,)}, torch.float32)
     optimizer = AdamMini(list(params.items()), fused=True)
@@ -308,6 +310,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one(name: str, ranks: int) -> Non
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are on the CPU; the other tests compare on the device")
 def test_a_rank_may_have_rows_of_one_matrix_and_none_of_another() -> None:
     layouts = {"factored": BlockLayout.of((7, 70), 1, None), "factored, short": BlockLayout.of((2, 70), 1, None)}

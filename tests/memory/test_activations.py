@@ -34,6 +34,7 @@ def estimated_and_whole(arguments: list[str], depths: list[int]) -> tuple[int | 
     return sequence_bytes(config, mixed=True), whole
 
 
+@pytest.mark.slow
 def test_the_checkpointed_inputs_of_layers() -> None:
     """With full activation checkpointing a layer keeps its input and nothing else: four bytes per token and dim."""
     full = words("--activation_checkpoint.mode", "full")

@@ -56,6 +56,7 @@ def test_three_failures_are_those_of_one_job() -> None:
     assert decide([*before, attempt(3, 1, NOT)], refused=False, limit=50)[0]
 
 
+@pytest.mark.slow
 def test_a_signal_that_kills_it_before_the_first_step_is_no_failure(run) -> None:
     told = [[failure(0, "Signal 10 (SIGUSR1) received by PID 7", 1, 138)]]
     assert [run(138, "--signalled", failures=told)[0] for _ in range(4)] == ["138 requeue"] * 4

@@ -100,6 +100,7 @@ def test_network_variables(shell: Any, tmp_path: Path) -> None:
     assert shell(call, SLURM_SUBMIT_DIR="/", SLURM_JOB_ID="7") == "^mlx5_bond_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tier", "status"), [("--slurm", 1), ("", 0)])
 def test_a_tier_that_was_asked_for_and_ran_nothing_fails(tmp_path: Path, tier: str, status: int) -> None:
     """In a shell without Slurm's commands; launch/test.sh sets the variable."""

@@ -65,6 +65,7 @@ def start(tmp_path: Path):
     return run
 
 
+@pytest.mark.slow
 def test_ranks_arguments_the_rank_that_is_shown_and_one_ended_by_a_signal(start) -> None:
     words = ["--training.steps", "3", "--job.description", "two words"]
     done, said = start(*words, NGPU="2", LOG_RANK="1", STATUS="-9")
@@ -75,6 +76,7 @@ def test_ranks_arguments_the_rank_that_is_shown_and_one_ended_by_a_signal(start)
     assert said[0]["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.slow
 def test_signals_are_handed_to_the_ranks_which_leave_in_their_own_time_and_with_their_own_status(
     start, tmp_path: Path
 ) -> None:

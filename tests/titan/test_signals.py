@@ -180,6 +180,7 @@ dog = watchdog.Watchdog({seconds})
 """A process whose watchdog ends it after so long, and a second later if the interpreter is stuck."""
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
     endings = {
         "hangs": (1.0, "dog.passed(7)\ntime.sleep(100)"),
