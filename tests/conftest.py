@@ -22,8 +22,8 @@ LONGEST = ("titan", "slurm", "kernels", "memory")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before several workers start: numba would compile the same loops in each of them."""
-    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+    """Several workers would compile the same loops at the same time."""
+    if hasattr(session.config, "workerinput"):
         importlib.import_module("compiled_loops")
 
 

@@ -91,6 +91,7 @@ def test_adamw_becomes_every_type_and_back(tmp_path: Path, mesh: str, params: to
             assert got.dtype == params and torch.equal(got, wide(of(new, name)).to(params)), (dtype, name)
 
 
+@pytest.mark.slow
 def test_parts_stay_parts_where_runs_allow_it(tmp_path: Path) -> None:
     """So that no rank has to read a whole tensor; a part that is cut inside a run becomes one with the others."""
     for mesh, parts in (("FSDP2 3, runs", 3), ("TP 2, runs", 2), ("TP 2, cut runs", 1)):

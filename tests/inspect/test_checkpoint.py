@@ -69,6 +69,7 @@ def test_a_checkpoint_says_what_the_tensors_in_it_say(adamw: Path) -> None:
             assert other.rms_ratio == pytest.approx(loss.rms_ratio, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """One part of 32 MiB of second moments, and as much momentum: a few windows of half a MiB are held."""
     if not os.access("/proc/self/clear_refs", os.W_OK):

@@ -14,7 +14,6 @@ from titan_adam_mini.memory.facts import facts, optimizers_of
 from titan_adam_mini.memory.plan import _read_run
 from titan_adam_mini.tools.isolated_process import in_isolated_process
 
-FAST = ("FSDP2 3, factored",)
 REPEATED = (
     *("one rank", "FSDP2 2", "FSDP2 3", "FSDP2 x TP 2x2", "FSDP2 x TP 2x2, factored", "PP 2"),
     *("MoE, FSDP2 3", "MoE, EP 2", "MoE, FSDP2 x EP 2x2, factored"),
@@ -23,7 +22,7 @@ REPEATED = (
 
 
 def tiered(name: str) -> Any:
-    marks = () if name in FAST else pytest.mark.nightly if name in REPEATED else pytest.mark.slow
+    marks = pytest.mark.nightly if name in REPEATED else pytest.mark.slow
     return pytest.param(name, marks=marks)
 
 

@@ -72,6 +72,7 @@ def test_factored_moves_to_other_kinds_of_mesh(saved_on: str, loaded_on: str, tm
         assert max(error(after[kind][key], value) for key, value in want[kind].items()) < 1e-12, kind
 
 
+@pytest.mark.slow
 def test_nested_state_dicts_serve_as_well(tmp_path: Path) -> None:
     saved, loaded, after = moved("HSDP 2x2", "FSDP2 3", torch.float32, tmp_path, False, second_moment="factored")
     want = on_one_device(CATALOGUE["FSDP2 3"].sizes, dtype=torch.float32, steps=STEPS, second_moment="factored")

@@ -187,7 +187,7 @@ EACH_ONCE = (("AdamW", "int8"), ("float32", "int8"), ("bfloat16", "float32"), ("
 @pytest.mark.parametrize(
     ("name", "pairs"),
     [
-        ("FSDP2 3, even runs", EACH_ONCE),
+        pytest.param("FSDP2 3, even runs", EACH_ONCE, marks=pytest.mark.slow),
         pytest.param("FSDP2 2, even runs", EACH_ONCE, marks=pytest.mark.slow),
         pytest.param("FSDP2 x TP 2x2, even runs", PAIRS, marks=pytest.mark.slow),
     ],
