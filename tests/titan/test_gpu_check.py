@@ -27,16 +27,6 @@ def call(folder: Path, *words: str, **environment: str) -> tuple[int, dict[str, 
     return done.returncode, {row["name"]: row for row in report["stages"]}, done.stdout + done.stderr
 
 
-@pytest.mark.slow
-def test_some_stages_on_the_cpu(tmp_path: Path) -> None:
-    status, rows, printed = call(tmp_path, "--only", "environment,kernels,oracle")
-    assert status == 0 and "nothing failed" in printed, printed
-    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
-        ("environment", "kernels", "oracle"), "PASS"
-    ), printed
-    assert max(rows["oracle"]["numbers"]["errors"].values()) < 1e-5
-
-
 @pytest.mark.nightly
 def test_all_stages_on_the_cpu(tmp_path: Path) -> None:
     status, rows, printed = call(tmp_path)

@@ -69,7 +69,7 @@ def test_a_checkpoint_of_a_run(
     assert json.loads(capsys.readouterr().out)["parameters"][0]["step"] == HALF
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_short_run(
     corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
