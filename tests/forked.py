@@ -176,7 +176,7 @@ class ForkedTraining(Training):
         ranks: int,
         loss_rank: int,
         variables: Mapping[str, str],
-        recorded_steps: int = 0,
+        **_: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.variables, self.pid, self.adopted = folder, variables, 0, False

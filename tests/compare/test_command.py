@@ -1,6 +1,5 @@
 """The command from end to end on a small model: killed and started again, it reports what an undisturbed one does."""
 
-import csv
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import RUNS, check_comparison
 
 from titan_adam_mini.cli import main
 from titan_adam_mini.compare.command import _check_data, _check_validation, _devices, _signals
@@ -22,7 +22,6 @@ from .conftest import BATCH, CONFIG, SEQ_LEN
 STEPS, EVERY = 80, 20
 ONE = "--optimizers=AdamMini"
 """Where a single variant does, since the configuration of each is read."""
-RUNS = [Run(name, 4e-3, 0) for name in ("AdamW", "AdamMini")]
 
 
 @pytest.fixture(scope="session")
@@ -141,18 +140,7 @@ def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.nightly
 def test_a_comparison(undisturbed: Path) -> None:
-    seen = records(undisturbed)
-    adamw, mini = (seen[run] for run in RUNS)
-    for one in (adamw, mini):
-        assert one.steps == STEPS and list(one.validation) == [1, *range(EVERY, STEPS + 1, EVERY)]
-        assert one.diverged is None and one.final < 0.8 * one.losses[0], "it learns"
-    assert adamw.losses[0] == mini.losses[0] and adamw.losses[2:] != mini.losses[2:]
-    text = (undisturbed / "report.md").read_text()
-    assert "Equal starts: the loss of step 1, before any update, is the same to the bit in all runs" in text
-    assert f"AdamMini ends {abs(mini.final - adamw.final):.4f}" in text
-    with open(undisturbed / "runs.csv") as file:
-        rows = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in csv.DictReader(file)}
-    assert 8 < rows["AdamW"] < 8.001 and 4 < rows["AdamMini"] < 4.05
+    check_comparison(undisturbed, [1, *range(EVERY, STEPS + 1, EVERY)], falls_to=0.8)
     checkpoints = {one.name for run in RUNS for one in (undisturbed / run.folder / "checkpoint").iterdir()}
     assert checkpoints == {f"step-{STEPS}"}, "nobody goes on from the others"
 
